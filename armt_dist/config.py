@@ -1,0 +1,130 @@
+"""Strict configuration: defaults < YAML file < ``key=value``; an unknown key is an error.
+
+Each section of the run configuration is a `Section` declared beside the code it configures; this file only
+knows how to fill one and how to say in one line what is wrong with it.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+USER_ERROR = 2
+
+
+class ConfigError(ValueError):
+    """A user's mistake. The message is one line that names field, value and remedy."""
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, no unknown keys, defaults validated too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load(schema: type[S], yaml_file: str | Path | None = None, overrides: Iterable[str] = ()) -> S:
+    """Fill `schema` from its defaults, then `yaml_file`, then ``a.b=value`` overrides (values are YAML).
+
+    Raises ConfigError for an unreadable file, an unknown key, a wrong type or an override without ``=``.
+    """
+    tree = read_yaml(yaml_file) if yaml_file is not None else {}
+    for override in overrides:
+        assign(tree, override)
+    return build(schema, tree)
+
+
+def build(schema: type[S], tree: dict) -> S:
+    """Validate a nested dict against `schema`; the first problem becomes a one-line ConfigError."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(describe(error.errors()[0], schema)) from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML file as a dict (empty file: empty dict). Raises ConfigError naming the file."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config={path}: {error.strerror}; give a readable YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config={path}: not valid YAML ({one_line(error)})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config={path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def assign(tree: dict, override: str) -> None:
+    """Set one ``a.b=value`` in a nested dict, in place; the value is parsed as YAML."""
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override={override!r}: expected key=value, for example train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}={text!r}: not a valid YAML value ({one_line(error)})") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text; anyone who types it means the number.
+        value = as_number(value)
+    for key in keys[:-1]:
+        child = tree.setdefault(key, {})
+        if child is None:
+            child = tree[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{path}={text}: {key!r} holds {child!r}, not a section")
+        tree = child
+    tree[keys[-1]] = value
+
+
+def as_number(text: str) -> str | float:
+    """``"1e-4"`` -> 1e-4; any other text unchanged."""
+    try:
+        return float(text) if text[:1] in "+-.0123456789" else text
+    except ValueError:
+        return text
+
+
+def describe(error: dict, schema: type[BaseModel]) -> str:
+    """One pydantic error as ``field=value: what is wrong``, with the known keys for an unknown one."""
+    field = ".".join(str(part) for part in error["loc"]) or schema.__name__
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{field}={one_line(error['input'])}: unknown key; known here: {', '.join(known_keys(schema, error['loc']))}"
+    if not error["loc"]:
+        return one_line(message, limit=1000)
+    return f"{field}={one_line(error['input'])}: {one_line(message, limit=600)}"
+
+
+def known_keys(schema: type[BaseModel], location: tuple) -> list[str]:
+    """The keys that the section around `location` accepts."""
+    for part in location[:-1]:
+        field = schema.model_fields.get(part) if isinstance(part, str) else None
+        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        schema = nested[0] if nested else schema
+    return sorted(schema.model_fields)
+
+
+def one_line(value: object, limit: int = 120) -> str:
+    """Any value as text on a single line of at most `limit` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def run_main(main: Callable[[], int | None], rank: int) -> None:
+    """Run a command's `main` and exit: a ConfigError is one line on stderr from rank 0 and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {one_line(error, limit=2000)}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
