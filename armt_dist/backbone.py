@@ -1,0 +1,142 @@
+"""Where a Hugging Face causal LM keeps its parts, and how one of its decoder layers is called: one row per family.
+
+Shapes: B batch, N positions of a segment row (tokens and memory), D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Context(NamedTuple):
+    """What every layer of one segment shares besides hidden states."""
+
+    mask: Tensor | None  # [B or 1, 1, N, keys] additive float; None: plain causal
+    position_ids: Tensor  # [1, N] int64
+    rotary: tuple[Tensor, Tensor] | None  # cos, sin [1, N, rotary width]
+    cache: Any = None  # a transformers Cache while generating
+
+
+class Family(NamedTuple):
+    """Attribute names under the causal LM. `core` holds the rest; an empty name means that the family has no such part."""
+
+    core: str
+    tokens: str
+    positions: str
+    dropout: str
+    layers: str
+    norm: str
+    rotary: str
+    call: Callable[[nn.Module, Tensor, Context], Tensor]
+
+
+def call_llama(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """[B, N, D] -> [B, N, D]."""
+    return layer(
+        x,
+        attention_mask=context.mask,
+        position_ids=context.position_ids,
+        position_embeddings=context.rotary,
+        past_key_values=context.cache,
+        use_cache=context.cache is not None,
+    )
+
+
+def call_gpt_neox(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """[B, N, D] -> [B, N, D]."""
+    return layer(
+        x,
+        attention_mask=context.mask,
+        position_ids=context.position_ids,
+        position_embeddings=context.rotary,
+        layer_past=context.cache,
+        use_cache=context.cache is not None,
+    )
+
+
+def call_gpt2(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """[B, N, D] -> [B, N, D]."""
+    return layer(
+        x,
+        past_key_values=context.cache,
+        attention_mask=context.mask,
+        use_cache=context.cache is not None,
+        position_ids=context.position_ids,
+    )
+
+
+LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_llama)
+FAMILIES = {
+    "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2),
+    "gpt_neox": Family("gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_gpt_neox),
+    "llama": LLAMA,
+}
+
+
+class Backbone(NamedTuple):
+    """A causal LM seen through its family's row; holds no parameters of its own."""
+
+    model: nn.Module
+    family: Family
+
+    def part(self, name: str) -> nn.Module | None:
+        """The module that the family's field `name` points to, or None."""
+        attribute = getattr(self.family, name)
+        return getattr(getattr(self.model, self.family.core), attribute) if attribute else None
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] int64 -> [B, T, D], without positions."""
+        return self.part("tokens")(input_ids)
+
+    def place(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Add learned positions, if the family has them, and apply the embedding dropout. [B, N, D] -> [B, N, D]."""
+        if positions := self.part("positions"):
+            x = x + positions(position_ids)
+        dropout = self.part("dropout")
+        return dropout(x) if dropout else x
+
+    def rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for `position_ids` in x's dtype, or None."""
+        rotary = self.part("rotary")
+        return rotary(x, position_ids=position_ids) if rotary else None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return self.part("layers")
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        return self.part("norm")
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head, [.., D] -> [.., V]."""
+        return self.model.get_output_embeddings()
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """Raises ValueError for a family without a row."""
+    return Backbone(model, family_of(model.config.model_type))
+
+
+def family_of(model_type: str) -> Family:
+    """Raises ValueError for a family without a row."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"base_config.model_type={model_type}: no such backbone; one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def causal_mask(queries: int, attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive causal mask for the last `queries` of the keys in `attend` [B, keys] (True: a real token).
+
+    Returns [B, 1, queries, keys]. finfo.min rather than -inf, as Hugging Face has it: a row that may see nothing
+    stays finite. A float mask is right for eager and sdpa alike; a bool mask under eager is silently wrong.
+    """
+    keys = attend.shape[-1]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=attend.device).tril(keys - queries)
+    mask = torch.zeros(attend.shape[0], 1, queries, keys, dtype=dtype, device=attend.device)
+    return mask.masked_fill_(~(seen & attend[:, None, None, :]), torch.finfo(dtype).min)

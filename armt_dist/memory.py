@@ -1,0 +1,163 @@
+"""The memories of ARMT as pure maths: state in, state out. Nothing here knows segments, ranks or layers' order.
+
+Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
+        f = 2·nu·d_mem/h features a head, d = D/h channels a head.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (s, l) needs (s-1, l): the arrow that makes layer-major and wavefront orders valid.
+SAME_LAYER = "same_layer"
+
+EPS = 1e-5
+
+
+class State(NamedTuple):
+    """What one layer hands from segment to segment, float32 whatever the compute dtype (z·q can come close to 0)."""
+
+    A: Tensor  # [B, h, f, d] associations
+    z: Tensor  # [B, h, f] normaliser
+
+
+class Update(NamedTuple):
+    """The rank-M change that one segment makes to a State, float32: A += kᵀ dv, z += Σ gamma k."""
+
+    k: Tensor  # [B, h, M, f]
+    dv: Tensor  # [B, h, M, d]
+    gamma: Tensor  # [B, h, M]
+
+
+def apply(state: State, update: Update) -> State:
+    """The state after `update` (ARMT paper, eq. of the write)."""
+    return State(
+        torch.baddbmm(state.A.flatten(0, 1), update.k.flatten(0, 1).mT, update.dv.flatten(0, 1)).view_as(state.A),
+        state.z + (update.gamma.unsqueeze(-2) @ update.k).squeeze(-2),
+    )
+
+
+def undo(state: State, update: Update) -> State:
+    """The state before `update`: the inverse of `apply` up to float32 rounding."""
+    return apply(state, Update(update.k, -update.dv, -update.gamma))
+
+
+class DPFP(torch.autograd.Function):
+    """phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)] (deterministic parameter-free projection).
+
+    [..., n] -> [..., 2·nu·n]. One function with its own backward: many small segments would otherwise spend their
+    time dispatching rolls and concatenations.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, nu: int) -> Tensor:
+        r = torch.cat([x, -x], -1).relu_()
+        n = r.shape[-1]
+        # padded[nu - j : nu - j + n] is roll(r, j); the modulus keeps nu >= n right.
+        padded = r[..., torch.arange(-nu, n, device=r.device) % n]
+        ctx.save_for_backward(padded)
+        ctx.nu = nu
+        return torch.cat([r * padded[..., nu - j : nu - j + n] for j in range(1, nu + 1)], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (padded,) = ctx.saved_tensors
+        nu = ctx.nu
+        r = padded[..., nu:]
+        n = r.shape[-1]
+        dr = torch.zeros_like(r)
+        for j, g in enumerate(grad.split(n, -1), start=1):
+            dr += g * padded[..., nu - j : nu - j + n] + (g * r).roll(-j, -1)
+        dr *= r > 0
+        return dr[..., : n // 2] - dr[..., n // 2 :], None
+
+
+class AssociativeMemory(nn.Module):
+    """One layer's associative memory (ARMT, arXiv 2407.04841, section 3).
+
+    `maths="default"` L2-normalises phi per head; `maths="paper"` is the first published code: no normalisation and
+    1e-5 added to ‖k‖² as well. `use_denom`, `correction`, `gating` and `n_heads` are the options of the authors' code.
+    """
+
+    arrows = (SAME_LAYER,)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_mem: int,
+        *,
+        nu: int = 3,
+        n_heads: int = 1,
+        maths: str = "default",
+        use_denom: bool = True,
+        correction: bool = True,
+        gating: bool = False,
+    ):
+        super().__init__()
+        self.nu, self.n_heads = nu, n_heads
+        self.normalise = maths == "default"
+        self.norm_eps = EPS if maths == "paper" else 0.0
+        self.use_denom, self.correction = use_denom, correction
+        self.W_mq = nn.Linear(hidden_size, d_mem, bias=False)
+        self.W_mk = nn.Linear(hidden_size, d_mem, bias=False)
+        self.W_mv = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.W_mb = nn.Linear(hidden_size, hidden_size if gating else n_heads)
+
+    def reset_parameters(self) -> None:
+        """torch's default for W_mq, W_mk, W_mb; zero for W_mv, so that a pretrained model starts unharmed."""
+        for linear in (self.W_mq, self.W_mk, self.W_mb):
+            linear.reset_parameters()
+        nn.init.zeros_(self.W_mv.weight)
+
+    def initial_state(self, batch: int, device: torch.device | str) -> State:
+        """The empty memory: zeros, float32."""
+        h, f = self.n_heads, 2 * self.nu * self.W_mq.out_features // self.n_heads
+        d = self.W_mv.out_features // h
+        return State(torch.zeros(batch, h, f, d, device=device), torch.zeros(batch, h, f, device=device))
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        """x + qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
+        q = self.features(self.W_mq(x))
+        return x + self.merge_heads(self.recall(q, state)).to(x.dtype)
+
+    def write(self, m: Tensor, state: State) -> Update:
+        """What the memory positions m [B, M, D] of a layer's output add to `state`: k = phi(W_mk m), β(v − v̄), γ."""
+        k = self.features(self.W_mk(m))
+        v = self.split_heads(self.W_mv(m).float())
+        # [B, h, M, 1], or [B, h, M, d] with gating
+        beta = self.split_heads(torch.sigmoid(self.W_mb(m).float()))
+        return Update(k, beta * (v - self.recall(k, state)), self.gamma(k, state))
+
+    def recall(self, q: Tensor, state: State) -> Tensor:
+        """qA / (z·q + 1e-5), without the denominator when `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""
+        values = q @ state.A
+        return values / ((q @ state.z.unsqueeze(-1)) + EPS) if self.use_denom else values
+
+    @torch.no_grad()
+    def gamma(self, k: Tensor, state: State) -> Tensor:
+        """clip(1 − (z·k + 1e-5) / ‖k‖², 0, 1): how much of k is new to z; 1 while nothing was written. [B, h, M]."""
+        if not self.correction:
+            return torch.ones_like(k[..., 0])
+        seen = (k @ state.z.unsqueeze(-1)).squeeze(-1) + EPS
+        gamma = (1 - seen / (k.square().sum(-1) + self.norm_eps)).clamp(0, 1)
+        # phi and γ are not negative, so a sum of 0 means an untouched z.
+        return torch.where(state.z.sum(-1, keepdim=True) == 0, 1.0, gamma)
+
+    def features(self, x: Tensor) -> Tensor:
+        """phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
+        phi = DPFP.apply(self.split_heads(x.float()), self.nu)
+        return F.normalize(phi, dim=-1) if self.normalise else phi
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, N, h·c] -> [B, h, N, c]."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """[B, h, N, c] -> [B, N, h·c]."""
+        return x.transpose(1, 2).flatten(-2)
+
+
+MEMORIES = {"armt": AssociativeMemory}

@@ -1,0 +1,132 @@
+"""Turn a checkpoint of the authors' code into a Hugging Face folder, value by value.
+
+    python -m armt_dist.reference --config CASE/config.json --weights CASE/weights.safetensors --out DIR
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .config import ConfigError, one_line, run_main
+from .configuration_armt import ARMTConfig
+from .modeling_armt import ARMTForCausalLM
+
+# The authors' names -> ours, tried in order.
+RENAMES = (
+    (re.compile(r"^memory_cell\.memory$"), "memory_tokens.weight"),
+    (re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(W_m[qkvb])\.(weight|bias)$"), r"base.\1.memory.\2.\3"),
+    (re.compile(r"^memory_cell\.model\.(.*)$"), r"base.\1"),
+)
+# transformers 4 named GPT-NeoX's head otherwise.
+HEADS = (("base.embed_out.", "base.lm_head."),)
+# The wrapper lists its layers a second time under this name.
+ALIASES = "memory_cell.layers."
+# The authors' option -> ours.
+OPTIONS = {
+    "num_mem_tokens": "num_mem_tokens",
+    "d_mem": "d_mem",
+    "dpfp_nu": "nu",
+    "segment_size": "segment_tokens",
+    "segment_alignment": "segment_alignment",
+    "n_heads_memory": "n_heads",
+    "correction": "correction",
+    "use_denom": "use_denom",
+    "gating": "gating",
+    "freeze_mem": "freeze_mem",
+    "wrap_pos": "wrap_pos",
+}
+# Options whose maths is not built yet, with the value that means off.
+UNSUPPORTED = {"sliding_window": False, "use_sink": False}
+
+
+def our_name(name: str) -> str:
+    """The authors' parameter name as ours. Raises ConfigError for a name of no known form."""
+    for pattern, replacement in RENAMES:
+        if pattern.match(name):
+            new = pattern.sub(replacement, name)
+            for old_head, new_head in HEADS:
+                new = new.replace(old_head, new_head)
+            return new
+    raise ConfigError(f"weights: unknown tensor {name!r}; expected the authors' names (memory_cell.…)")
+
+
+def convert_config(options: dict) -> ARMTConfig:
+    """The authors' options (`hf_config` nested, as in the golden cases) as an ARMTConfig."""
+    if options.get("model_family", "ARMT") != "ARMT":
+        raise ConfigError(f"model_family={options['model_family']}: only ARMT checkpoints can be imported")
+    for name, off in UNSUPPORTED.items():
+        if options.get(name) not in (None, off):
+            raise ConfigError(f"{name}={options[name]}: not supported by this import; only {name}={off}")
+    if not isinstance(options.get("hf_config"), dict):
+        raise ConfigError("hf_config: missing; the config needs the base model's configuration under this key")
+    base = {k: v for k, v in options["hf_config"].items() if k not in ("transformers_version", "torch_dtype", "dtype")}
+    fields = {ours: options[theirs] for theirs, ours in OPTIONS.items() if options.get(theirs) is not None}
+    if fields.get("wrap_pos"):
+        # Their extra M rows stand after the base model's own table; ours are counted in it.
+        base["n_positions"] = base["n_positions"] + fields["num_mem_tokens"]
+    fields["maths"] = "paper" if options.get("l2_normalised_features") is False else "default"
+    try:
+        return ARMTConfig(base_config=base, **fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"config: {one_line(error, 300)}") from None
+
+
+def convert_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors under our names, unchanged; the wrapper's second listing of the layers is left out."""
+    return {our_name(name): tensor for name, tensor in tensors.items() if not name.startswith(ALIASES)}
+
+
+def load(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalLM:
+    """A model with exactly these values. Raises ConfigError for a missing, unknown or misshapen tensor."""
+    model = ARMTForCausalLM(config)
+    weights = convert_weights(tensors)
+    expected = model.state_dict()
+    tied = model.all_tied_weights_keys
+    for name in expected:
+        if name not in weights and tied.get(name) not in weights:
+            raise ConfigError(f"weights: tensor {name} is missing; the file does not fit the config")
+    for name, tensor in weights.items():
+        if name not in expected or expected[name].shape != tensor.shape:
+            shape = list(expected[name].shape) if name in expected else "no such tensor"
+            raise ConfigError(f"weights: {name} {list(tensor.shape)} does not fit the config ({shape})")
+    for target, source in tied.items():
+        if target in weights and source in weights and not torch.equal(weights[target], weights[source]):
+            raise ConfigError(f"weights: {target} and {source} differ, but the config ties them")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def read(config_file: Path, weights_file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The two files. Raises ConfigError naming the one that cannot be read."""
+    try:
+        options = json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config={config_file}: not a readable JSON file ({one_line(error)})") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"config={config_file}: expected a JSON object")
+    try:
+        return options, load_file(weights_file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"weights={weights_file}: not a readable safetensors file ({one_line(error)})") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the authors' options as JSON, hf_config nested")
+    parser.add_argument("--weights", type=Path, required=True, help="safetensors under the authors' names")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be empty")
+    args = parser.parse_args()
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError(f"out={args.out}: exists and is not an empty folder; give another one")
+    options, tensors = read(args.config, args.weights)
+    load(convert_config(options), tensors).save_pretrained(args.out)
+    print(f"wrote {args.out}: AutoModelForCausalLM.from_pretrained({str(args.out)!r}, trust_remote_code=True)")
+
+
+if __name__ == "__main__":
+    run_main(main, rank=0)
