@@ -1,0 +1,63 @@
+"""Several ranks in one test: `spawn` runs a function on a gloo world of processes and returns what each returned."""
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable
+
+from armt_dist import parallel
+
+
+def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list:
+    """`[function(ranks, *args) for each rank]`, with torch.distributed started around it.
+
+    `function` lives at module level and its result can be pickled. The first rank that raises has its traceback
+    raised here as AssertionError, marked with its rank; the others are killed, and all are after `timeout_s`.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = parallel.free_port()
+    workers = [
+        context.Process(target=run_rank, args=(rank, world, port, timeout_s, results, function, args), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        return collect(workers, results, time.monotonic() + timeout_s)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def collect(workers: list, results, deadline: float) -> list:
+    """Each rank's result in rank order. AssertionError for a traceback, a silent death or a missed deadline."""
+    done = {}
+    while len(done) < len(workers):
+        # Looked at before the queue: what a rank put there before it died is then still read below.
+        dead = [rank for rank, worker in enumerate(workers) if worker.exitcode is not None and rank not in done]
+        try:
+            rank, value, trace = results.get(timeout=0.2)
+        except queue.Empty:
+            assert not dead, f"rank {dead[0]} died with exit code {workers[dead[0]].exitcode} and no traceback"
+            waiting = [rank for rank in range(len(workers)) if rank not in done]
+            assert time.monotonic() < deadline, f"ranks {waiting} did not finish in time"
+            continue
+        assert trace is None, "\n".join(f"[rank {rank}] {line}" for line in trace.splitlines())
+        done[rank] = value
+    return [done[rank] for rank in range(len(workers))]
+
+
+def run_rank(rank: int, world: int, port: int, timeout_s: float, results, function: Callable, args: tuple) -> None:
+    """The body of one process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    try:
+        ranks = parallel.Ranks(rank, world, rank, world, "environment")
+        parallel.start(ranks, timeout_s)
+        results.put((rank, function(ranks, *args), None))
+        parallel.stop()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
