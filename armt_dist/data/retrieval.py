@@ -1,0 +1,149 @@
+"""Associative retrieval: key-value pairs one per segment, then the question (ARMT, arXiv 2407.04841, section 4).
+
+Two pairs, key and value of one symbol (`:` sep, `?` gen, `|` eos, `.` not scored); segments of 4 tokens:
+
+    input   a : 3 |  7 : c |  a ? 3 |
+    label   . . . .  . . . .  . 3 | .
+
+The label row is shifted already: at `?` the model is to say 3, at 3 it is to say eos.
+
+Shapes: b rows, n pairs, k symbols of a key, v of a value, T = k + v + 2 tokens of a segment, N = (n + 1) T.
+"""
+
+import string
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from ..config import ConfigError, Section
+from .batch import IGNORE, Batch, Difficulty, Split, Stateless, row_words
+from .tokenizer import character_tokenizer
+
+ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
+SEP, GEN, EOS, PAD = ":?|_"
+# Strings are drawn as one 64-bit number modulo their count; up to here the bias is below 2^-32.
+MAX_STRINGS = 2**32
+
+
+class RetrievalConfig(Section):
+    """Keys and values are strings of `key_length` and `value_length` symbols."""
+
+    key_length: Annotated[int, Field(ge=1)] = 1
+    value_length: Annotated[int, Field(ge=1)] = 1
+    symbols: Annotated[int, Field(ge=2, le=len(ALPHABET))] = 16
+
+    @model_validator(mode="after")
+    def strings_can_be_numbered(self) -> "RetrievalConfig":
+        for name in ("key_length", "value_length"):
+            if self.symbols ** getattr(self, name) > MAX_STRINGS:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of {self.symbols} symbols: more than 2^32 strings; shorten it"
+                )
+        return self
+
+
+class Retrieval(Stateless):
+    """The tasks `rewrite` (keys repeat, the latest value counts) and `remember` (keys unique in a sample).
+
+    Tokens: symbols 0..symbols-1, then sep, gen, eos, pad.
+    """
+
+    measure = "accuracy"
+    unit = "pairs"
+
+    def __init__(self, config: RetrievalConfig, seed: int, unique_keys: bool) -> None:
+        self.config = config
+        self.seed = seed
+        self.unique_keys = unique_keys
+        self.segment_tokens = config.key_length + config.value_length + 2
+        self.tokenizer = tokenizer(config.symbols)
+        self.vocab_size = len(self.tokenizer)
+
+    def sequence_tokens(self, n: int) -> int:
+        keys = self.config.symbols**self.config.key_length
+        if self.unique_keys and n > keys:
+            raise ConfigError(
+                f"pairs={n}: only {keys} different keys of key_length={self.config.key_length} exist; "
+                f"use at most {keys} pairs, a longer key or task=rewrite"
+            )
+        return (n + 1) * self.segment_tokens
+
+    def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        n = difficulty.draw(self.seed, split, step)
+        tokens = self.sequence_tokens(n)
+        key_count, value_count = (self.config.symbols**length for length in self.lengths)
+        words = row_words(self.seed, split, step, rows, 3 * n + 1)
+        keys = distinct(words[:, : 2 * n], key_count) if self.unique_keys else words[:, :n] % key_count
+        values = words[:, 2 * n : 3 * n] % value_count
+        asked = ask(keys, words[:, 3 * n])[:, None]
+        pairs = [np.concatenate([x, np.take_along_axis(x, asked, axis=1)], axis=1) for x in (keys, values)]
+        input_ids = torch.from_numpy(self.lay_out(*pairs).reshape(len(rows), tokens))
+        labels = torch.full_like(input_ids, IGNORE)
+        scored = self.config.value_length + 1
+        labels[:, -scored - 1 : -1] = input_ids[:, -scored:]
+        return Batch(input_ids, labels, None, list(rows))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return self.config.key_length, self.config.value_length
+
+    def lay_out(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Key and value numbers [b, n+1] -> tokens int64 [b, n+1, T]; the last segment asks."""
+        k, v = self.lengths
+        sep, gen, eos = (self.config.symbols + i for i in range(3))
+        segments = np.empty((*keys.shape, self.segment_tokens), dtype=np.int64)
+        segments[..., :k] = digits(keys, self.config.symbols, k)
+        segments[..., k] = sep
+        segments[:, -1, k] = gen
+        segments[..., k + 1 : -1] = digits(values, self.config.symbols, v)
+        segments[..., -1] = eos
+        return segments
+
+    def show(self, batch: Batch, row: int = 0) -> str:
+        segments = batch.input_ids[row].reshape(-1, self.segment_tokens)
+        return " ".join(self.tokenizer.decode(segment) for segment in segments)
+
+
+def tokenizer(symbols: int):
+    """One character a token: `0`..`9`, `a`.. the symbols, `:` sep, `?` gen, `|` eos, `_` pad.
+
+    A person types ``3:a| 3?`` and reads ``a|``.
+    """
+    return character_tokenizer(ALPHABET[:symbols] + SEP + GEN + EOS + PAD, {"eos_token": EOS, "pad_token": PAD})
+
+
+def digits(numbers: np.ndarray, base: int, length: int) -> np.ndarray:
+    """Numbers [...] -> their digits [..., length], most significant first."""
+    powers = np.array([base**i for i in reversed(range(length))], dtype=np.uint64)
+    return numbers[..., None] // powers % np.uint64(base)
+
+
+def distinct(words: np.ndarray, count: int) -> np.ndarray:
+    """Random words [b, 2n] -> n different numbers below `count` in each row, uint64 [b, n], in random order.
+
+    Floyd's sampling without replacement (Bentley and Floyd, CACM 30(9), 1987), then a shuffle.
+    """
+    n = words.shape[1] // 2
+    chosen = np.empty((len(words), n), dtype=np.uint64)
+    for i, last in enumerate(range(count - n, count)):
+        candidate = words[:, i] % np.uint64(last + 1)
+        taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
+        chosen[:, i] = np.where(taken, np.uint64(last), candidate)
+    return np.take_along_axis(chosen, np.argsort(words[:, n:], axis=1), axis=1)
+
+
+def ask(keys: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Keys [b, n] and one random word a row -> index [b] of the asked pair.
+
+    It is the latest pair of its key, and the key is uniform over the different keys of the row.
+    """
+    # A stable sort puts equal keys side by side, the latest of them last.
+    order = np.argsort(keys, axis=1, kind="stable")
+    ordered = np.take_along_axis(keys, order, axis=1)
+    latest = np.ones(keys.shape, dtype=bool)
+    latest[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    wanted = words % latest.sum(axis=1).astype(np.uint64) + np.uint64(1)
+    position = (latest.cumsum(axis=1) == wanted[:, None].astype(np.int64)).argmax(axis=1)
+    return np.take_along_axis(order, position[:, None], axis=1)[:, 0]
