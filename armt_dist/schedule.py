@@ -1,7 +1,7 @@
-"""The order of work on one sequence, as data: who runs which cell when, and a simulator of all ranks.
+"""The order of work on one sequence, as data: who runs which cell when. `timeline.py` simulates and draws it.
 
 A sequence is a grid of cells (segment s, layer l). A cell needs the hidden states of (s, l-1) and a memory state
-from segment s-1 (`Arrow` says of which layer); any order that respects the two is valid. The segments are cut
+from segment s-1 (`Arrow`: of which layer); any order that respects the two is valid. The segments are cut
 into sp * rounds consecutive blocks, block b on rank b % sp; a unit of work is one (layer, block, chunk), a chunk
 being a slice of the micro-batch.
 
@@ -12,7 +12,7 @@ being a slice of the micro-batch.
 With U = rounds * layers * chunks units a rank and the last rank starting sp - 1 units late, the efficiency is at
 most U / (U + sp - 1). Nothing here imports torch: planner, tests, executor and timeline share these objects.
 
-Letters: S segments, L layers, B blocks, w prefetch window in layers.
+Letters: S segments, L layers, U units of work a rank.
 """
 
 import math
@@ -29,15 +29,25 @@ class Arrow(StrEnum):
     SAME_LAYER = "same_layer"
     """(s-1, l): ARMT, sliding window."""
     LAST_LAYER = "last_layer"
-    """(s-1, L-1): RMT. It enters at layer 0 and leaves from the last layer."""
+    """(s-1, L-1): RMT. The state enters at layer 0 and leaves from the last layer."""
 
-    def enters(self, layer: int) -> bool:
-        """Whether a state from the previous segment enters at `layer`."""
-        return self is Arrow.SAME_LAYER or layer == 0
 
-    def leaves(self, layer: int, layers: int) -> bool:
-        """Whether a state for the next segment leaves from `layer`."""
-        return self is Arrow.SAME_LAYER or layer == layers - 1
+ARMT_ARROWS = (Arrow.SAME_LAYER,)
+RMT_ARROWS = (Arrow.LAST_LAYER,)
+
+
+def source_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
+    """The layer of segment s-1 whose state enters cell (s, layer), or None where none enters."""
+    if Arrow.SAME_LAYER in arrows:
+        return layer
+    return layers - 1 if layer == 0 else None
+
+
+def target_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
+    """The layer of segment s+1 that the state leaving cell (s, layer) enters, or None where none leaves."""
+    if Arrow.SAME_LAYER in arrows:
+        return layer
+    return 0 if layer == layers - 1 else None
 
 
 class Op(StrEnum):
@@ -146,7 +156,7 @@ def rank_blocks(grid: Grid, rank: int) -> range:
     return range(rank, grid.sp * grid.rounds, grid.sp)
 
 
-def wavefront(grid: Grid, rank: int, arrow: Arrow = Arrow.SAME_LAYER) -> list[Instruction]:
+def wavefront(grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """Forward of `rank`: per round and layer GATHER, then RECV, RUN, SEND for each chunk, then RELEASE."""
     last = grid.sp * grid.rounds - 1
     program = []
@@ -154,10 +164,10 @@ def wavefront(grid: Grid, rank: int, arrow: Arrow = Arrow.SAME_LAYER) -> list[In
         for layer in range(grid.layers):
             program.append(Instruction(Op.GATHER, layer, block))
             for chunk in range(grid.chunks):
-                if block > 0 and arrow.enters(layer):
+                if block > 0 and source_layer(arrows, layer, grid.layers) is not None:
                     program.append(Instruction(Op.RECV, layer, block, chunk))
                 program.append(Instruction(Op.RUN, layer, block, chunk))
-                if block < last and arrow.leaves(layer, grid.layers):
+                if block < last and target_layer(arrows, layer, grid.layers) is not None:
                     program.append(Instruction(Op.SEND, layer, block, chunk))
             program.append(Instruction(Op.RELEASE, layer, block))
     return program
@@ -223,14 +233,17 @@ SCHEDULES = {
 }
 
 
-def fit(name: str, grid: Grid, arrow: Arrow) -> Grid:
+def fit(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
     """The grid as schedule `name` cuts it (segment_major: one block per segment); its blocks are those of the program.
 
-    Raises ConfigError for an unknown schedule, one that the memory kind's arrow forbids, or a grid it cannot run.
+    `arrows` is what the memory kind declares, values of `Arrow`. Raises ConfigError for an unknown schedule, one
+    that an arrow forbids, or a grid it cannot run.
     """
     if name not in SCHEDULES:
         raise ConfigError(f"schedule={name}: unknown; known here: {', '.join(SCHEDULES)}")
-    if arrow not in SCHEDULES[name].arrows:
+    for arrow in arrows:
+        if arrow in SCHEDULES[name].arrows:
+            continue
         allowed = [other for other, row in SCHEDULES.items() if arrow in row.arrows]
         raise ConfigError(
             f"schedule={name}: forbidden for a memory whose state comes from the {arrow.replace('_', ' ')} of the "
@@ -240,16 +253,16 @@ def fit(name: str, grid: Grid, arrow: Arrow) -> Grid:
     return SCHEDULES[name].fit(grid)
 
 
-def build(name: str, grid: Grid, rank: int, arrow: Arrow) -> list[Instruction]:
+def build(name: str, grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """The forward program of `rank` under schedule `name`; `backward` derives the other half. Raises as `fit`."""
-    return wavefront(fit(name, grid, arrow), rank, arrow)
+    return wavefront(fit(name, grid, arrows), rank, arrows)
 
 
-def segment_major(grid: Grid, rank: int, arrow: Arrow = Arrow.SAME_LAYER) -> list[Instruction]:
+def segment_major(grid: Grid, rank: int = 0, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """One segment at a time through all layers (the authors' loop)."""
-    return build("segment_major", grid, rank, arrow)
+    return build("segment_major", grid, rank, arrows)
 
 
 def layer_major(grid: Grid, rank: int = 0) -> list[Instruction]:
     """Each layer over all segments, then the next: the wavefront with sp = 1 and one round."""
-    return build("layer_major", grid, rank, Arrow.SAME_LAYER)
+    return build("layer_major", grid, rank)
