@@ -134,9 +134,13 @@ def warning(grid: Grid) -> str | None:
     )
 
 
-def prefetch_window(grid: Grid) -> int:
-    """Layers to gather ahead so that ZeRO-3's collectives do not serialise the wavefront: (sp-1)/chunks + 1."""
-    return math.ceil((grid.sp - 1) / grid.chunks) + 1
+def prefetch_window(grid: Grid, handoff_units: float = 0.0) -> int:
+    """Layers to gather ahead so that ZeRO-3's collectives do not serialise the wavefront.
+
+    (sp - 1) / chunks + 1: the first rank is that far ahead of the last, further if a hand-off takes a notable share
+    of a unit's time (`handoff_units`).
+    """
+    return math.ceil((grid.sp - 1) * (1 + handoff_units) / grid.chunks) + 1
 
 
 def blocks(grid: Grid) -> tuple[range, ...]:
