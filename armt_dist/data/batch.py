@@ -61,6 +61,18 @@ class Difficulty(NamedTuple):
         return int(generator("length", seed, split, step).integers(self.minimum, self.maximum + 1))
 
 
+class Run(NamedTuple):
+    """What a task must know of the run it serves.
+
+    `segment_tokens`: tokens of a segment, None for the task's own choice.
+    `global_batch`: rows of a step over all ranks and accumulation steps; needed where samples are counted.
+    """
+
+    seed: int
+    segment_tokens: int | None = None
+    global_batch: int | None = None
+
+
 class Task(Protocol):
     """A source of samples. Only a streamed data set has a state; all else is a pure function of its arguments."""
 

@@ -16,9 +16,10 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import ConfigError, Section
-from .batch import IGNORE, Batch, Difficulty, Split, Stateless, row_words
+from .batch import IGNORE, Batch, Difficulty, Run, Split, Stateless, row_words
 from .tokenizer import character_tokenizer
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
@@ -53,13 +54,21 @@ class Retrieval(Stateless):
     measure = "accuracy"
     unit = "pairs"
 
-    def __init__(self, config: RetrievalConfig, seed: int, unique_keys: bool) -> None:
+    def __init__(
+        self, config: RetrievalConfig, tokenizer: PreTrainedTokenizerBase, run: Run, unique_keys: bool
+    ) -> None:
         self.config = config
-        self.seed = seed
+        self.tokenizer = tokenizer
+        self.seed = run.seed
         self.unique_keys = unique_keys
+        self.vocab_size = len(tokenizer)
         self.segment_tokens = config.key_length + config.value_length + 2
-        self.tokenizer = tokenizer(config.symbols)
-        self.vocab_size = len(self.tokenizer)
+        if run.segment_tokens not in (None, self.segment_tokens):
+            raise ConfigError(
+                f"segment_tokens={run.segment_tokens}: key_length={config.key_length} and "
+                f"value_length={config.value_length} make segments of {self.segment_tokens} tokens; "
+                f"use {self.segment_tokens} or leave it out"
+            )
 
     def sequence_tokens(self, n: int) -> int:
         keys = self.config.symbols**self.config.key_length
@@ -106,12 +115,12 @@ class Retrieval(Stateless):
         return " ".join(self.tokenizer.decode(segment) for segment in segments)
 
 
-def tokenizer(symbols: int):
+def make_tokenizer(config: RetrievalConfig) -> PreTrainedTokenizerFast:
     """One character a token: `0`..`9`, `a`.. the symbols, `:` sep, `?` gen, `|` eos, `_` pad.
 
     A person types ``3:a| 3?`` and reads ``a|``.
     """
-    return character_tokenizer(ALPHABET[:symbols] + SEP + GEN + EOS + PAD, {"eos_token": EOS, "pad_token": PAD})
+    return character_tokenizer(ALPHABET[: config.symbols] + SEP + GEN + EOS + PAD, {"eos_token": EOS, "pad_token": PAD})
 
 
 def digits(numbers: np.ndarray, base: int, length: int) -> np.ndarray:
