@@ -173,6 +173,24 @@ def test_peaks_of_layers_and_states():
     assert simulate_step("segment_major", Grid(4, 12), arrows=RMT_ARROWS).peak_live_states == 1
 
 
+def test_the_window_grows_with_a_slow_hand_off():
+    grid = Grid(segments=16, layers=8, sp=4, chunks=2)
+    assert [prefetch_window(grid, share) for share in (0.0, 0.25, 1.0)] == [3, 3, 4]
+
+
+def test_one_rank_takes_the_sum_of_its_cells():
+    costs = Costs(cell_s=2.0, rerun_ratio=1.5, backward_ratio=3.0)
+    assert simulate_step("layer_major", Grid(5, 3, chunks=2), costs).makespan_s == pytest.approx(
+        5 * 3 * 2 * (1 + 1.5 + 3)
+    )
+
+
+def test_collectives_run_one_after_another():
+    # Forward and backward gather four layers each, the backward reduces four; compute hides behind them.
+    report = simulate_step("layer_major", Grid(1, 4), Costs(0.01, gather_s=5.0, reduce_s=7.0, prefetch_layers=99))
+    assert report.makespan_s == pytest.approx(8 * 5 + 4 * 7)
+
+
 def test_gather_waits_are_counted_apart():
     report = simulate_step("layer_major", Grid(2, 4), Costs(gather_s=5.0, prefetch_layers=1))
     assert report.gather_wait_s[0] > 5
@@ -222,6 +240,16 @@ def test_every_harmful_swap_is_caught_and_named():
                 simulate(FAULTY, [*programs[:rank], swapped, *programs[rank + 1 :]])
             caught.add((first.op, second.op))
     assert caught == NEEDED_ORDER
+
+
+def test_layers_out_of_order_are_named_in_both_directions():
+    grid = Grid(segments=2, layers=2)
+    forward = wavefront(grid, 0)
+    with pytest.raises(ScheduleError, match=r"RUN 1.0 b0: needs RUN 0.0 b0 before it"):
+        simulate(grid, [sorted(forward, key=lambda instruction: -instruction.layer)])
+    upwards = sorted(backward(forward), key=lambda instruction: instruction.layer)
+    with pytest.raises(ScheduleError, match=r"BACK 0.0 b0: needs BACK 1.0 b0 before it"):
+        simulate(grid, [forward + upwards])
 
 
 def test_a_foreign_cell_is_named():
