@@ -25,7 +25,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """UTF-8 bytes as tokens 0..255, then <pad> 256, <bos> 257, <eos> 258.
+    """UTF-8 bytes as tokens 0..255, then <bos> 256, <eos> 257, <pad> 258.
 
     A byte-level BPE without merges, so that decode(encode(text)) == text for any text.
     """

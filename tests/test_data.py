@@ -1,0 +1,428 @@
+"""Tasks: samples are right, and a pure function of (seed, split, step, row) whatever the world size or resume."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from armt_dist.config import ConfigError, build
+from armt_dist.data import IGNORE, DataConfig, Difficulty, make_task
+from armt_dist.data.tokenizer import byte_tokenizer, encode, word_tokenizer
+
+ROWS = range(8)
+
+
+def task_of(tree: dict, segment_tokens=None, vocab_size=None, global_batch=8):
+    return make_task(build(DataConfig, tree), segment_tokens, vocab_size, global_batch)
+
+
+def same(a, b) -> bool:
+    masks = (a.attention_mask, b.attention_mask)
+    equal_masks = masks[0] is masks[1] if None in masks else torch.equal(*masks)
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and equal_masks and a.sample_ids == b.sample_ids
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"word{i} " * (i % 17 + 1), "n": i}) for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(10):
+        (tmp_path / f"play{i}.txt").write_text("".join(f"{i}:{j} " for j in range(20 + 7 * i)))
+    return tmp_path
+
+
+def trees(folder, jsonl) -> dict[str, dict]:
+    """One configuration of each kind of source."""
+    dataset = {"name": "json", "data_files": str(jsonl)}
+    return {
+        "rewrite": {"task": "rewrite"},
+        "remember": {"task": "remember", "retrieval": {"key_length": 2, "value_length": 3}},
+        "files": {"task": "text", "text": {"files": str(folder / "*.txt"), "sequence_tokens": 64}},
+        "streaming": {"task": "text", "text": {"dataset": dataset, "sequence_tokens": 64}},
+        "packed": {"task": "text", "text": {"dataset": dataset, "sequence_tokens": 64, "pack": True}},
+        "in memory": {"task": "text", "text": {"dataset": {**dataset, "streaming": False}, "sequence_tokens": 64}},
+    }
+
+
+KINDS = list(trees(Path(), Path()))
+
+
+# --- the same samples everywhere ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_the_world_size(kind, folder, jsonl):
+    tree = trees(folder, jsonl)[kind]
+    segment = 16 if tree["task"] == "text" else None
+    whole, left, right = (task_of(tree, segment) for _ in range(3))
+    for step in range(6):
+        one = whole.batch("train", step, ROWS, Difficulty(4))
+        a, b = (
+            left.batch("train", step, range(3), Difficulty(4)),
+            right.batch("train", step, range(3, 8), Difficulty(4)),
+        )
+        assert torch.equal(one.input_ids, torch.cat([a.input_ids, b.input_ids]))
+        assert torch.equal(one.labels, torch.cat([a.labels, b.labels]))
+        assert one.sample_ids == a.sample_ids + b.sample_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_what_was_asked_before(kind, folder, jsonl):
+    tree = trees(folder, jsonl)[kind]
+    segment = 16 if tree["task"] == "text" else None
+    task, jumped = task_of(tree, segment), task_of(tree, segment)
+    in_order = [task.batch("train", step, ROWS, Difficulty(4)) for step in range(5)]
+    for step in (4, 2, 2, 0, 3):
+        assert same(jumped.batch("train", step, ROWS, Difficulty(4)), in_order[step]), f"step {step}"
+
+
+def test_seed_split_step_and_row_all_matter():
+    def rows(seed, split, step):
+        batch = task_of({"seed": seed}).batch(split, step, ROWS, Difficulty.fixed(20))
+        return {tuple(row) for row in batch.input_ids.tolist()}
+
+    places = [(0, "train", 0), (1, "train", 0), (0, "validation", 0), (0, "train", 1)]
+    assert len(set().union(*(rows(*place) for place in places))) == len(places) * len(ROWS)
+
+
+def test_length_is_uniform_and_one_for_the_whole_global_batch():
+    task = task_of({})
+    difficulty = Difficulty.at_least(10, 0.3)
+    assert difficulty == Difficulty(10, 3)
+    counts = Counter()
+    for step in range(800):
+        batch = task.batch("train", step, range(step % 7, step % 7 + 1), difficulty)
+        assert batch.input_ids.shape == task.batch("train", step, ROWS, difficulty).input_ids[:1].shape
+        counts[batch.input_ids.shape[1] // task.segment_tokens - 1] += 1
+    assert sorted(counts) == list(range(3, 11))
+    # chi-square with 7 degrees of freedom: 29.9 is passed once in 10,000 draws, and these draws are fixed.
+    assert sum((c - 100) ** 2 / 100 for c in counts.values()) < 29.9
+
+
+# --- retrieval ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rewrite", "remember"])
+@pytest.mark.parametrize("key_length, value_length, n", [(1, 1, 7), (2, 1, 30), (1, 3, 1), (3, 2, 200)])
+def test_retrieval_answers_by_an_independent_reading(name, key_length, value_length, n):
+    lengths = {"key_length": key_length, "value_length": value_length}
+    task = task_of({"task": name, "retrieval": lengths})
+    batch = task.batch("train", 5, range(40, 60), Difficulty.fixed(n))
+    assert batch.input_ids.shape == (20, (n + 1) * (key_length + value_length + 2)) == (20, task.sequence_tokens(n))
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        *pairs, question = task.tokenizer.decode(ids).removesuffix("|").split("|")
+        memory = dict(pair.split(":") for pair in pairs)
+        key, answer = question.split("?")
+        assert memory[key] == answer
+        assert [len(key), len(answer)] == [key_length, value_length]
+        assert len(pairs) == n and (name == "rewrite" or len(memory) == n)
+        scored = labels != IGNORE
+        # Exactly the value and eos of the question are scored, each at the position before it.
+        assert scored.nonzero().flatten().tolist() == list(range(len(ids) - value_length - 2, len(ids) - 1))
+        assert torch.equal(labels[:-1][scored[:-1]], ids[1:][scored[:-1]])
+        assert task.tokenizer.decode(labels[scored]) == answer + "|"
+
+
+def test_asked_key_is_uniform_over_the_different_keys():
+    task = task_of({"retrieval": {"symbols": 8}})
+    excess, latest = [], 0
+    for ids in task.batch("train", 0, range(4000), Difficulty.fixed(12)).input_ids.reshape(4000, 13, 4):
+        counts = Counter(ids[:-1, 0].tolist())
+        excess.append(counts[int(ids[-1, 0])] - 12 / len(counts))
+        latest += int(ids[-1, 0] == ids[-2, 0])
+    # Uniform over pairs would ask a repeated key more often: +0.5 here.
+    assert abs(np.mean(excess)) < 4 * np.std(excess) / 4000**0.5
+    assert 0 < latest < 2000
+
+
+def test_unique_keys_are_uniform_in_every_place():
+    task = task_of({"task": "remember", "retrieval": {"symbols": 5}})
+    keys = task.batch("train", 0, range(5000), Difficulty.fixed(5)).input_ids.reshape(5000, 6, 4)[:, :, 0]
+    for place in range(6):
+        counts = torch.bincount(keys[:, place], minlength=5).double()
+        # 4 degrees of freedom: passed once in 10,000.
+        assert ((counts - 1000) ** 2 / 1000).sum() < 23.5, f"place {place}: {counts.tolist()}"
+
+
+def test_more_pairs_than_keys():
+    task = task_of({"task": "remember"})
+    assert task.sequence_tokens(16) == 17 * 4
+    with pytest.raises(ConfigError, match=r"pairs=17: only 16 different keys of key_length=1 exist; use at most 16"):
+        task.batch("train", 0, ROWS, Difficulty.fixed(17))
+
+
+def test_a_person_can_type_a_question():
+    task = task_of({})
+    batch = task.batch("train", 0, ROWS, Difficulty.fixed(2))
+    shown = task.show(batch, 3)
+    assert re.fullmatch(r"(\w:\w\| ){2}\w\?\w\|", shown)
+    assert task.tokenizer(shown)["input_ids"] == batch.input_ids[3].tolist()
+    assert task.vocab_size == len(task.tokenizer) == 20
+
+
+# --- tokenizers --------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_byte_tokenizer_is_exact(text):
+    tokenizer = byte_tokenizer()
+    ids = encode(tokenizer, text)
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_saved_tokenizers_load_without_this_package(tmp_path):
+    text = "Exeunt <eos> héé 漢字 🎉  , ' \r\n\x00"
+    byte_tokenizer().save_pretrained(tmp_path / "byte")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "byte")
+    assert "armt" not in type(loaded).__module__
+    assert encode(loaded, text).tolist() == list(text.encode()) and loaded.decode(encode(loaded, text)) == text
+    assert (len(loaded), loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (259, 258, 256, 257)
+
+    task_of({}).tokenizer.save_pretrained(tmp_path / "retrieval")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "retrieval")
+    assert loaded("3:a| 3?")["input_ids"] == [3, 16, 10, 18, 3, 17] and loaded.decode([10, 18]) == "a|"
+    assert loaded.eos_token_id == 18 and loaded.pad_token_id == 19
+
+    word_tokenizer(["Where", "is", "Mary", "?", "."]).save_pretrained(tmp_path / "word")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "word")
+    assert loaded("Where is  Ann?\n")["input_ids"] == [3, 4, 2, 6] and loaded.decode([3, 4, 5]) == "Where is Mary"
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+def text_task(folder, segment_tokens=16, global_batch=8, **fields):
+    tree = {"task": "text", "text": {"files": str(folder), "sequence_tokens": 64, **fields}}
+    return task_of(tree, segment_tokens, None, global_batch)
+
+
+def real(batch, row):
+    ids = batch.input_ids[row]
+    return ids if batch.attention_mask is None else ids[batch.attention_mask[row] == 1]
+
+
+def test_an_epoch_is_every_piece_once_in_another_order_each_time(folder):
+    task = text_task(folder, validation_fraction=0)
+    size = task.size("train")
+    texts = [path.read_bytes() for path in sorted(folder.glob("*.txt"))]
+    expected = sorted(
+        (t + b"\0")[i : i + 64][:-1] if i + 64 > len(t) else t[i : i + 64] for t in texts for i in range(0, len(t), 64)
+    )
+    epochs = []
+    for epoch in range(2):
+        positions = range(epoch * size, (epoch + 1) * size)
+        batches = {p // 8: task.batch("train", p // 8, ROWS, Difficulty.fixed(4)) for p in positions}
+        pieces = [(batches[p // 8].sample_ids[p % 8], real(batches[p // 8], p % 8)) for p in positions]
+        # eos closes each text; the bytes of all pieces are the files again.
+        assert sorted(bytes(x for x in ids.tolist() if x < 256) for _, ids in pieces) == expected
+        epochs.append([number for number, _ in pieces])
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
+
+
+def test_padding_is_masked_and_not_scored(folder):
+    task = text_task(folder, validation_fraction=0)
+    padded = 0
+    for step in range(6):
+        batch = task.batch("train", step, ROWS, Difficulty.fixed(4))
+        for row in range(8):
+            n = len(real(batch, row))
+            padded += n < 64
+            assert (batch.labels[row, n - 1 :] == IGNORE).all()
+            assert torch.equal(batch.labels[row, : n - 1], batch.input_ids[row, 1:n])
+            assert (batch.input_ids[row, n:] == task.tokenizer.pad_token_id).all()
+    assert padded > 5
+
+
+def test_mask_is_none_when_nothing_is_padded(folder):
+    task = text_task(folder, pack=True)
+    batch = task.batch("train", 0, ROWS, Difficulty.fixed(2))
+    assert batch.attention_mask is None and batch.input_ids.shape == (8, 32)
+
+
+def test_a_shorter_sample_is_any_window_of_its_piece(folder):
+    task = text_task(folder)
+    starts = set()
+    for step in range(40):
+        whole, part = (task.batch("train", step, ROWS, Difficulty.fixed(n)) for n in (4, 1))
+        assert part.sample_ids == whole.sample_ids
+        for row in range(8):
+            text, window = (bytes(real(batch, row).clamp(max=255).tolist()) for batch in (whole, part))
+            assert window in text
+            starts.add(text.index(window))
+    assert len(starts) > 30, "windows start at few places"
+
+
+def test_validation_is_other_files_and_scores_each_piece_once(folder):
+    task = text_task(folder, validation_fraction=0.3)
+    train, held_out = (
+        set(re.findall(r"(\d):", task.tokenizer.decode(np.concatenate(task.sources[s].pieces))))
+        for s in ("train", "validation")
+    )
+    assert len(held_out) == 3 and not train & held_out
+    size = task.size("validation")
+    assert size % 8, "the last step should be ragged"
+    steps = -(-size // 8)
+    batches = [task.batch("validation", step, ROWS, Difficulty.fixed(4)) for step in range(steps)]
+    scored = [b.sample_ids[row] for b in batches for row in range(8) if (b.labels[row] != IGNORE).any()]
+    assert sorted(scored) == list(range(size))
+    assert same(task.batch("validation", steps, ROWS, Difficulty.fixed(4)), batches[0])
+
+
+def test_named_validation_files_are_not_trained_on(folder):
+    task = text_task(folder, validation_files=str(folder / "play[78].txt"))
+    assert set(re.findall(r"(\d):", task.tokenizer.decode(np.concatenate(task.sources["train"].pieces)))) == set(
+        "01234569"
+    )
+
+
+def test_validation_split_does_not_move_with_the_seed(folder):
+    held_out = [
+        task_of({"task": "text", "seed": s, "text": {"files": str(folder)}}).sources["validation"] for s in (1, 2)
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(*(h.pieces for h in held_out), strict=True))
+
+
+def test_pack_joins_texts(jsonl):
+    tree = {
+        "task": "text",
+        "text": {"dataset": {"name": "json", "data_files": str(jsonl)}, "sequence_tokens": 64, "pack": True},
+    }
+    task = task_of(tree)
+    rows = [real(task.batch("train", step, ROWS, Difficulty.fixed(1)), row) for step in range(3) for row in ROWS]
+    assert all(len(row) == 64 for row in rows)
+    texts = [json.loads(line)["text"] + "<eos>" for line in jsonl.read_text().splitlines()]
+    assert "".join(texts).startswith(task.tokenizer.decode(torch.cat(rows)))
+
+
+@pytest.mark.parametrize("kind", ["streaming", "packed"])
+def test_a_stream_goes_on_at_the_same_token(kind, folder, jsonl):
+    tree = trees(folder, jsonl)[kind]
+    steps = 24
+    uninterrupted = task_of(tree, 16)
+    reference = [uninterrupted.batch("train", step, ROWS, Difficulty(4)) for step in range(steps)]
+    assert uninterrupted.state_dict()["train"]["position"]["epoch"] >= 2, "the test should pass the end of the stream"
+    for stop in (0, 1, 6, 13, 20):
+        before = task_of(tree, 16)
+        for step in range(stop):
+            before.batch("train", step, range(2), Difficulty(4))
+        resumed = task_of(tree, 16)
+        resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        for step in range(stop, steps):
+            # Any other world size reads on at the same place.
+            assert same(resumed.batch("train", step, ROWS, Difficulty(4)), reference[step]), f"stop {stop} step {step}"
+
+
+def test_a_resumed_stream_does_not_read_from_the_beginning(folder, jsonl):
+    tree = trees(folder, jsonl)["streaming"]
+    before = task_of(tree, 16)
+    before.batch("train", 1, ROWS, Difficulty(4))
+    resumed = task_of(tree, 16)
+    resumed.load_state_dict(before.state_dict())
+    read = []
+    source = resumed.sources["train"]
+    encode_text, source.encode = source.encode, lambda text: read.append(text) or encode_text(text)
+    resumed.batch("train", 2, ROWS, Difficulty(4))
+    assert "word0 " not in read and read
+
+
+# --- a user's mistakes -------------------------------------------------------------------------------------------
+
+
+def write(path, content: bytes):
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", r"bad\.txt: the file is empty; leave it out"),
+        (b" \n", r"bad\.txt: the file is empty"),
+        (b"\x89PNG\xff\xfe", r"bad\.txt: not UTF-8 text \(byte 0\)"),
+        (b"abc\0def", r"bad\.txt: a binary file"),
+    ],
+)
+def test_unreadable_text(tmp_path, content, message):
+    write(tmp_path / "bad.txt", content)
+    with pytest.raises(ConfigError, match=message):
+        text_task(tmp_path, validation_fraction=0)
+
+
+def test_vanished_file(tmp_path):
+    from armt_dist.data.files import read
+
+    with pytest.raises(ConfigError, match=r"gone\.txt: No such file or directory; restore"):
+        read(tmp_path / "gone.txt")
+
+
+def mistakes(folder, jsonl) -> list[tuple[dict, str]]:
+    json_set = {"name": "json", "data_files": str(jsonl)}
+    one = str(folder / "play1.txt")
+
+    def text(**fields):
+        return {"task": "text", "text": fields}
+
+    return [
+        (text(files=str(folder / "*.md")), r"files=.*\*\.md: no such file; give"),
+        (text(files=one), r"files=.*play1\.txt: one file cannot be both; name others in validation_files"),
+        (text(files=one, validation_files=one), r"validation_files=.*: no file is left to train on"),
+        (text(files=one, validation_files=str(folder / "nope")), r"validation_files=.*nope: no such file"),
+        (text(), r"give one of text.files and text.dataset"),
+        ({"task": "text"}, r"give one of text.files and text.dataset"),
+        (text(files=one, dataset=json_set), r"give one of text.files and text.dataset"),
+        (text(files=one, sequence_token=4), r"text\.sequence_token=4: unknown key; known here: .*sequence_tokens"),
+        (text(files=one, sequence_tokens="x"), r"text\.sequence_tokens=x: "),
+        (text(files=one, sequence_tokens=1000), r"segment_tokens=16 does not divide sequence_tokens=1000; try 20"),
+        (text(files=one, tokenizer=str(folder)), r"tokenizer=.*: cannot be loaded"),
+        (text(dataset={**json_set, "column": "body"}), r"dataset\.column=body: no such text column; there are: text"),
+        (text(dataset={**json_set, "column": "n"}), r"dataset\.column=n: no such text column"),
+        (text(dataset={**json_set, "split": "tset"}), r"dataset\.name=json \(split tset\): cannot be read: .*tset"),
+        (text(dataset={"name": str(folder / "none")}), r"dataset\.name=.*none \(split train\): cannot be read"),
+        ({"task": "rewrite", "text": {"files": one}}, r"text does not belong to task=rewrite; remove it"),
+        ({"task": "rewrte"}, r"task=rewrte: "),
+        ({"retrieval": {"key_length": 0}}, r"retrieval\.key_length=0: "),
+        ({"retrieval": {"key_length": 9}}, r"key_length=9 of 16 symbols: more than 2\^32 strings"),
+        ({"retrieval": {"symbols": 63}}, r"retrieval\.symbols=63: "),
+        ({}, r"segment_tokens=16: key_length=1 and value_length=1 make segments of 4 tokens; use 4"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(mistakes(Path(), Path()))))
+def test_mistakes_are_one_line_with_a_remedy(number, tmp_path):
+    for i in range(3):
+        (tmp_path / f"play{i}.txt").write_text("to be or not to be")
+    jsonl = tmp_path / "texts.jsonl"
+    jsonl.write_text('{"text": "to be or not", "n": 1}\n')
+    tree, message = mistakes(tmp_path, jsonl)[number]
+    with pytest.raises(ConfigError, match=message) as error:
+        task_of(tree, 16)
+    assert "\n" not in str(error.value)
+
+
+def test_too_many_segments_and_no_validation(folder):
+    task = text_task(folder, validation_fraction=0)
+    with pytest.raises(ConfigError, match=r"segments=5 of 16 tokens exceed sequence_tokens=64; use at most 4"):
+        task.sequence_tokens(5)
+    assert task.size("validation") == 0
+    with pytest.raises(ConfigError, match="nothing to validate on"):
+        task.batch("validation", 0, ROWS, Difficulty(4))
+
+
+def test_tokenizer_larger_than_the_embedding_is_found_before_any_text_is_read():
+    tree = {"task": "text", "text": {"files": "does/not/exist"}}
+    with pytest.raises(ConfigError, match=r"vocab_size=256: the tokenizer of task=text has 259 tokens; enlarge"):
+        task_of(tree, 16, vocab_size=256)
+    assert task_of({}, None, vocab_size=20).vocab_size == 20
