@@ -20,7 +20,7 @@ class Context(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Attribute names under the causal LM. `core` holds the rest; an empty name means that the family has no such part."""
+    """Attribute names under the causal LM; `core` holds the rest. An empty name: the family has no such part."""
 
     core: str
     tokens: str
@@ -70,7 +70,9 @@ def call_gpt2(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
 LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_llama)
 FAMILIES = {
     "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2),
-    "gpt_neox": Family("gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_gpt_neox),
+    "gpt_neox": Family(
+        "gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_gpt_neox
+    ),
     "llama": LLAMA,
 }
 

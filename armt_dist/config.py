@@ -98,7 +98,8 @@ def describe(error: dict, schema: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in error["loc"]) or schema.__name__
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return f"{field}={one_line(error['input'])}: unknown key; known here: {', '.join(known_keys(schema, error['loc']))}"
+        known = ", ".join(known_keys(schema, error["loc"]))
+        return f"{field}={one_line(error['input'])}: unknown key; known here: {known}"
     if not error["loc"]:
         return one_line(message, limit=1000)
     return f"{field}={one_line(error['input'])}: {one_line(message, limit=600)}"

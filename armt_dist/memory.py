@@ -39,11 +39,6 @@ def apply(state: State, update: Update) -> State:
     )
 
 
-def undo(state: State, update: Update) -> State:
-    """The state before `update`: the inverse of `apply` up to float32 rounding."""
-    return apply(state, Update(update.k, -update.dv, -update.gamma))
-
-
 class DPFP(torch.autograd.Function):
     """phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)] (deterministic parameter-free projection).
 

@@ -7,6 +7,7 @@ Shapes: B batch, S segments, T tokens of a segment, M memory tokens, D model wid
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from .memory import MEMORIES, State, Update, apply
 
 
 def segment_lengths(tokens: int, segment_tokens: int, alignment: str = "left") -> list[int]:
-    """Lengths of the segments that `tokens` are cut into, in order; the short one comes last (left) or first (right)."""
+    """Lengths of the segments that `tokens` are cut into; the short one comes last (left) or first (right)."""
     full, rest = divmod(tokens, segment_tokens)
     if alignment == "center":
         # As torch.chunk cuts: equal parts of the rounded-up mean length.
@@ -56,13 +57,13 @@ class ARMTLayer(nn.Module):
         y = self.call(self.layer, self.memory.read(x, state), context)
         return y, self.memory.write(y[:, -self.num_mem_tokens :], state)
 
-    def forward(self, run: Callable, *args):
-        """Run `run(self, *args)` with this layer's parameters at hand.
+    def forward(self, x: Tensor, *, run: Callable):
+        """`run(self, x)` with this layer's parameters at hand.
 
         ZeRO-3 gathers a layer around this call, so whatever covers many segments with one gather (segment BPTT, the
         wavefront) comes in from outside as `run`.
         """
-        return run(self, *args)
+        return run(self, x)
 
 
 def one_cell(layer: ARMTLayer, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -157,10 +158,10 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             [torch.arange(start, end, device=device), torch.arange(first, first + memory, device=device)]
         ).unsqueeze(0)
 
-    def embed_segments(self, input_ids: Tensor, lengths: list[int]) -> list[Tensor]:
-        """Embed consecutive segments in one pass over the tables. [B, sum(lengths)] -> a list of [B, length + M, D].
+    def embed_segments(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Consecutive segments, packed. [B, sum(lengths)] -> [B, sum(length + M), D].
 
-        One pass, because a module that is called once is gathered once under ZeRO-3.
+        In one pass over the tables, because a module that is called once is gathered once under ZeRO-3.
         """
         memory = self.memory_tokens(input_ids.shape[0])
         rows = [
@@ -169,8 +170,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             for part in (tokens, memory.to(tokens.dtype))
         ]
         positions = torch.cat([self.position_ids(0, n, input_ids.device) for n in lengths], dim=1)
-        x = self.backbone.place(torch.cat(rows, dim=1), positions)
-        return list(x.split([n + self.config.num_mem_tokens for n in lengths], dim=1))
+        return self.backbone.place(torch.cat(rows, dim=1), positions)
 
     def context(self, x: Tensor, attention_mask: Tensor | None) -> Context:
         """What the layers of one segment share. x [B, T+M, D], attention_mask [B, T] (1: real token) or None."""
@@ -196,11 +196,11 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
 
         The way to stream a sequence of any length in constant memory.
         """
-        (x,) = self.embed_segments(input_ids, [input_ids.shape[1]])
+        x = self.embed_segments(input_ids, [input_ids.shape[1]])
         context = self.context(x, attention_mask)
         following = []
         for layer, state in zip(self.backbone.layers, states, strict=True):
-            x, state = layer(one_cell, x, state, context)
+            x, state = layer(x, run=partial(one_cell, state=state, context=context))
             following.append(state)
         return self.backbone.norm(x[:, : input_ids.shape[1]]), following
 
@@ -278,7 +278,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         cache.close()
 
     def pass_layers(self, x: Tensor, cache: "ARMTCache", which: slice, write: bool = False) -> Tensor:
-        """Rows x [B, n, D] of the open segment through all layers; `which` picks their positions of (tokens, memory)."""
+        """Rows x [B, n, D] of the open segment through all layers; `which` of (tokens, memory) positions are theirs."""
         tokens = 0 if write else x.shape[1]
         positions = self.position_ids(cache.open_tokens, tokens, x.device)[:, which]
         x = self.backbone.place(x, positions)

@@ -1,6 +1,6 @@
 """Turn a checkpoint of the authors' code into a Hugging Face folder, value by value.
 
-    python -m armt_dist.reference --config CASE/config.json --weights CASE/weights.safetensors --out DIR
+python -m armt_dist.reference --config CASE/config.json --weights CASE/weights.safetensors --out DIR
 """
 
 import argparse
@@ -19,7 +19,10 @@ from .modeling_armt import ARMTForCausalLM
 # The authors' names -> ours, tried in order.
 RENAMES = (
     (re.compile(r"^memory_cell\.memory$"), "memory_tokens.weight"),
-    (re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(W_m[qkvb])\.(weight|bias)$"), r"base.\1.memory.\2.\3"),
+    (
+        re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(W_m[qkvb])\.(weight|bias)$"),
+        r"base.\1.memory.\2.\3",
+    ),
     (re.compile(r"^memory_cell\.model\.(.*)$"), r"base.\1"),
 )
 # transformers 4 named GPT-NeoX's head otherwise.

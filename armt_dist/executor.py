@@ -1,0 +1,193 @@
+"""Runs a schedule over a model: this rank's blocks of a batch in, its part of the loss out.
+
+Shapes: B batch rows, N = tokens + M positions of a segment, D model width, n scored positions.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import schedule
+from .backbone import Context
+from .bptt import Link, Work, segment_bptt
+from .loss import hits, token_nll
+from .modeling_armt import ARMTForCausalLM, segment_lengths
+from .offload import STASHES
+from .schedule import Grid, Instruction, Op
+
+
+class Piece(NamedTuple):
+    """One rank's part of a micro-batch: the segments of its blocks, in order."""
+
+    input_ids: Tensor  # [B, tokens of the blocks] int64
+    # [B, the same] the token to predict at each position, -100 where not scored; in host memory, so that picking the
+    # scored positions does not wait for the device
+    labels: Tensor
+    attention_mask: Tensor | None  # the same, 1 at real tokens; None when nothing is padded
+    lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
+    grid: Grid
+    sp_rank: int
+
+
+class Totals(NamedTuple):
+    """Sums over the rank's scored positions."""
+
+    nll: Tensor  # scalar float32
+    scored: Tensor  # scalar int64
+    wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless asked for
+
+
+class Calls(NamedTuple):
+    """The instructions within one call of a layer."""
+
+    block: int
+    layer: int
+    forward: tuple[Instruction, ...]
+    backward: tuple[Instruction, ...]
+
+
+IGNORE = -100
+# Carried out by ZeRO-3's hooks around a layer's call, not by the executor.
+HOOKED = (Op.GATHER, Op.RELEASE, Op.REDUCE)
+
+
+@lru_cache(maxsize=256)
+def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Calls, ...]:
+    """The program of `rank`, cut into layer calls in forward order."""
+    program = schedule.build(name, grid, rank, arrows)
+    backward: dict[tuple[int, int], list[Instruction]] = {}
+    for instruction in schedule.backward(program):
+        if instruction.op not in HOOKED:
+            backward.setdefault((instruction.block, instruction.layer), []).append(instruction)
+    return tuple(
+        Calls(block, layer, tuple(i for i in group if i.op not in HOOKED), tuple(backward[block, layer]))
+        for (block, layer), group in groupby(program, key=lambda i: (i.block, i.layer))
+    )
+
+
+def cut(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, model_config, grid: Grid, sp_rank: int = 0
+) -> Piece:
+    """The blocks of `sp_rank` of a micro-batch [B, tokens]. `grid.segments` is set from the length of the batch.
+
+    Raises ConfigError when there are fewer segments than sp x rounds.
+    """
+    lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
+    grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
+    schedule.check(grid)
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    ranges = [schedule.blocks(grid)[b] for b in schedule.rank_blocks(grid, sp_rank)]
+
+    def own(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
+
+    by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
+    return Piece(own(input_ids), own(labels), own(attention_mask), by_block, grid, sp_rank)
+
+
+class LossHead(nn.Module):
+    """Final norm and head over the scored positions of a rank.
+
+    The parameters belong to the base model; `parts` refers to its modules without owning them. Under ZeRO-3 they are
+    registered as this module's external parameters, so that they are gathered around its one call.
+    """
+
+    def __init__(self, model: ARMTForCausalLM):
+        super().__init__()
+        object.__setattr__(self, "parts", (model.backbone.norm, model.backbone.head))
+
+    def forward(self, hidden: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
+        """hidden [n, D], targets [n] -> nll [n] float32 and misses [n] bool (all False unless `count`)."""
+        norm, head = self.parts
+        hidden = norm(hidden)
+        wrong = ~hits(hidden, head, targets) & (targets >= 0) if count else torch.zeros_like(targets, dtype=torch.bool)
+        return token_nll(hidden, head, targets), wrong
+
+
+class ScheduledLM(nn.Module):
+    """What the engine wraps: the model, run layer by layer over this rank's blocks as the schedule says."""
+
+    def __init__(
+        self,
+        model: ARMTForCausalLM,
+        *,
+        schedule_name: str = "wavefront",
+        states: str = "store",
+        offload: bool = False,
+        link: Link | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.loss_head = LossHead(model)
+        self.schedule_name, self.states, self.offload, self.link = schedule_name, states, offload, link
+
+    def forward(self, piece: Piece, count: bool = False) -> Totals:
+        """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule."""
+        memory = self.model.config.num_mem_tokens
+        rows = [[n + memory for n in block] for block in piece.lengths]
+        x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
+        outputs = self.run_layers(x, rows, piece)
+        return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
+
+    def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece) -> list[Tensor]:
+        """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
+        blocks = list(x.split([sum(block) for block in rows], dim=1))
+        grid, layers = piece.grid, self.model.backbone.layers
+        own = {block: i for i, block in enumerate(schedule.rank_blocks(grid, piece.sp_rank))}
+        contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
+        # Without gradients nothing is kept for a backward.
+        states = self.states if torch.is_grad_enabled() else "recompute"
+        stash = STASHES[self.offload]()
+        arrows = tuple(layers[0].memory.arrows)
+        for call in layer_calls(self.schedule_name, grid, piece.sp_rank, arrows):
+            i = own[call.block]
+            work = Work(call.forward, call.backward, rows[i], contexts[i], states, stash, self.link)
+            blocks[i] = layers[call.layer](blocks[i], run=partial(segment_bptt, work=work))
+        return blocks
+
+    def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
+        """The contexts of block i as [chunk][segment]; segments of one length without padding share theirs."""
+        masks = [None] * len(rows)
+        if piece.attention_mask is not None:
+            by_block = piece.attention_mask.split([sum(block) for block in piece.lengths], dim=1)
+            masks = by_block[i].split(piece.lengths[i], dim=1)
+        shared: dict[int, Context] = {}
+        result = []
+        for chunk in range(piece.grid.chunks):
+            row = []
+            for x_s, mask in zip(x.split(list(rows), dim=1), masks, strict=True):
+                if mask is not None:
+                    row.append(self.model.context(x_s, mask.tensor_split(piece.grid.chunks)[chunk]))
+                    continue
+                if x_s.shape[1] not in shared:
+                    shared[x_s.shape[1]] = self.model.context(x_s, None)
+                row.append(shared[x_s.shape[1]])
+            result.append(row)
+        return result
+
+    def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
+        """Loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
+        targets = packed_labels(piece, self.model.config.num_mem_tokens)
+        scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
+        if not len(scored):
+            # Norm and head must have a gradient on every rank: an unscored position gives zeros.
+            scored = torch.zeros(1, dtype=torch.int64)
+        row = (scored // targets.shape[1]).to(hidden.device, non_blocking=True)
+        targets = targets.flatten()[scored].to(hidden.device, non_blocking=True)
+        scored = scored.to(hidden.device, non_blocking=True)
+        nll, wrong = self.loss_head(hidden.flatten(0, 1)[scored], targets, count)
+        per_row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_add_(0, row, wrong.long())
+        return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
+
+
+def packed_labels(piece: Piece, num_mem_tokens: int) -> Tensor:
+    """The labels laid out like the hidden states, memory positions not scored. [B, sum of N], on the labels' device."""
+    blank = piece.labels.new_full((len(piece.labels), num_mem_tokens), IGNORE)
+    lengths = [n for block in piece.lengths for n in block]
+    return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (labels, blank)], dim=1)

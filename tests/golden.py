@@ -1,0 +1,75 @@
+"""The golden cases: what the authors' code computes on tiny models, and the tolerances to meet."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from armt_dist import reference
+
+SHARED = Path(os.environ.get("ARMT_SHARED", Path(__file__).parents[2] / "shared"))
+GOLDEN = SHARED / "golden"
+CASES = sorted(
+    path.name
+    for path in GOLDEN.glob("armt_*")
+    if path.name.startswith(("armt_v2", "armt_paper")) and (path / "io.safetensors").exists()
+)
+assert CASES, f"no golden cases under {GOLDEN}; set ARMT_SHARED to the folder that holds golden/"
+
+# Largest absolute error for logits and loss; relative to the tensor's largest magnitude for the others.
+TOLERANCES = {"logits": 2e-4, "loss": 1e-5, "gradient": 1e-3, "state": 1e-4, "trajectory_loss": 1e-4, "weights": 1e-3}
+
+
+class Case(NamedTuple):
+    """One case. `labels` are as a Hugging Face model takes them: not shifted, -100 where the target is not scored."""
+
+    name: str
+    options: dict
+    io: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    labels: Tensor
+
+
+def load_case(name: str) -> Case:
+    folder = GOLDEN / name
+    io = load_file(folder / "io.safetensors")
+    options = json.loads((folder / "config.json").read_text())
+    return Case(name, options, io, load_file(folder / "grads.safetensors"), hf_labels(io))
+
+
+def hf_labels(io: dict[str, Tensor]) -> Tensor:
+    """The mask is indexed by the predicting position, labels by the target."""
+    labels = io["labels"].clone()
+    labels[:, 1:][io["labels_mask"][:, :-1] == 0] = -100
+    return labels
+
+
+def load_model(name: str):
+    """The case's model, through the import of the authors' checkpoint."""
+    options, tensors = reference.read(GOLDEN / name / "config.json", GOLDEN / name / "weights.safetensors")
+    return reference.load(reference.convert_config(options), tensors)
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, relative: bool = False) -> None:
+    """Fails naming the tensor and the ratio of the error to what is allowed."""
+    scale = expected.abs().max().clamp_min(1e-12) if relative else 1.0
+    error = ((actual - expected).abs().max() / scale).item()
+    assert error <= tolerance, f"{name}: error {error:.3g} is {error / tolerance:.2f} times the allowed {tolerance:g}"
+
+
+def assert_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor]) -> None:
+    """Every gradient by name; a parameter that `expected` lacks must have none or zeros."""
+    for name, gradient in actual.items():
+        if name in expected:
+            assert gradient is not None, f"d {name} is missing"
+            assert_close(f"d {name}", gradient, expected[name], TOLERANCES["gradient"], relative=True)
+        else:
+            assert gradient is None or not gradient.any(), f"d {name} should be zero"
+    assert not set(expected) - set(actual), f"no such parameters: {set(expected) - set(actual)}"
+
+
+def golden_gradients(case: Case) -> dict[str, Tensor]:
+    return {reference.our_name(name): gradient for name, gradient in case.grads.items()}
