@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
@@ -31,40 +32,22 @@ class Ranks(NamedTuple):
 
 
 class Launcher(NamedTuple):
-    """The variables in which a launcher tells a process its rank; of alternative names the first one present counts."""
+    """The variables in which a launcher tells a process its rank; of `A|B` the first that is set counts."""
 
     name: str
-    rank: tuple[str, ...]
-    world_size: tuple[str, ...]
-    local_rank: tuple[str, ...]
-    local_world_size: tuple[str, ...]
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
 
 
 # Innermost first: torchrun may run inside mpirun or srun, and mpirun starts its remote daemons with srun.
 LAUNCHERS = (
-    Launcher("environment", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    Launcher(
-        "openmpi",
-        ("OMPI_COMM_WORLD_RANK",),
-        ("OMPI_COMM_WORLD_SIZE",),
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    Launcher(
-        "mvapich",
-        ("MV2_COMM_WORLD_RANK",),
-        ("MV2_COMM_WORLD_SIZE",),
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    Launcher(
-        "mpich",
-        ("PMI_RANK",),
-        ("PMI_SIZE",),
-        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
-        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
-    ),
-    Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",), ("SLURM_TASKS_ON_THIS_NODE",)),
+    Launcher("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE|LOCAL_SIZE"),
+    Launcher("openmpi", *(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    Launcher("mvapich", *(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    Launcher("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID|PMI_LOCAL_RANK", "MPI_LOCALNRANKS|PMI_LOCAL_SIZE"),
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_ON_THIS_NODE"),
 )
 MPI = ("openmpi", "mvapich", "mpich")
 # One agent per node starts the ranks; the variable holds how many agents there are.
@@ -82,7 +65,7 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     N tasks that each take themselves for a world of their own must not start.
     """
     environ = slurm_step(environ)
-    found = [row for row in LAUNCHERS if any(name in environ for name in row.rank + row.world_size)]
+    found = [row for row in LAUNCHERS if row.rank in environ or row.world_size in environ]
     if not found:
         for name in UNKNOWN:
             if name in environ:
@@ -126,16 +109,16 @@ def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
     """One launcher's variables as Ranks. Raises ConfigError for a missing, non-numeric or impossible one."""
     values = []
     for names in row[1:]:
-        name = next((name for name in names if name in environ), None)
+        name = next((name for name in names.split("|") if name in environ), None)
         if name is None:
-            raise ConfigError(f"{names[0]} is not set although other variables of launcher {row.name!r} are; set it")
+            raise ConfigError(f"{names} is not set although other variables of launcher {row.name!r} are; set it")
         if not environ[name].isdigit():
             raise ConfigError(f"{name}={environ[name]!r}: expected a whole number from launcher {row.name!r}")
         values.append(int(environ[name]))
     rank, world_size, local_rank, local_world_size = values
     if not (rank < world_size and local_rank < local_world_size <= world_size):
         raise ConfigError(
-            f"{row.rank[0]}={rank} of {world_size}, {row.local_rank[0]}={local_rank} of {local_world_size}: "
+            f"{row.rank}={rank} of {world_size}, {row.local_rank}={local_rank} of {local_world_size}: "
             "impossible; unset the stale variables or start through a launcher"
         )
     agent = next((name for name, variable in AGENTS.items() if variable in environ), None)
@@ -195,8 +178,10 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     # rank leaves 69 MB in /dev/shm. Only its inference all-reduce would use it; training goes through gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
+        if ranks.rank != 0:
+            knock(address, port, timeout_s)
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         message = (
             f"MASTER_ADDR:MASTER_PORT={address}:{port}: rank {ranks.rank} of {ranks.world_size} on "
             f"{socket.gethostname()} could not meet the others within {timeout_s:g} s ({one_line(error)}); "
@@ -207,6 +192,18 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             print(f"error: {message}", file=sys.stderr, flush=True)
         raise ConfigError(message) from None
     return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+
+
+def knock(address: str, port: int, timeout_s: float) -> None:
+    """Return once somebody listens there, else raise OSError. torch would find out too, under pages of C++ frames."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=timeout_s).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def rendezvous(ranks: Ranks) -> tuple[str, int]:
@@ -323,4 +320,6 @@ def agree(error: Exception | None) -> None:
 def stop() -> None:
     """Leave the world: destroy all process groups, if there are any."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()

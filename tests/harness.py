@@ -5,7 +5,7 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from armt_dist import parallel
 
@@ -38,17 +38,29 @@ def collect(workers: list, results, deadline: float) -> list:
     done = {}
     while len(done) < len(workers):
         # Looked at before the queue: what a rank put there before it died is then still read below.
-        dead = [rank for rank, worker in enumerate(workers) if worker.exitcode is not None and rank not in done]
+        died = silent_deaths(workers, done)
         try:
             rank, value, trace = results.get(timeout=0.2)
         except queue.Empty:
-            assert not dead, f"rank {dead[0]} died with exit code {workers[dead[0]].exitcode} and no traceback"
+            assert not died, "\n".join(died)
             waiting = [rank for rank in range(len(workers)) if rank not in done]
             assert time.monotonic() < deadline, f"ranks {waiting} did not finish in time"
             continue
-        assert trace is None, "\n".join(f"[rank {rank}] {line}" for line in trace.splitlines())
+        if trace is not None:
+            # Where a rank died, the traceback is another's, which lost its peer: name both.
+            lines = silent_deaths(workers, [*done, rank]) + [f"[rank {rank}] {line}" for line in trace.splitlines()]
+            raise AssertionError("\n".join(lines))
         done[rank] = value
     return [done[rank] for rank in range(len(workers))]
+
+
+def silent_deaths(workers: list, reported: Container[int]) -> list[str]:
+    """One line for each rank that is gone without having reported."""
+    return [
+        f"rank {rank} died with exit code {worker.exitcode} and no traceback"
+        for rank, worker in enumerate(workers)
+        if worker.exitcode is not None and rank not in reported
+    ]
 
 
 def run_rank(rank: int, world: int, port: int, timeout_s: float, results, function: Callable, args: tuple) -> None:
