@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError, Section, build
-from . import retrieval
+from . import babilong, retrieval
+from .babilong import Babilong, BabilongConfig
 from .batch import Run, Task
 from .retrieval import Retrieval, RetrievalConfig
 from .text import Text, TextConfig
@@ -27,16 +28,18 @@ KINDS = {
     "rewrite": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=False)),
     "remember": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=True)),
     "text": Kind("text", lambda config: load_tokenizer(config.tokenizer), Text),
+    "babilong": Kind("babilong", babilong.make_tokenizer, Babilong),
 }
 
 
 class DataConfig(Section):
     """`task` and its own section; the section of another task is an error, not ignored."""
 
-    task: Literal["rewrite", "remember", "text"] = "rewrite"
+    task: Literal["rewrite", "remember", "text", "babilong"] = "rewrite"
     seed: Annotated[int, Field(ge=0)] = 42
     retrieval: RetrievalConfig | None = None
     text: TextConfig | None = None
+    babilong: BabilongConfig | None = None
 
     @model_validator(mode="after")
     def sections_fit_the_task(self) -> "DataConfig":
@@ -54,7 +57,7 @@ class DataConfig(Section):
         return given if given is not None else build(SCHEMAS[name], {})
 
 
-SCHEMAS = {"retrieval": RetrievalConfig, "text": TextConfig}
+SCHEMAS = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}
 
 
 def make_task(

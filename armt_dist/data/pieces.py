@@ -56,35 +56,44 @@ def collate(pieces: Iterable[Piece], tokens: int, pad: int) -> Batch:
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, [piece.id for piece in pieces])
 
 
-class Corpus:
-    """Pieces held in memory, 4 bytes a token on every rank.
+class Order(NamedTuple):
+    """Which of `size` samples is row i of step k.
 
-    Training walks through a new permutation each epoch. Validation takes them in order; rows beyond the last piece
-    repeat earlier ones unscored, so ceil(size / global_batch) steps score each piece once. Then it starts again.
+    Training walks through a new permutation each epoch. Validation takes them in order; rows beyond the last sample
+    repeat earlier ones unscored, so ceil(size / global_batch) steps score each sample once. Then it starts again.
     """
 
-    def __init__(self, pieces: list[np.ndarray], seed: int, split: Split, global_batch: int) -> None:
-        assert pieces, f"no pieces to draw {split} samples from"
-        self.pieces = pieces
-        self.seed = seed
-        self.split = split
-        self.global_batch = global_batch
+    size: int
+    seed: int
+    split: Split
+    global_batch: int
 
-    def take(self, step: int, rows: range) -> list[Piece]:
-        assert rows.stop <= self.global_batch, f"rows={rows} of a global batch of {self.global_batch}"
-        return [self.piece(step, row) for row in rows]
-
-    def piece(self, step: int, row: int) -> Piece:
-        size = len(self.pieces)
+    def number(self, step: int, row: int) -> tuple[int, bool]:
+        """Sample number, and whether it is to be scored."""
+        assert row < self.global_batch, f"row {row} of a global batch of {self.global_batch}"
         if self.split == "validation":
-            position = step % -(-size // self.global_batch) * self.global_batch + row
-            number = position % size
-            return Piece(number, self.pieces[number], scored=position < size)
-        epoch, position = divmod(step * self.global_batch + row, size)
-        number = int(permutation(size, self.seed, epoch)[position])
-        return Piece(number, self.pieces[number])
+            position = step % -(-self.size // self.global_batch) * self.global_batch + row
+            return position % self.size, position < self.size
+        epoch, position = divmod(step * self.global_batch + row, self.size)
+        return int(permutation(self.size, self.seed, epoch)[position]), True
 
 
 @lru_cache(maxsize=4)
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return generator("epoch", seed, "train", epoch).permutation(size)
+
+
+class Corpus(NamedTuple):
+    """Pieces held in memory, 4 bytes a token on every rank."""
+
+    pieces: list[np.ndarray]
+    order: Order
+
+    def take(self, step: int, rows: range) -> list[Piece]:
+        numbers = [self.order.number(step, row) for row in rows]
+        return [Piece(number, self.pieces[number], scored) for number, scored in numbers]
+
+
+def excerpt(text: str, shown: int = 400) -> str:
+    """A text for a person: of a long one, `shown` characters of each end."""
+    return text if len(text) <= 2 * shown else f"{text[:shown]}\n…\n{text[-shown:]}"

@@ -17,12 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import ConfigError, Section
 from .batch import Batch, Difficulty, Run, Split, row_words
 from .files import find, read, split_files
-from .pieces import Corpus, Piece, collate, cut
+from .pieces import Corpus, Order, Piece, collate, cut, excerpt
 from .stream import DatasetConfig, Stream, open_texts
 from .tokenizer import encode
-
-# Characters of each end of a long sample that `show` prints.
-SHOWN = 400
 
 
 class TextConfig(Section):
@@ -93,7 +90,7 @@ class Text:
         pieces = [piece for piece, _ in self.cut(map(self.encode_text, texts))]
         if not pieces:
             raise ConfigError(f"text: no text of two tokens or more for {split}; give longer texts")
-        return Corpus(pieces, self.run.seed, split, self.run.global_batch)
+        return Corpus(pieces, Order(len(pieces), self.run.seed, split, self.run.global_batch))
 
     def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
         return cut(texts, self.sequence, self.config.pack)
@@ -137,8 +134,7 @@ class Text:
             if batch.attention_mask is None
             else batch.input_ids[row][batch.attention_mask[row] > 0]
         )
-        text = self.tokenizer.decode(real)
-        return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]}\n…\n{text[-SHOWN:]}"
+        return excerpt(self.tokenizer.decode(real))
 
     def state_dict(self) -> dict:
         return {name: source.state_dict() for name, source in self.sources.items() if isinstance(source, Stream)}

@@ -12,6 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..config import ConfigError, one_line
 
+# A word or a punctuation mark.
+WORD = r"\w+|[^\w\s]"
+
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """`byte`, or the name or folder of a Hugging Face tokenizer. Raises ConfigError where there is none."""
@@ -53,7 +56,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """<pad> 0, <eos> 1, <unk> 2, then the given words and punctuation marks; for small vocabularies."""
     vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     return wrap(tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
