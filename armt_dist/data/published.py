@@ -8,8 +8,6 @@ facebook/babi_qa  (arXiv 1502.05698)  {"story": {"id", "type", "text", "supporti
 from collections.abc import Iterator
 from typing import Literal
 
-import datasets
-
 from ..config import ConfigError, Section, one_line
 from .babi import Story
 from .batch import Split
@@ -31,6 +29,9 @@ class PublishedConfig(Section):
 
 def load(config: PublishedConfig, task: str, split: Split) -> list[Story]:
     """All stories of one task. Raises ConfigError where the set cannot be read or has another format."""
+    # Its import takes a second that generated stories should not pay.
+    import datasets
+
     if config.files is not None:
         arguments = {"path": "json", "data_files": config.files.format(task=task), "split": "train"}
     elif config.set == "facebook/babi_qa":

@@ -1,4 +1,4 @@
-"""Associative retrieval: key-value pairs one per segment, then the question (ARMT, arXiv 2407.04841, section 4).
+"""Associative retrieval: key-value pairs one per segment, then the question (ARMT, arXiv 2407.04841).
 
 Two pairs, key and value of one symbol (`:` sep, `?` gen, `|` eos, `.` not scored); segments of 4 tokens:
 

@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import datasets
 import numpy as np
 from pydantic import Field
 
 from ..config import ConfigError, Section, one_line
 from .pieces import Piece
+
+if TYPE_CHECKING:
+    import datasets
 
 Encode = Callable[[str], np.ndarray]
 Cut = Callable[[Iterable[np.ndarray]], Iterator[tuple[np.ndarray, int]]]
@@ -40,8 +42,11 @@ class DatasetConfig(Section):
     validation_texts: Annotated[int, Field(ge=1)] = 64
 
 
-def open_texts(config: DatasetConfig, split: str) -> datasets.IterableDataset:
+def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
     """The split as a stream. Raises ConfigError naming the data set, the split or the column that is not there."""
+    # Its import takes a second that a task without a data set should not pay.
+    import datasets
+
     try:
         stream = datasets.load_dataset(
             config.name, config.config, data_files=config.data_files, split=split, streaming=True
