@@ -74,6 +74,9 @@ FAMILIES = {
         "gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_gpt_neox
     ),
     "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
 }
 
 

@@ -223,6 +223,8 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
+        if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(1)).any()):
+            raise ValueError("attention_mask: padding on the left would shift the segments; pad on the right")
         if use_cache and past_key_values is None:
             past_key_values = ARMTCache(self.config, self.initial_states(input_ids.shape[0]))
         if past_key_values is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from .config import ConfigError, one_line, run_main
 from .configuration_armt import ARMTConfig
@@ -43,6 +44,8 @@ OPTIONS = {
     "freeze_mem": "freeze_mem",
     "wrap_pos": "wrap_pos",
 }
+# Options without which the import would be a guess.
+REQUIRED = ("num_mem_tokens", "d_mem", "segment_size")
 # Options whose maths is not built yet, with the value that means off.
 UNSUPPORTED = {"sliding_window": False, "use_sink": False}
 
@@ -65,17 +68,20 @@ def convert_config(options: dict) -> ARMTConfig:
     for name, off in UNSUPPORTED.items():
         if options.get(name) not in (None, off):
             raise ConfigError(f"{name}={options[name]}: not supported by this import; only {name}={off}")
+    for name in REQUIRED:
+        if options.get(name) is None:
+            raise ConfigError(f"{name}: missing; give the value that the checkpoint was trained with")
     if not isinstance(options.get("hf_config"), dict):
         raise ConfigError("hf_config: missing; the config needs the base model's configuration under this key")
     base = {k: v for k, v in options["hf_config"].items() if k not in ("transformers_version", "torch_dtype", "dtype")}
     fields = {ours: options[theirs] for theirs, ours in OPTIONS.items() if options.get(theirs) is not None}
-    if fields.get("wrap_pos"):
-        # Their extra M rows stand after the base model's own table; ours are counted in it.
-        base["n_positions"] = base["n_positions"] + fields["num_mem_tokens"]
     fields["maths"] = "paper" if options.get("l2_normalised_features") is False else "default"
     try:
+        if fields.get("wrap_pos") and "n_positions" in base:
+            # Their extra M rows stand after the base model's own table; ours are counted in it.
+            base["n_positions"] += fields["num_mem_tokens"]
         return ARMTConfig(base_config=base, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"config: {one_line(error, 300)}") from None
 
 
@@ -85,7 +91,7 @@ def convert_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def load(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalLM:
-    """A model with exactly these values. Raises ConfigError for a missing, unknown or misshapen tensor."""
+    """A model with exactly these values. Raises ConfigError for a missing, unknown, misshapen or wider tensor."""
     model = ARMTForCausalLM(config)
     weights = convert_weights(tensors)
     expected = model.state_dict()
@@ -97,6 +103,8 @@ def load(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalL
         if name not in expected or expected[name].shape != tensor.shape:
             shape = list(expected[name].shape) if name in expected else "no such tensor"
             raise ConfigError(f"weights: {name} {list(tensor.shape)} does not fit the config ({shape})")
+        if torch.promote_types(tensor.dtype, expected[name].dtype) != expected[name].dtype:
+            raise ConfigError(f"weights: {name} is {tensor.dtype}; {expected[name].dtype} would not hold its values")
     for target, source in tied.items():
         if target in weights and source in weights and not torch.equal(weights[target], weights[source]):
             raise ConfigError(f"weights: {target} and {source} differ, but the config ties them")
@@ -124,10 +132,17 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors under the authors' names")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be empty")
     args = parser.parse_args()
+    # stderr is for what is wrong, in one line.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"out={args.out}: exists and is not an empty folder; give another one")
     options, tensors = read(args.config, args.weights)
-    load(convert_config(options), tensors).save_pretrained(args.out)
+    model = load(convert_config(options), tensors)
+    try:
+        model.save_pretrained(args.out)
+    except OSError as error:
+        raise ConfigError(f"out={args.out}: cannot be written ({one_line(error)})") from None
     print(f"wrote {args.out}: AutoModelForCausalLM.from_pretrained({str(args.out)!r}, trust_remote_code=True)")
 
 
