@@ -1,0 +1,58 @@
+"""Check the nodes of a job before it starts; one line and exit code 2 where one is unfit.
+
+    srun --ntasks-per-node=1 python launch/preflight.py --nodes 8 --gpus 8 --folder runs/NAME
+
+One rank per node is enough, under any launcher: srun, mpirun, torchrun, deepspeed.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from armt_dist import parallel
+from armt_dist.config import ConfigError, run_main
+from armt_dist.preflight import GIB, MIB, Limits, examine, judge, report
+
+# By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
+# one kind agree within a few percent; CPUs are shared.
+DEFAULTS = {"cuda": (64 * MIB, 1.3), "cpu": (MIB, 5.0)}
+SHOWN_FAULTS = 4
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--nodes", type=int, help="nodes that must take part (default: not checked)")
+    add("--gpus", type=int, default=0, help="GPUs that every node must show (default %(default)s)")
+    add("--folder", type=Path, default=Path("."), help="the run's folder, shared by all nodes (default %(default)s)")
+    add("--need-gib", type=float, default=1.0, help="free space that the folder must have (default %(default)s)")
+    add("--clock-s", type=float, default=5.0, help="largest difference of the clocks (default %(default)s)")
+    add("--slow", type=float, help=f"slow from this multiple of the median (default by device: {DEFAULTS})")
+    add("--timeout-s", type=float, default=120.0, help="longest wait for the other nodes (default %(default)s)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    ranks = parallel.discover()
+    nodes = ranks.world_size // ranks.local_world_size
+    if args.nodes and nodes != args.nodes:
+        raise ConfigError(f"nodes={args.nodes}: {nodes} take part (launcher {ranks.launcher}); start one rank on each")
+    device = parallel.start(ranks, args.timeout_s)
+    payload_bytes, slow = DEFAULTS[device.type]
+    facts = examine(ranks, device, args.folder, payload_bytes)
+    parallel.stop()
+    if ranks.rank == 0:
+        print(report(facts, payload_bytes), flush=True)
+    faults = judge(facts, Limits(args.gpus, args.need_gib * GIB, args.clock_s, args.slow or slow))
+    if faults:
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise ConfigError("; ".join(faults[:SHOWN_FAULTS]) + more)
+    if ranks.rank == 0:
+        print(f"preflight: {nodes} nodes fit, {time.monotonic() - begin:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    args = arguments()
+    run_main(lambda: main(args), parallel.claimed_rank())

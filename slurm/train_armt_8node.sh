@@ -1,0 +1,101 @@
+#!/bin/bash
+# Train on 8 nodes of 8 GPUs. From the repository's root, on a login node:
+#
+#   sbatch --job-name=NAME slurm/train_armt_8node.sh --config launch/configs/X.yaml [key=value ...]
+#
+# The arguments go to launch/train.py. The run's folder is runs/NAME: submitting NAME again resumes it. Another size is
+# an option of sbatch (--nodes=4 --gpus-per-node=4; --gpus-per-node=0 trains on CPU), site settings are in slurm/env.sh.
+# Before the time limit, and on `scancel --signal=USR1 --batch JOB`, the job checkpoints, requeues itself and resumes.
+#SBATCH --job-name=armt
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+
+cd "$SLURM_SUBMIT_DIR"
+if [[ ! -f slurm/env.sh ]]; then
+    echo "error: SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR is not the repository's root; run sbatch from there" >&2
+    exit 2
+fi
+source slurm/env.sh
+read -ra srun_options <<< "$SRUN_OPTIONS"
+read -ra container <<< "$CONTAINER"
+
+restarts=${SLURM_RESTART_COUNT:-0}
+run=${RUN_DIR:-runs/$SLURM_JOB_NAME${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}
+logs=$run/logs/$SLURM_JOB_ID.$restarts
+mkdir -p "$logs"
+# Both names: torch renamed the variable.
+export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
+
+# One rank per GPU, or one gloo rank on nodes without. Asked of the host: a container that was started without its GPU
+# option then fails in the preflight instead of training on CPU.
+found=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
+gpus=$((found > 0 ? ${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-found}} : 0))
+ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+# Each rank's threads next to its GPU.
+binding=()
+if ((gpus > 0)); then binding=(--numa-binding=node); fi
+
+# Rank 0 is on the first node. Node names need not resolve on the nodes, so ask Slurm for the address that it uses.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+MASTER_ADDR=$(scontrol show node "$first" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+# By job, so that two jobs on a node differ, and below the ephemeral ports.
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+export MASTER_ADDR MASTER_PORT
+
+echo "$(date -Is) job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
+    "master $MASTER_ADDR:$MASTER_PORT, run $run, logs $logs"
+
+# USR1 comes to this shell alone (B: above). Before training there is nothing to save, it is only remembered.
+preempted=0
+step=
+on_usr1() {
+    echo "$(date -Is) USR1: checkpoint and requeue"
+    preempted=1
+    if [[ $step ]]; then kill -USR1 "$step"; fi
+}
+trap on_usr1 USR1
+
+# One launcher per node, and the binding is its business, so srun binds nothing.
+# If one task fails, srun ends the others; if one has ended, the others have a minute.
+launch=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --cpu-bind=none "${srun_options[@]}"
+    "${container[@]}" "$PYTHON")
+
+"${launch[@]}" launch/preflight.py --nodes="$SLURM_NNODES" --gpus="$gpus" --folder="$run"
+
+# In the background, because bash runs a trap only between commands, and `wait` is one that a signal interrupts.
+"${launch[@]}" launch/node.py --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks_per_node" \
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --log-dir="$logs" "${binding[@]}" \
+    launch/train.py --out "$run" --resume auto "$@" &
+step=$!
+if ((preempted)); then kill -USR1 "$step"; fi
+while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done
+code=0
+wait "$step" || code=$?
+
+# launch/node.py turns the trainer's "checkpointed, requeue me" (75) into 0. Anything else is a failure, and a failure
+# is not repeated. If training was done just then, the next start finds that out.
+if ((!preempted || code != 0)); then
+    echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
+    exit "$code"
+fi
+if ((restarts >= MAX_RESTARTS)); then
+    echo "error: MAX_RESTARTS=$MAX_RESTARTS reached; checkpointed, submit again to resume" >&2
+    exit 75
+fi
+# An array's task by its own name: the id of one of them is also that of the whole array.
+id=$SLURM_JOB_ID
+if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+echo "$(date -Is) checkpointed; requeue $id"
+if ! scontrol requeue "$id"; then
+    echo "error: job $id may not requeue; checkpointed, submit again to resume" >&2
+    exit 75
+fi
