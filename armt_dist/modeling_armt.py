@@ -73,7 +73,11 @@ def one_cell(layer: ARMTLayer, x: Tensor, state: State, context: Context) -> tup
 
 
 class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
-    """An associative recurrent memory transformer around any supported causal LM (`base`: wrap a loaded one)."""
+    """An associative recurrent memory transformer around any supported causal LM.
+
+    `base`: a loaded causal LM to wrap; initialising the memory is then the caller's, as its parameters may be
+    partitioned: `reset_memory`, or `build.initialise` under ZeRO-3.
+    """
 
     config_class = ARMTConfig
     _no_split_modules = ["ARMTLayer"]
@@ -100,7 +104,9 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             )
             layers[i] = ARMTLayer(layer, memory, config.num_mem_tokens, self.backbone.family.call)
         self.post_init()
-        self.reset_memory()
+        # Under ZeRO-3 the parameters are elsewhere by now; whoever builds there initialises or loads them.
+        if base is None and self.memory_tokens.weight.numel():
+            self.reset_memory()
         self.freeze()
 
     @property
@@ -110,10 +116,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def reset_memory(self) -> None:
-        """Initialise what ARMT adds to the base: projections, and memory rows with the embeddings' std.
-
-        Does nothing under ZeRO-3's partitioned construction, where parameters are elsewhere: see `build.initialise`.
-        """
+        """Initialise what ARMT adds to the base: projections, and memory rows with the embeddings' std."""
         for layer in self.backbone.layers:
             layer.memory.reset_parameters()
         embeddings = self.get_input_embeddings().weight

@@ -53,6 +53,18 @@ def load_model(name: str):
     return reference.load(reference.convert_config(options), tensors)
 
 
+def load_trajectory_model():
+    """The model that the AdamW trajectory starts from; its config holds only what differs from the base case."""
+    folder = GOLDEN / "armt_v2_llama_trajectory"
+    options = json.loads((GOLDEN / "armt_v2_llama_base" / "config.json").read_text())
+    return reference.load(reference.convert_config(options), load_file(folder / "weights_initial.safetensors"))
+
+
+def our_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the authors under our names."""
+    return reference.convert_weights(tensors)
+
+
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, relative: bool = False) -> None:
     """Fails naming the tensor and the ratio of the error to what is allowed."""
     scale = expected.abs().max().clamp_min(1e-12) if relative else 1.0

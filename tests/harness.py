@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import queue
 import time
 import traceback
@@ -50,7 +51,7 @@ def collect(workers: list, results, deadline: float) -> list:
             # Where a rank died, the traceback is another's, which lost its peer: name both.
             lines = silent_deaths(workers, [*done, rank]) + [f"[rank {rank}] {line}" for line in trace.splitlines()]
             raise AssertionError("\n".join(lines))
-        done[rank] = value
+        done[rank] = pickle.loads(value)
     return [done[rank] for rank in range(len(workers))]
 
 
@@ -69,7 +70,8 @@ def run_rank(rank: int, world: int, port: int, timeout_s: float, results, functi
     try:
         ranks = parallel.Ranks(rank, world, rank, world, "environment")
         parallel.start(ranks, timeout_s)
-        results.put((rank, function(ranks, *args), None))
+        # Pickled here: a queue passes tensors as memory of this process, which may be gone when they are read.
+        results.put((rank, pickle.dumps(function(ranks, *args)), None))
         parallel.stop()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
