@@ -6,18 +6,49 @@ Shapes: B batch rows, N = tokens + M positions of a segment, D model width, n sc
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from . import schedule
 from .backbone import Context
 from .bptt import Link, Work, segment_bptt
+from .config import Section
 from .loss import hits, token_nll
 from .modeling_armt import ARMTForCausalLM, segment_lengths
 from .offload import STASHES
 from .schedule import Grid, Instruction, Op
+
+
+class ParallelConfig(Section):
+    """How the work on one sequence is spread and ordered; see `schedule`. world = dp x sp."""
+
+    sp: int = Field(1, ge=1)
+    """Ranks that share one sequence."""
+    rounds: int = Field(1, ge=1)
+    """Blocks of segments a rank; each is one more gather of every layer."""
+    chunks: int = Field(1, ge=1)
+    """Parts of the micro-batch that are handed on separately."""
+    schedule: Literal["wavefront", "layer_major", "segment_major"] = "wavefront"
+    timeout_s: float = Field(600, gt=0)
+    """After so long a wait for another rank the run ends with an error."""
+
+    @model_validator(mode="after")
+    def schedule_takes_them(self):
+        if self.schedule != "wavefront" and max(self.sp, self.rounds) > 1:
+            raise ValueError(
+                f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
+                f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
+            )
+        return self
+
+    def grid(self, segments: int, layers: int) -> Grid:
+        """The grid of a sequence of `segments`. Raises ConfigError when there are fewer than sp x rounds."""
+        grid = Grid(segments, layers, self.sp, segments if self.schedule == "segment_major" else self.rounds, self.chunks)
+        schedule.check(grid)
+        return grid
 
 
 class Piece(NamedTuple):
