@@ -3,9 +3,11 @@
     srun --ntasks-per-node=1 python launch/node.py --nnodes=8 --nproc-per-node=8 --master-addr=A --master-port=P \
         --log-dir=LOGS launch/train.py ...
 
-The options are torchrun's. Every rank's output goes to LOGS/NODE/.../LOCAL_RANK/, that of rank 0 also to the job's.
+The options are torchrun's. Every rank's output goes to LOGS/NODE/*/attempt_0/LOCAL_RANK/, and that of each node's
+first rank to the job's own log too.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -19,33 +21,36 @@ CHECKPOINTED = 75
 
 
 def main() -> int:
-    """Run this node's ranks; 0 if they ended well or checkpointed, else the first failure's exit code."""
+    """Run this node's ranks; 0 if they ended well or checkpointed, else the exit code of the first that failed."""
     # Slurm signals every process of a step. This one is for the ranks, which handle it; ignoring is inherited by them
     # until they do, so that a signal during their start does not kill them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    node = int(os.environ["SLURM_NODEID"])
+    # What torchrun's agents say when a rank ends, and when the first node leaves before the last, is said better below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
     arguments = get_args_parser().parse_args()
-    arguments.node_rank = node
-    arguments.log_dir = str(Path(arguments.log_dir) / os.environ["SLURMD_NODENAME"])
+    arguments.node_rank = int(os.environ["SLURM_NODEID"])
+    logs = Path(arguments.log_dir)
+    arguments.log_dir = str(logs / os.environ["SLURMD_NODENAME"])
     arguments.tee = "3"
     arguments.local_ranks_filter = "0"
     try:
         run(arguments)
     except ChildFailedError as error:
-        return exit_code(error, arguments.log_dir)
+        if all(failure.exitcode != CHECKPOINTED for failure in error.failures.values()):
+            return first_failure(error, arguments.log_dir)
+        # A file, because srun ends the other nodes at once where one returns another code than 0, and loses that code.
+        (logs / "checkpointed").touch()
     return 0
 
 
-def exit_code(error: ChildFailedError, log_dir: str) -> int:
-    """0 where the ranks checkpointed: srun would end the other nodes at once on any other, and lose the code."""
-    if any(failure.exitcode == CHECKPOINTED for failure in error.failures.values()):
-        return 0
+def first_failure(error: ChildFailedError, log_dir: str) -> int:
+    """Say which rank failed first; its exit code, a signal's as 128 and more, like a shell's."""
     rank, failure = error.get_first_failure()
     print(
         f"error: rank {rank} on {os.environ['SLURMD_NODENAME']} ended with exit code {failure.exitcode}; see {log_dir}",
         file=sys.stderr,
     )
-    # A signal's number is negative here; to a shell it is 128 and more.
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 

@@ -54,9 +54,27 @@ export MASTER_ADDR MASTER_PORT
 echo "$(date -Is) job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
     "master $MASTER_ADDR:$MASTER_PORT, run $run, logs $logs"
 
+# Checkpointed, and wants to go on: back into the queue under the same job id.
+requeue() {
+    if ((restarts >= MAX_RESTARTS)); then
+        echo "error: MAX_RESTARTS=$MAX_RESTARTS reached; submit again to resume" >&2
+        exit 75
+    fi
+    # An array's task by its own name: the id of one of them is also that of the whole array.
+    local id=$SLURM_JOB_ID
+    if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    echo "$(date -Is) requeue $id"
+    if ! scontrol requeue "$id"; then
+        echo "error: job $id may not requeue; submit again to resume" >&2
+        exit 75
+    fi
+    exit 0
+}
+
 # USR1 comes to this shell alone (B: above). Before training there is nothing to save, it is only remembered.
 preempted=0
 step=
+# shellcheck disable=SC2317 # the trap calls it
 on_usr1() {
     echo "$(date -Is) USR1: checkpoint and requeue"
     preempted=1
@@ -70,32 +88,19 @@ launch=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --cpu-bind=none 
     "${container[@]}" "$PYTHON")
 
 "${launch[@]}" launch/preflight.py --nodes="$SLURM_NNODES" --gpus="$gpus" --folder="$run"
+if ((preempted)); then requeue; fi
 
 # In the background, because bash runs a trap only between commands, and `wait` is one that a signal interrupts.
-"${launch[@]}" launch/node.py --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks_per_node" \
+"${launch[@]}" launch/node.py --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks_per_node" --rdzv-id="$SLURM_JOB_ID" \
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --log-dir="$logs" "${binding[@]}" \
     launch/train.py --out "$run" --resume auto "$@" &
 step=$!
-if ((preempted)); then kill -USR1 "$step"; fi
 while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done
 code=0
 wait "$step" || code=$?
 
-# launch/node.py turns the trainer's "checkpointed, requeue me" (75) into 0. Anything else is a failure, and a failure
-# is not repeated. If training was done just then, the next start finds that out.
-if ((!preempted || code != 0)); then
-    echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
-    exit "$code"
-fi
-if ((restarts >= MAX_RESTARTS)); then
-    echo "error: MAX_RESTARTS=$MAX_RESTARTS reached; checkpointed, submit again to resume" >&2
-    exit 75
-fi
-# An array's task by its own name: the id of one of them is also that of the whole array.
-id=$SLURM_JOB_ID
-if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-echo "$(date -Is) checkpointed; requeue $id"
-if ! scontrol requeue "$id"; then
-    echo "error: job $id may not requeue; checkpointed, submit again to resume" >&2
-    exit 75
-fi
+# launch/node.py leaves this file where the trainer exited with "checkpointed, start me again" (75), and returns 0.
+# Only that is requeued: a failure would fail again.
+if ((code == 0)) && [[ -e $logs/checkpointed ]]; then requeue; fi
+echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
+exit "$code"
