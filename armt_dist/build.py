@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -56,8 +56,8 @@ def armt_fields() -> dict[str, tuple]:
 ModelConfig = create_model("ModelConfig", __base__=BaseSection, **armt_fields())
 
 
-def armt_config(config: "ModelConfig", vocab_size: int, segment_tokens: int | None) -> ARMTConfig:
-    """The ARMTConfig that `config` describes; a random base takes `vocab_size` where it names none.
+def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_tokens: int | None) -> ARMTConfig:
+    """The ARMTConfig that `config` describes; a random base takes its vocabulary (`token_fields`) from `tokens`.
 
     Raises ConfigError where values do not fit or the base cannot be found.
     """
@@ -71,7 +71,7 @@ def armt_config(config: "ModelConfig", vocab_size: int, segment_tokens: int | No
         given["segment_tokens"] = segment_tokens
     try:
         if config.base is None:
-            return ARMTConfig(base_config={"vocab_size": vocab_size, **config.base_config}, **given)
+            return ARMTConfig(base_config={**tokens, **config.base_config}, **given)
         if is_armt(config.base):
             return continue_from(ARMTConfig.from_pretrained(config.base), given)
         base = AutoConfig.from_pretrained(config.base, trust_remote_code=config.trust_remote_code)
@@ -79,6 +79,12 @@ def armt_config(config: "ModelConfig", vocab_size: int, segment_tokens: int | No
     except (ValueError, TypeError, OSError, KeyError) as error:
         where = f"model.base={config.base}" if config.base else "model"
         raise ConfigError(f"{where}: {one_line(error, 400)}") from None
+
+
+def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What a base configuration says of its tokens."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
 
 
 def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:

@@ -75,14 +75,20 @@ def assign(tree: dict, override: str) -> None:
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 as text; anyone who types it means the number.
         value = as_number(value)
-    for key in keys[:-1]:
-        child = tree.setdefault(key, {})
-        if child is None:
-            child = tree[key] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{path}={text}: {key!r} holds {child!r}, not a section")
-        tree = child
-    tree[keys[-1]] = value
+    node: dict | list = tree
+    for i, key in enumerate(keys):
+        if isinstance(node, list):
+            # curriculum.0.steps: an entry of a list
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"{path}={text}: {key!r} is not one of the list's 0..{len(node) - 1}")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"{path}={text}: {keys[i - 1]!r} holds {node!r}, not a section")
+        if i == len(keys) - 1:
+            node[key] = value
+        elif isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
 
 
 def as_number(text: str) -> str | float:

@@ -54,7 +54,7 @@ HONOURED = {
 }
 # Keys that people do have, and what takes their place.
 REMEDIES = {
-    "scheduler": "the learning-rate schedule is train.schedule and train.warmup_steps of the YAML config",
+    "scheduler": "learning-rate schedules are part of the curriculum's stages in the YAML config",
     "fp16": "use bf16 (float16's range does not fit the memory states)",
     "activation_checkpointing": "DeepSpeed's reentrant checkpointing gives wrong gradients for a layer that is run "
     "for several segments; segment BPTT always recomputes, and only cpu_checkpointing is honoured here",

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -323,6 +323,18 @@ def agree(error: Exception | None) -> None:
     if failed:
         where = "" if len(failed) == len(messages) or failed[0] == 0 else f" (on rank {failed[0]})"
         raise ConfigError(messages[failed[0]] + where) from error
+
+
+def together(work: Callable[[], object], only: int | None = None) -> object:
+    """Run `work` on every rank (or on rank `only`) and wait; a failure on any rank is raised on all. Collective."""
+    error, result = None, None
+    try:
+        if only is None or dist.get_rank() == only:
+            result = work()
+    except (OSError, RuntimeError, ConfigError) as problem:
+        error = problem
+    agree(error)
+    return result
 
 
 def stop() -> None:

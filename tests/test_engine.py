@@ -25,7 +25,7 @@ def engine_on(folder, world, **ds_config):
     ds = {"train_batch_size": 2, "zero_optimization": ZERO, **ds_config}
     prepared = engines.prepare(ds, world, world, CPU)
     config = section(build.ModelConfig, {"base": str(folder)})
-    armt = build.armt_config(config, 0, None)
+    armt = build.armt_config(config, {}, None)
     model = build.build_model(config, armt, prepared.ds_config, seed=0)
     runner = executor.ScheduledLM(model, states="rebuild")
     grid = Grid(segments=1, layers=armt.num_hidden_layers)

@@ -1,0 +1,64 @@
+"""Train an ARMT with DeepSpeed ZeRO-3.
+
+    deepspeed launch/train.py --ds_config ds_configs/zero3.json
+    deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3_fp32.json --config launch/configs/default.yaml
+    torchrun --nproc-per-node 8 launch/train.py --ds_config ds_configs/zero3.json parallel.sp=8 parallel.chunks=2
+    python launch/train.py train.max_steps=20 curriculum.0.pairs=3        # one process, on a laptop
+
+key=value sets any field of the YAML config; the ds_config owns batch, precision, optimizer, ZeRO and offload.
+Run again with the same --out to go on from the newest checkpoint. Exit codes: 0 done, 2 a mistake in the
+configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# DeepSpeed calls what torch 2.13 deprecates, on every rank.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+from armt_dist import parallel  # noqa: E402
+from armt_dist.config import load, run_main  # noqa: E402
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs/zero3.json", help="DeepSpeed JSON")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "launch/configs/default.yaml",
+        help="YAML config; left out: a small ARMT learns associative retrieval",
+    )
+    parser.add_argument("--out", type=Path, help="run folder; left out: runs/NAME OF THE CONFIG")
+    parser.add_argument("--resume", default="auto", help="auto (default): the newest checkpoint, if any; never; a tag")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the YAML config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    ranks = parallel.discover()
+    from armt_dist.engine import read_ds_config
+    from armt_dist.run import RunConfig
+
+    config = load(RunConfig, args.config, args.overrides)
+    ds_config = read_ds_config(args.ds_config)
+    device = parallel.start(ranks, config.parallel.timeout_s)
+    # DeepSpeed picks its accelerator when it is first imported, so nothing that imports it comes before `start`.
+    from armt_dist.trainer import Trainer
+
+    try:
+        out = args.out or Path("runs") / args.config.stem
+        return Trainer(config, ds_config, out, ranks, device).run(args.resume)
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    run_main(main, rank=int(os.environ.get("RANK", "0")))
