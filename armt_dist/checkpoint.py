@@ -137,7 +137,7 @@ def find(root: Path, report: Callable[[str], None]) -> str | None:
 
 
 def load(engine, root: Path, tag: str) -> dict:
-    """Restore the engine and the generators from a verified checkpoint; returns the state given to `save`. Collective."""
+    """Restore engine and generators from a verified checkpoint; returns the state given to `save`. Collective."""
     manifest = parallel.together(lambda: read_manifest(root / tag))
     if manifest["world_size"] != dist.get_world_size():
         raise CheckpointError(

@@ -222,11 +222,12 @@ class Trainer:
                 continue
             metrics, stop = self.train_step(stage)
             self.report("train", metrics)
-            over = stage_over(stage, self.progress, config.patience) or self.progress.step >= total
+            over = stage_over(stage, self.progress, config.patience)
+            # A run that ends at max_steps may go on later, so it must not look at more validations than one that does.
             if not stop and (over or self.progress.step % config.validate_every == 0):
                 self.judge(root, self.validate(stage))
                 total = min(total, self.progress.step + self.steps_left())
-            if stop or over or self.progress.step % config.save_every == 0:
+            if stop or over or self.progress.step >= total or self.progress.step % config.save_every == 0:
                 self.save(root)
             if stop:
                 self.say(f"stopped by a signal after step {self.progress.step}; saved, to be started again")
