@@ -22,13 +22,17 @@ memory backbone
 configuration_armt
 modeling_armt
 reference offload
-bptt handoff parallel loss
+bptt parallel loss
+handoff trace
 executor preflight
 engine
 build
 data
-checkpoint export metrics
-evaluate
+checkpoint zero_shards metrics
+model_card
+export
+evaluate exported
+plots
 trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}

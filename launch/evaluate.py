@@ -1,0 +1,93 @@
+"""Evaluate an exported model by the length of what it reads, in constant memory.
+
+Reports accuracy (retrieval, BABILong) or perplexity and bits per byte (text) for each length as a table, and writes
+evaluation.json and evaluation.png. The task is the one the model was trained on, unless --task names another.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from armt_dist.config import ConfigError, run_main  # noqa: E402
+
+EXAMPLES = """examples:
+  python launch/evaluate.py --model model
+  python launch/evaluate.py --model model --task remember --lengths 5 10 20 50 100 --samples 1024
+  python launch/evaluate.py --model model --lengths 1 4 16 64 --data data.text.validation_files=held_out/
+  python launch/evaluate.py --model model --zero-memory     # without memory, for comparison
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder that launch/consolidate.py wrote")
+    add("--task", help="rewrite, remember, text or babilong (default: the one the model was trained on)")
+    add("--lengths", nargs="*", type=int, help="pairs or segments (default: those of 5 10 20 50, or of the powers of 2 "
+        "up to 64 segments, that the task has)")  # fmt: skip
+    add("--samples", type=int, default=256, help="of each length (default %(default)s)")
+    add("--batch", type=int, default=64, help="samples at a time (default %(default)s)")
+    add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
+    add("--zero-memory", action="store_true", help="empty the memory before every segment")
+    add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
+    add("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
+    return parser.parse_args()
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises ConfigError where the block cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def main() -> None:
+    args = arguments()
+    # Slow to import; --help should not wait for it.
+    from transformers.utils import logging
+
+    from armt_dist.data import make_task
+    from armt_dist.evaluate import check, evaluate
+    from armt_dist.exported import default_lengths, load_model, read_task
+    from armt_dist.plots import plot, table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.batch < 1:
+        raise ConfigError(f"batch={args.batch}: must be at least 1")
+    out = args.out or args.model / ("evaluation_zero_memory" if args.zero_memory else "evaluation")
+    model = load_model(args.model, args.device)
+    data = read_task(args.model, args.task, args.data)
+    task = make_task(data, model.config.segment_tokens, model.config.vocab_size, args.batch)
+    lengths = default_lengths(task) if args.lengths is None else args.lengths
+    check(task, lengths, args.samples, args.batch)
+    # Before the work, so that it is not lost.
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    rows = evaluate(model, task, lengths, args.samples, args.batch, zero_memory=args.zero_memory)
+    result = {
+        "model": str(args.model),
+        "data": data.model_dump(mode="json", exclude_none=True),
+        "measure": task.measure,
+        "zero_memory": args.zero_memory,
+        "rows": [row._asdict() for row in rows],
+    }
+    with writing(out):
+        (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        plot(rows, task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length")
+    print(table(rows, task.measure))
+    print(f"wrote {out}/evaluation.json and {out}/evaluation.png")
+
+
+if __name__ == "__main__":
+    run_main(main, rank=0)
