@@ -9,7 +9,7 @@ Shapes: B batch rows, N = tokens + M positions of a segment, D model width. The 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import accumulate, chain, groupby
 from typing import Literal, NamedTuple, Protocol
@@ -36,27 +36,24 @@ class BPTTConfig(Section):
 
 
 class Link(Protocol):
-    """Where a block's first state comes from and its last state goes to; see `handoff`."""
+    """Where a block's first state comes from and its last state goes to, and their gradients; see `handoff`."""
 
     def recv(self, instruction: Instruction) -> State: ...
 
     def send(self, instruction: Instruction, state: State) -> None: ...
 
-    def recv_grad(self, instruction: Instruction) -> State: ...
-
-    def send_grad(self, instruction: Instruction, grad: State) -> None: ...
-
 
 class Work(NamedTuple):
     """What one call of a layer is to do."""
 
-    forward: Sequence[Instruction]  # RECV, RUN, SEND of one (layer, block), chunk by chunk
-    backward: Sequence[Instruction]  # RERUN, RECV_GRAD, BACK, SEND_GRAD
+    forward: Sequence[Instruction]  # of one (layer, block): RECV, RUN, SEND chunk by chunk, RELEASE
+    backward: Sequence[Instruction]  # RERUN, RECV_GRAD, BACK, SEND_GRAD, then perhaps REDUCE
     lengths: Sequence[int]  # N of each segment
     contexts: Sequence[Sequence[Context]]  # [chunk][segment]
     states: str  # BPTTConfig.states
     stash: DeviceStash | HostStash  # where the layer's input waits for backward
     link: Link
+    trace: Callable[[Instruction], None]  # told of each instruction when it begins
 
 
 class Cell(NamedTuple):
@@ -192,6 +189,8 @@ class LayerRun:
 
     def backward(self, x: Tensor, grad_out: Tensor) -> Tensor:
         """Gradient of x from that of forward's result; parameter gradients go to `self.gradients`."""
+        for parameter in self.gradients.parameters:
+            parameter.ds_grad_is_ready = False
         grad_x = torch.empty_like(grad_out)
         self.x, self.grad_out, self.grad_x = self.chunks(x), self.chunks(grad_out), self.chunks(grad_x)
         # The re-run sets the generators back; what is drawn after this call must not notice.
@@ -206,10 +205,14 @@ class LayerRun:
         for _, instructions in groupby(program, key=lambda instruction: instruction.chunk):
             carried: State | None = None
             for instruction in instructions:
+                self.work.trace(instruction)
                 carried = table[instruction.op](self, instruction, carried)
 
     def recv(self, instruction: Instruction, _: None) -> State:
         return self.work.link.recv(instruction)
+
+    def send(self, instruction: Instruction, state: State) -> None:
+        self.work.link.send(instruction, state)
 
     def run(self, instruction: Instruction, state: State | None) -> State:
         x, out = self.x[instruction.chunk], self.out[instruction.chunk]
@@ -217,16 +220,10 @@ class LayerRun:
             state = self.layer.memory.initial_state(x.shape[0], x.device)
         return self.units[instruction.chunk].forward(x, out, state)
 
-    def send(self, instruction: Instruction, state: State) -> None:
-        self.work.link.send(instruction, state)
-
     def rerun(self, instruction: Instruction, _: None) -> None:
         """Only the block's last cell: it needs no gradient yet, so it fills the wait for one."""
         cells = self.units[instruction.chunk].cells(self.x[instruction.chunk])
         self.cells[instruction.chunk] = chain([next(cells)], cells)
-
-    def recv_grad(self, instruction: Instruction, _: None) -> State:
-        return self.work.link.recv_grad(instruction)
 
     def back(self, instruction: Instruction, grad: State | None) -> State:
         chunk = instruction.chunk
@@ -239,16 +236,28 @@ class LayerRun:
             grad_x.copy_(grad_in)
         return State(*grad)
 
-    def send_grad(self, instruction: Instruction, grad: State) -> None:
-        self.work.link.send_grad(instruction, grad)
+    def reduce(self, *_) -> None:
+        """Let ZeRO-3's hook, which comes next, have the gradients.
+
+        Where the rank has several blocks, the calls before only added to them. Measured exact, with gradient
+        accumulation too; `engine.coalesce_grad_reduction()` is as exact, but keeps all layers' gradients to the end
+        of the backward and takes one backward for a step.
+        """
+        for parameter in self.gradients.parameters:
+            parameter.ds_grad_is_ready = True
+
+    def hooked(self, *_) -> None:
+        """Carried out by ZeRO-3's hooks around the layer's call."""
 
 
-FORWARD = {Op.RECV: LayerRun.recv, Op.RUN: LayerRun.run, Op.SEND: LayerRun.send}
+FORWARD = {Op.RECV: LayerRun.recv, Op.RUN: LayerRun.run, Op.SEND: LayerRun.send, Op.RELEASE: LayerRun.hooked}
 BACKWARD = {
     Op.RERUN: LayerRun.rerun,
-    Op.RECV_GRAD: LayerRun.recv_grad,
+    Op.RECV_GRAD: LayerRun.recv,
     Op.BACK: LayerRun.back,
-    Op.SEND_GRAD: LayerRun.send_grad,
+    Op.SEND_GRAD: LayerRun.send,
+    Op.REDUCE: LayerRun.reduce,
+    Op.GATHER: LayerRun.hooked,
 }
 
 

@@ -16,10 +16,12 @@ from . import schedule
 from .backbone import Context
 from .bptt import Link, Work, segment_bptt
 from .config import Section
+from .handoff import Local, Wire
 from .loss import hits, token_nll
 from .modeling_armt import ARMTForCausalLM, segment_lengths
 from .offload import STASHES
 from .schedule import Grid, Instruction, Op
+from .trace import Trace
 
 
 class ParallelConfig(Section):
@@ -44,12 +46,6 @@ class ParallelConfig(Section):
             )
         return self
 
-    def grid(self, segments: int, layers: int) -> Grid:
-        """The grid of a sequence of `segments`. Raises ConfigError when there are fewer than sp x rounds."""
-        grid = Grid(segments, layers, self.sp, segments if self.schedule == "segment_major" else self.rounds, self.chunks)
-        schedule.check(grid)
-        return grid
-
 
 class Piece(NamedTuple):
     """One rank's part of a micro-batch: the segments of its blocks, in order."""
@@ -72,32 +68,34 @@ class Totals(NamedTuple):
     wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless asked for
 
 
-class Calls(NamedTuple):
-    """The instructions within one call of a layer."""
+class Call(NamedTuple):
+    """The instructions of one call of a layer, each time between its GATHER and the next one's.
 
-    block: int
-    layer: int
+    `backward` ends with the GATHER that follows, because ZeRO-3's hooks carry it out before the next call begins.
+    """
+
+    gather: Instruction
     forward: tuple[Instruction, ...]
     backward: tuple[Instruction, ...]
 
 
 IGNORE = -100
-# Carried out by ZeRO-3's hooks around a layer's call, not by the executor.
-HOOKED = (Op.GATHER, Op.RELEASE, Op.REDUCE)
 
 
 @lru_cache(maxsize=256)
-def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Calls, ...]:
+def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
     """The program of `rank`, cut into layer calls in forward order."""
     program = schedule.build(name, grid, rank, arrows)
-    backward: dict[tuple[int, int], list[Instruction]] = {}
+    backward: list[list[Instruction]] = []
     for instruction in schedule.backward(program):
-        if instruction.op not in HOOKED:
-            backward.setdefault((instruction.block, instruction.layer), []).append(instruction)
-    return tuple(
-        Calls(block, layer, tuple(i for i in group if i.op not in HOOKED), tuple(backward[block, layer]))
-        for (block, layer), group in groupby(program, key=lambda i: (i.block, i.layer))
-    )
+        if instruction.op is Op.GATHER:
+            if backward:
+                backward[-1].append(instruction)
+            backward.append([])
+        elif instruction.op is not Op.RELEASE:
+            backward[-1].append(instruction)
+    forward = [tuple(group) for _, group in groupby(program, key=lambda i: (i.block, i.layer))]
+    return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
 
 
 def cut(
@@ -151,12 +149,15 @@ class ScheduledLM(nn.Module):
         schedule_name: str = "wavefront",
         states: str = "store",
         offload: bool = False,
-        link: Link | None = None,
+        link: Local | Wire | None = None,
     ):
         super().__init__()
         self.model = model
         self.loss_head = LossHead(model)
-        self.schedule_name, self.states, self.offload, self.link = schedule_name, states, offload, link
+        self.schedule_name, self.states, self.offload = schedule_name, states, offload
+        self.link = Local() if link is None else link
+        # Of the last pass.
+        self.trace: Trace | None = None
 
     def forward(self, piece: Piece, count: bool = False) -> Totals:
         """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule."""
@@ -169,18 +170,30 @@ class ScheduledLM(nn.Module):
     def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece) -> list[Tensor]:
         """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
         blocks = list(x.split([sum(block) for block in rows], dim=1))
-        grid, layers = piece.grid, self.model.backbone.layers
-        own = {block: i for i, block in enumerate(schedule.rank_blocks(grid, piece.sp_rank))}
+        layers, trace = self.model.backbone.layers, Trace(x.device)
+        own = {block: i for i, block in enumerate(schedule.rank_blocks(piece.grid, piece.sp_rank))}
         contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
         # Without gradients nothing is kept for a backward.
         states = self.states if torch.is_grad_enabled() else "recompute"
-        stash = STASHES[self.offload]()
-        arrows = tuple(layers[0].memory.arrows)
-        for call in layer_calls(self.schedule_name, grid, piece.sp_rank, arrows):
-            i = own[call.block]
-            work = Work(call.forward, call.backward, rows[i], contexts[i], states, stash, self.link)
-            blocks[i] = layers[call.layer](blocks[i], run=partial(segment_bptt, work=work))
+        calls = layer_calls(self.schedule_name, piece.grid, piece.sp_rank, tuple(layers[0].memory.arrows))
+        stash, link = STASHES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
+        self.trace = trace
+        for gather, forward, backward in calls:
+            i = own[gather.block]
+            work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace)
+            trace(gather)
+            blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
+        trace(None)
         return blocks
+
+    def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
+        """The link of one pass: what it will receive, and in which shapes."""
+        receives = [i for call in calls for i in call.forward if i.op is Op.RECV]
+        if torch.is_grad_enabled():
+            receives += [i for call in reversed(calls) for i in call.backward if i.op is Op.RECV_GRAD]
+        rows = [len(chunk) for chunk in torch.empty(batch).tensor_split(chunks)]
+        layers = self.model.backbone.layers
+        return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))
 
     def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
         """The contexts of block i as [chunk][segment]; segments of one length without padding share theirs."""
@@ -215,6 +228,12 @@ class ScheduledLM(nn.Module):
         nll, wrong = self.loss_head(hidden.flatten(0, 1)[scored], targets, count)
         per_row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_add_(0, row, wrong.long())
         return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
+
+
+def backward(engine, loss: Tensor) -> None:
+    """`engine.backward(loss)`, and the end of the pass's trace with it. Right for any number of rounds."""
+    engine.backward(loss)
+    engine.module.trace(None)
 
 
 def packed_labels(piece: Piece, num_mem_tokens: int) -> Tensor:

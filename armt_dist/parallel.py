@@ -303,11 +303,30 @@ def mesh(ranks: Ranks, sp: int) -> Mesh:
     return Mesh(ranks.world_size // sp, sp, dp_rank, sp_rank, tuple(range(dp_rank * sp, (dp_rank + 1) * sp)))
 
 
-def sp_group(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup:
-    """A new process group of this rank's `sp_ranks`, for the hand-off alone. Collective: every rank must call it."""
-    ranks = [list(range(i * mesh.sp, (i + 1) * mesh.sp)) for i in range(mesh.dp)]
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=timeout_s))
-    return group
+class Edge(NamedTuple):
+    """A neighbour in the ring of an sp group: its rank in the world, and the process group of the two."""
+
+    peer: int
+    group: dist.ProcessGroup
+
+
+def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
+    """This rank's edges to the sp rank before it and to the one after it; None where sp = 1. Collective.
+
+    Every edge has a group of its own, for the hand-off alone. Between two ranks there are two edges.
+    """
+    before = after = None
+    # Even edges, odd edges, and the one that closes the ring: ranks make groups in one order, each in one at a time.
+    for starts in (range(0, mesh.sp - 1, 2), range(1, mesh.sp - 1, 2), range(mesh.sp - 1, mesh.sp)):
+        pairs = [[i * mesh.sp + j, i * mesh.sp + (j + 1) % mesh.sp] for i in range(mesh.dp) for j in starts]
+        if mesh.sp == 1 or not pairs:
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(pairs, timeout=timedelta(seconds=timeout_s))
+        if mesh.sp_rank in starts:
+            after = Edge(mesh.sp_ranks[(mesh.sp_rank + 1) % mesh.sp], group)
+        elif (mesh.sp_rank - 1) % mesh.sp in starts:
+            before = Edge(mesh.sp_ranks[mesh.sp_rank - 1], group)
+    return before, after
 
 
 def agree(error: Exception | None) -> None:

@@ -7,7 +7,7 @@ from golden import CASES, TOLERANCES, assert_close, assert_gradients, golden_gra
 from armt_dist import executor
 from armt_dist.configuration_armt import ARMTConfig
 from armt_dist.executor import ScheduledLM, cut
-from armt_dist.memory import State, apply
+from armt_dist.memory import apply
 from armt_dist.modeling_armt import ARMTForCausalLM
 from armt_dist.schedule import Grid
 
@@ -126,31 +126,12 @@ def test_wrapped_positions():
     assert_gradients(fast_gradients, gradients)
 
 
-class ToMyself:
-    """A link from one block to the next on the same rank."""
-
-    def __init__(self):
-        self.states, self.grads = {}, {}
-
-    def send(self, i, state):
-        self.states[i.layer, i.block + 1, i.chunk] = State(*(t.clone() for t in state))
-
-    def recv(self, i):
-        return self.states.pop((i.layer, i.block, i.chunk))
-
-    def send_grad(self, i, grad):
-        self.grads[i.layer, i.block - 1, i.chunk] = grad
-
-    def recv_grad(self, i):
-        return self.grads.pop((i.layer, i.block, i.chunk))
-
-
 @pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
 def test_rounds_hand_the_state_and_its_gradient_on(states):
     model, batch = small_model().eval(), random_batch(tokens=44)
     loss, gradients = oracle(model, *batch)
     grid = GRID._replace(rounds=3, chunks=2)
-    fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states, link=ToMyself())
+    fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states)
     assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
     assert_gradients(fast_gradients, gradients)
 

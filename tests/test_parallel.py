@@ -107,23 +107,33 @@ def test_sp_must_divide_the_world(sp):
         parallel.mesh(parallel.Ranks(0, 8, 0, 1, "x"), sp)
 
 
-def groups_and_errors(ranks):
-    """On every rank: the sum over its sp group, then what `agree` raises for no error, rank 2's, everyone's."""
-    group = parallel.sp_group(parallel.mesh(ranks, sp=2), timeout_s=30)
-    total = torch.tensor(10.0**ranks.rank)
-    dist.all_reduce(total, group=group)
+def edges_and_errors(ranks):
+    """On every rank: peers and sums over its edges by sp, then what `agree` raises for no error, rank 2's, all's."""
+    found = {}
+    for sp in (1, 2, 4):
+        edges = parallel.ring(parallel.mesh(ranks, sp), timeout_s=30)
+        # In a ring all ranks would wait for each other if all began with the same side.
+        for name, edge in sorted(zip(("before", "after"), edges, strict=True), reverse=ranks.rank % 2 == 1):
+            if edge is not None:
+                total = torch.tensor(10.0**ranks.rank)
+                dist.all_reduce(total, group=edge.group)
+                found[sp, name] = edge.peer, total.item()
     raised = []
     for error in (None, ValueError("disk full") if ranks.rank == 2 else None, ConfigError("same everywhere")):
         try:
             raised.append(parallel.agree(error))
         except ConfigError as caught:
             raised.append(str(caught))
-    return total.item(), raised
+    return found, raised
 
 
-def test_four_ranks_share_groups_and_errors():
-    sums, raised = zip(*spawn(4, groups_and_errors), strict=True)
-    assert sums == (11.0, 11.0, 1100.0, 1100.0)
+def test_four_ranks_share_edges_and_errors():
+    found, raised = zip(*spawn(4, edges_and_errors), strict=True)
+    for rank, edges in enumerate(found):
+        assert set(edges) == {(sp, name) for sp in (2, 4) for name in ("before", "after")}
+        for (sp, name), (peer, total) in edges.items():
+            expected = rank // sp * sp + (rank + (1 if name == "after" else -1)) % sp
+            assert (peer, total) == (expected, 10.0**rank + 10.0**expected), f"rank {rank}, sp={sp}, {name}"
     assert raised == ([None, "ValueError: disk full (on rank 2)", "same everywhere"],) * 4
 
 
