@@ -16,7 +16,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "armt_dist/__init__.py").re
 setup(
     name="armt_dist",
     version=VERSION,
-    description="Distributed training of the Associative Recurrent Memory Transformer on sequences of millions of tokens",
+    description="Distributed training of the Associative Recurrent Memory Transformer on very long sequences",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -18,7 +18,9 @@ else
 fi
 
 echo "== train: ZeRO-3 on $ranks ranks"
-deepspeed --num_gpus "$ranks" launch/train.py --ds_config "$ds_config" --out "$run"
+# A port of its own: another run on this machine may hold the usual one.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+deepspeed --num_gpus "$ranks" --master_port "$port" launch/train.py --ds_config "$ds_config" --out "$run"
 
 echo "== consolidate to a Hugging Face folder"
 rm -rf "$run/hf"
