@@ -26,7 +26,8 @@ from .zero_shards import Parameter, is_checkpoint, open_checkpoint
 
 # The engine wraps ScheduledLM, whose `model` is the one to export.
 PREFIX = "model."
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+# Their names in safetensors.
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 # How to evaluate the model as it was trained: the data section of its run.
 TASK_FILE = "armt_task.json"
 
@@ -39,12 +40,12 @@ class Source(NamedTuple):
 
 
 def export(
-    source: Path, out: Path, tag: str | None = None, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    source: Path, out: Path, tag: str | None = None, dtype: str = "float32", max_shard_size: str = "5GB"
 ) -> Source:
     """Write checkpoint `tag` of `source`, a run or a checkpoint, to the new folder `out`; returns what was exported.
 
     tag: a folder under checkpoints/, `latest` or `best`; None: best where there is one, else latest.
-    dtype: of the written weights, float32 or bfloat16; None: float32, as the optimizer has them.
+    dtype: of the written weights, float32, as the optimizer has them, or bfloat16.
     `out` appears when it is complete. Raises ConfigError for a source that is missing or damaged and for an `out` that
     is in use or cannot be written.
     """
@@ -54,13 +55,12 @@ def export(
         raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
     if (found.checkpoint / checkpoint.MANIFEST).exists():
         checkpoint.verify(found.checkpoint)
-    dtype = dtype or torch.float32
     model = skeleton(found.run / "model", dtype)
     parameters = match(model, open_checkpoint(found.checkpoint), found.checkpoint)
     count = sum(parameter.shape.numel() for parameter in parameters.values())
     with staged(out) as folder:
         shutil.copytree(found.run / "model", folder, dirs_exist_ok=True)
-        write_weights(parameters, folder, dtype, max_shard_size)
+        write_weights(parameters, folder, getattr(torch, dtype), max_shard_size)
         # Also copies the modelling files and writes where they are (auto_map) into the configuration.
         custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
@@ -100,10 +100,10 @@ def resolve_tag(root: Path, tag: str | None) -> str:
     return name
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> ARMTForCausalLM:
+def skeleton(folder: Path, dtype: str) -> ARMTForCausalLM:
     """The model without values: names, shapes and ties."""
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype}: one of {', '.join(map(str, DTYPES))}")
+        raise ConfigError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
     try:
         config = ARMTConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -111,7 +111,7 @@ def skeleton(folder: Path, dtype: torch.dtype) -> ARMTForCausalLM:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"run={folder}: no readable model configuration ({one_line(error)})") from None
     # As PreTrainedModel.save_pretrained writes it.
-    config.dtype = config.base_config.dtype = str(dtype).removeprefix("torch.")
+    config.dtype = config.base_config.dtype = dtype
     config.architectures = [type(model).__name__]
     return model
 
@@ -169,7 +169,11 @@ def write_shard(path: Path, parameters: dict[str, Parameter], dtype: torch.dtype
     end = 0
     for name, parameter in parameters.items():
         start, end = end, end + parameter.shape.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(parameter.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[str(dtype).removeprefix("torch.")],
+            "shape": list(parameter.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -25,7 +25,7 @@ segment to segment. Time grows linearly with the length of the text; memory does
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 prompt = tokenizer("your text", return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(prompt.input_ids, max_new_tokens=20)[0]))
 ```

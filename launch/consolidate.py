@@ -40,13 +40,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     # Slow to import; --help should not wait for it.
-    import torch
     from transformers.utils import logging
 
     from armt_dist.export import export
 
     logging.set_verbosity_error()
-    found = export(args.run, args.out, args.tag, getattr(torch, args.dtype, args.dtype), args.max_shard_size)
+    found = export(args.run, args.out, args.tag, args.dtype, args.max_shard_size)
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors")) / 1e6
     print(NEXT.format(out=args.out, size=size, checkpoint=found.checkpoint))
 
