@@ -52,6 +52,8 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     curriculum: Annotated[list[Stage], Field(min_length=1)]
+    profile: bool = False
+    """Write a timeline of all ranks, as a picture and a Chrome trace, after the third step."""
 
 
 # What may not change when a run goes on.

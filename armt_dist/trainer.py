@@ -11,21 +11,25 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, parallel
+from . import checkpoint, parallel, trace
 from . import engine as engines
 from .build import armt_config, build_model, token_fields
 from .config import ConfigError
 from .curriculum import Progress, Stage, learning_rate, stage_over
 from .data.batch import Batch, Difficulty
 from .data.loader import make_task
-from .executor import Piece, ScheduledLM, Totals, cut
+from .executor import Piece, ScheduledLM, Totals, backward, cut
+from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
 from .run import RunConfig, check_same, describe_run
 from .schedule import Grid, warning
+from .traffic import Traffic
 
 # Exit code of a run that was told to stop, has saved, and wants to be started again (EX_TEMPFAIL).
 REQUEUE = 75
+# ZeRO-3 prefetches by what it has seen of earlier steps, so the first two of a process are not like the others.
+PROFILED_STEP = 3
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -62,13 +66,21 @@ class Trainer:
             schedule_name=config.parallel.schedule,
             states=config.bptt.states,
             offload=prepared.offload_activations,
+            link=self.link(),
         )
         self.engine = engines.start_engine(self.runner, prepared.ds_config, self.grid, device)
         self.progress = Progress()
+        self.traffic = Traffic()
         self.saved: str | None = None
         self.told_to_stop = False
         # Dropout differs between ranks, and is the same for a rank of every run.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
+
+    def link(self) -> Wire | Local:
+        """What hands the memory states on. Collective."""
+        if self.mesh.sp == 1:
+            return Local()
+        return Wire(*parallel.ring(self.mesh, self.config.parallel.timeout_s), self.device)
 
     def prepare(self) -> engines.Prepared:
         """Everything that needs no other rank. Raises ConfigError."""
@@ -165,7 +177,7 @@ class Trainer:
         parts = []
         for where, batch in batches:
             totals: Totals = self.engine(self.piece(batch), count=self.counts)
-            self.engine.backward(totals.nll * factor)
+            backward(self.engine, totals.nll * factor)
             self.engine.step()
             parts.append((where, batch, totals))
         sums = self.sum_ranks(parts)
@@ -182,8 +194,21 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_s": tokens / seconds,
             "step_s": seconds,
+            **self.measure_schedule(),
         }
         return metrics, sums.stop
+
+    def measure_schedule(self) -> dict[str, float]:
+        """How the schedule went in the last pass, as means over ranks; bytes of this process so far. Collective."""
+        found = {
+            **trace.summary(self.runner.trace.events()),
+            "handoff_bytes": self.runner.link.sent_bytes,
+            "gathered_bytes": self.traffic.gathered_bytes,
+            "reduced_bytes": self.traffic.reduced_bytes,
+        }
+        means = torch.tensor(list(found.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(means)
+        return dict(zip(found, (means / self.ranks.world_size).tolist(), strict=True))
 
     @torch.no_grad()
     def validate(self, stage: Stage) -> dict[str, float]:
@@ -215,13 +240,18 @@ class Trainer:
         self.metrics = Metrics(self.out, self.progress.step, total, self.out.name) if self.ranks.rank == 0 else None
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "told_to_stop", True))
+        steps_here = 0
         while self.progress.step < total:
             stage = self.config.curriculum[self.progress.stage]
             if stage_over(stage, self.progress, config.patience):
                 self.enter_next_stage(root)
                 continue
-            metrics, stop = self.train_step(stage)
+            with end_when_alone(lambda: self.runner.trace and self.runner.trace.at):
+                metrics, stop = self.train_step(stage)
             self.report("train", metrics)
+            steps_here += 1
+            if self.config.profile and steps_here == PROFILED_STEP:
+                self.write_profile()
             over = stage_over(stage, self.progress, config.patience)
             # A run that ends at max_steps may go on later, so it must not look at more validations than one that does.
             if not stop and (over or self.progress.step % config.validate_every == 0):
@@ -299,6 +329,18 @@ class Trainer:
             checkpoint.load(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
         self.progress = following
+
+    def write_profile(self) -> None:
+        """The timeline of all ranks in the last pass, as a picture and a Chrome trace. Collective."""
+        events = trace.collect(self.runner.trace)
+
+        def write() -> None:
+            folder = self.out / "profile"
+            folder.mkdir(exist_ok=True)
+            trace.write(events, folder, f"step_{self.progress.step:08d}")
+
+        parallel.together(write, only=0)
+        self.say(f"profile: {self.out / 'profile'}")
 
     def report(self, kind: str, values: dict[str, float]) -> None:
         """To metrics.jsonl, TensorBoard and the screen."""
