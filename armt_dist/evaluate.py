@@ -144,14 +144,13 @@ def score(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
     config, device = model.config, model.device
     count, tokens = batch.input_ids.shape
     lengths = segment_lengths(tokens, config.segment_tokens, config.segment_alignment)
-    mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-    parts = zip(*(tensor.split(lengths, dim=1) for tensor in (batch.input_ids, batch.labels, mask)), strict=True)
+    parts = zip(batch.input_ids.split(lengths, dim=1), batch.labels.split(lengths, dim=1), strict=True)
     nll = torch.zeros(count, len(lengths), dtype=torch.float64, device=device)
     right = torch.zeros(count, len(lengths), dtype=torch.int64, device=device)
     states, peak = model.initial_states(count), 0
-    for s, (ids, labels, real) in enumerate(parts):
-        real = None if real.all() else real.to(device)
-        hidden, following = model.segment(ids.to(device), states, real)
+    for s, (ids, labels) in enumerate(parts):
+        # No mask: padding is on the right, and nothing scored comes after it to see it.
+        hidden, following = model.segment(ids.to(device), states)
         states = model.initial_states(count) if zero_memory else following
         # Picked on the host, where the labels are: the device need not be waited for.
         where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)

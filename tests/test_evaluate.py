@@ -73,6 +73,11 @@ def test_text_equals_the_plain_forward(text_settings, alignment):
     assert abs(row.loss - loss) <= TOLERANCE
     assert row.token_accuracy == right.sum().item() / scored.sum().item()
     assert row.samples == len(batch.input_ids) == task.size("validation")
+    for i, nll in enumerate(score(model, batch, False).nll.sum(1).tolist()):
+        one = batch._replace(**{name: getattr(batch, name)[i : i + 1] for name in ("input_ids", "labels")})
+        one = one._replace(attention_mask=batch.attention_mask[i : i + 1])
+        loss_i, _, scored_i = whole(model, one)
+        assert abs(nll / scored_i.sum().item() - loss_i) <= TOLERANCE, f"row {i}"
     assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     # Every byte but the first of each piece is predicted, eos is no byte; a piece's last token is the next one's first.
     spelled = sum(len(text.encode()) for text in TEXTS) - task.size("validation")
