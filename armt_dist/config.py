@@ -5,6 +5,7 @@ knows how to fill one and how to say in one line what is wrong with it.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 USER_ERROR = 2
+RANK_0_SPEAKS_S = 15.0
 
 
 class ConfigError(ValueError):
@@ -128,10 +130,16 @@ def one_line(value: object, limit: int = 120) -> str:
 
 
 def run_main(main: Callable[[], int | None], rank: int) -> None:
-    """Run a command's `main` and exit: a ConfigError is one line on stderr from rank 0 and exit code 2."""
+    """Run a command's `main` and exit: a ConfigError is one line on stderr and exit code 2.
+
+    Rank 0 speaks at once. The others wait, because a launcher ends all ranks as soon as one has gone, and speak only
+    if they are still there then: the error was theirs alone.
+    """
     try:
         sys.exit(main() or 0)
     except ConfigError as error:
-        if rank == 0:
-            print(f"error: {one_line(error, limit=2000)}", file=sys.stderr, flush=True)
+        if rank != 0:
+            time.sleep(RANK_0_SPEAKS_S)
+        where = f" (rank {rank})" if rank != 0 else ""
+        print(f"error{where}: {one_line(error, limit=2000)}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

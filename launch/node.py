@@ -7,12 +7,14 @@ The options are torchrun's. Every rank's output goes to LOGS/NODE/*/attempt_0/LO
 first rank to the job's own log too.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
@@ -37,21 +39,28 @@ def main() -> int:
     try:
         run(arguments)
     except ChildFailedError as error:
-        if all(failure.exitcode != CHECKPOINTED for failure in error.failures.values()):
-            return first_failure(error, arguments.log_dir)
-        # A file, because srun ends the other nodes at once where one returns another code than 0, and loses that code.
-        (logs / "checkpointed").touch()
+        return first_failure(error, logs, os.environ["SLURMD_NODENAME"])
+    except SignalException as error:
+        # srun ends this node because another has failed; torchrun has ended the ranks.
+        return 128 + error.sigval
     return 0
 
 
-def first_failure(error: ChildFailedError, log_dir: str) -> int:
-    """Say which rank failed first; its exit code, a signal's as 128 and more, like a shell's."""
+def first_failure(error: ChildFailedError, logs: Path, node: str) -> int:
+    """Write the exit code of the rank that failed first to LOGS/exit_code, unless another node has; return it.
+
+    A signal's code becomes 128 and more, like a shell's. After a checkpoint 0 is returned, because srun would end the
+    other nodes at once.
+    """
     rank, failure = error.get_first_failure()
-    print(
-        f"error: rank {rank} on {os.environ['SLURMD_NODENAME']} ended with exit code {failure.exitcode}; see {log_dir}",
-        file=sys.stderr,
-    )
-    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    if any(failure.exitcode == CHECKPOINTED for failure in error.failures.values()):
+        code = CHECKPOINTED
+    else:
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        print(f"error: rank {rank} on {node} ended with exit code {code}; see {logs / node}", file=sys.stderr)
+    with contextlib.suppress(FileExistsError), (logs / "exit_code").open("x") as file:
+        file.write(f"{code}\n")
+    return 0 if code == CHECKPOINTED else code
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
 """
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -65,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, rank=int(os.environ.get("RANK", "0")))
+    run_main(main, parallel.claimed_rank())

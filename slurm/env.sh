@@ -29,8 +29,6 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
-# The repository is used where it lies, installed or not.
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # Without the C++ stack traces that torch prints as warnings when its peers leave.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"

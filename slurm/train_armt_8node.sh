@@ -99,8 +99,9 @@ while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done
 code=0
 wait "$step" || code=$?
 
-# launch/node.py leaves this file where the trainer exited with "checkpointed, start me again" (75), and returns 0.
-# Only that is requeued: a failure would fail again.
-if ((code == 0)) && [[ -e $logs/checkpointed ]]; then requeue; fi
+# The first rank's code that was not 0; srun's own is 143 as soon as it had to end the other nodes.
+if [[ -s $logs/exit_code ]]; then code=$(< "$logs/exit_code"); fi
+# "Checkpointed, start me again". Nothing else is requeued: a failure would fail again.
+if ((code == 75)); then requeue; fi
 echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
 exit "$code"

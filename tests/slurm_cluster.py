@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).parents[1]
 NODES = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 # Below Linux's ephemeral ports and above every MASTER_PORT that the scripts choose.
@@ -217,3 +218,22 @@ def alive(pid: int) -> bool:
         return re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is None
     except OSError:
         return False
+
+
+def log_of(checkout: Path, name: str, job: str) -> str:
+    """What a job of the training scripts has printed so far."""
+    path = checkout / f"{name}-{job}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def processes_of(running: Cluster, job: str) -> dict[int, dict[str, str]]:
+    """The environment of every process of a job of this cluster, by process id."""
+    wanted = {"SLURM_JOB_ID": job, "SLURM_CONF": running.environ["SLURM_CONF"]}
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+            environ = dict(line.split("=", 1) for line in lines if "=" in line)
+            if wanted.items() <= environ.items():
+                found[int(path.name)] = environ
+    return found

@@ -3,12 +3,10 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from slurm_cluster import cluster
+from slurm_cluster import ROOT, log_of
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 ENVIRON = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
@@ -37,20 +35,6 @@ for step in range(start + 1, 1000):
 """
 
 
-@pytest.fixture(scope="module")
-def slurm():
-    with cluster() as running:
-        yield running
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A folder to submit from: this repository, but what a run writes stays out of it."""
-    for name in ("armt_dist", "ds_configs", "launch", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
 @pytest.fixture
 def counting(checkout):
     """The same with the counter in the place of launch/train.py."""
@@ -60,24 +44,6 @@ def counting(checkout):
         (checkout / "launch" / name).symlink_to(ROOT / "launch" / name)
     (checkout / "launch/train.py").write_text(COUNTER)
     return checkout
-
-
-def log_of(checkout: Path, name: str, job: str) -> str:
-    path = checkout / f"{name}-{job}.log"
-    return path.read_text() if path.exists() else ""
-
-
-def processes_of(slurm, job: str) -> list[int]:
-    """Every process of a job of this cluster, by its environment."""
-    marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={slurm.environ['SLURM_CONF']}".encode()}
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if marks <= set((path / "environ").read_bytes().split(b"\0")):
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
