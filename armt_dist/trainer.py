@@ -1,24 +1,21 @@
-"""The training loop: batches through the engine, stage by stage, validated, checkpointed and resumable.
-
-Shapes: G rows of a global batch, split over accumulation steps, then data-parallel ranks, then micro-batch rows.
-"""
+"""The training loop: batches through the engine, stage by stage, validated, checkpointed and resumable."""
 
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from . import checkpoint, parallel, trace
 from . import engine as engines
+from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
 from .config import ConfigError
 from .curriculum import Progress, Stage, learning_rate, stage_over
-from .data.batch import Batch, Difficulty
+from .data.batch import Difficulty
 from .data.loader import make_task
-from .executor import Piece, ScheduledLM, Totals, backward, cut
+from .executor import ScheduledLM, Totals, backward
 from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
@@ -31,25 +28,6 @@ REQUEUE = 75
 # ZeRO-3 prefetches by what it has seen of earlier steps, so the first two of a process are not like the others.
 PROFILED_STEP = 3
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-
-
-class Sums(NamedTuple):
-    """A global batch, summed over all ranks."""
-
-    nll: float
-    scored: int
-    right_tokens: int
-    right_rows: int
-    rows: int
-    stop: bool  # some rank was told to stop
-
-    def metrics(self) -> dict[str, float]:
-        """Means over tokens and samples."""
-        return {
-            "loss": self.nll / max(1, self.scored),
-            "accuracy": self.right_rows / max(1, self.rows),
-            "token_accuracy": self.right_tokens / max(1, self.scored),
-        }
 
 
 class Trainer:
@@ -93,6 +71,7 @@ class Trainer:
         self.counts = self.task.measure == "accuracy"
         self.grid = Grid(1, self.armt.num_hidden_layers, self.mesh.sp, config.parallel.rounds, config.parallel.chunks)
         self.check()
+        self.batches = Batches(self.task, self.armt, self.grid, self.mesh, prepared.sizes, self.device)
         self.fresh = not (self.out / "config.yaml").exists()
         if not self.fresh:
             check_same(self.out, config)
@@ -117,48 +96,6 @@ class Trainer:
         if text and self.ranks.rank == 0:
             print(f"warning: {text}", flush=True)
 
-    # --- batches -----------------------------------------------------------------------------------------------------
-
-    def micro_batches(self, split: str, step: int, difficulty: Difficulty) -> list[tuple[range, Batch]]:
-        """This data-parallel rank's rows of a global batch, one micro-batch for each accumulation step."""
-        micro, dp = self.sizes.micro, self.mesh.dp
-        starts = [(a * dp + self.mesh.dp_rank) * micro for a in range(self.sizes.accumulation)]
-        return [(range(s, s + micro), self.task.batch(split, step, range(s, s + micro), difficulty)) for s in starts]
-
-    def piece(self, batch: Batch) -> Piece:
-        """This rank's blocks of a micro-batch, inputs on the device."""
-        piece = cut(batch.input_ids, batch.labels, batch.attention_mask, self.armt, self.grid, self.mesh.sp_rank)
-        mask = piece.attention_mask
-        return piece._replace(
-            input_ids=piece.input_ids.to(self.device, non_blocking=True),
-            attention_mask=None if mask is None else mask.to(self.device, non_blocking=True),
-        )
-
-    def difficulty(self, stage: Stage) -> Difficulty:
-        """What the stage's samples are drawn from."""
-        return Difficulty.at_least(stage.length, stage.at_least)
-
-    def sum_ranks(self, parts: list[tuple[range, Batch, Totals]]) -> Sums:
-        """Sum what the ranks found; the only point of a step where the host waits for the device. Collective."""
-        rows = self.sizes.global_batch
-        nll, stop, wrong, scored = 0, 1, slice(2, 2 + rows), slice(2 + rows, 2 + 2 * rows)
-        sums = torch.zeros(2 + 2 * rows, dtype=torch.float64, device=self.device)
-        sums[stop] = float(self.told_to_stop)
-        for where, batch, totals in parts:
-            own = slice(where.start, where.stop)
-            sums[nll] += totals.nll.detach()
-            sums[wrong][own] += totals.wrong
-            # Every rank of a group sees the whole rows' labels.
-            sums[scored][own] += batch.labels.ge(0).sum(1).to(self.device) / self.mesh.sp
-        dist.all_reduce(sums)
-        sums = sums.cpu()
-        scored_rows = sums[scored].round() > 0
-        right_rows = int(((sums[wrong] == 0) & scored_rows).sum())
-        total = int(sums[scored].sum().round())
-        return Sums(
-            sums[nll].item(), total, total - int(sums[wrong].sum()), right_rows, int(scored_rows.sum()), sums[stop] > 0
-        )
-
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def train_step(self, stage: Stage) -> tuple[dict[str, float], bool]:
@@ -167,7 +104,8 @@ class Trainer:
         rate = learning_rate(stage, self.progress.stage_step, self.peak_lr)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        batches = self.micro_batches("train", self.progress.step, self.difficulty(stage))
+        difficulty = Difficulty.at_least(stage.length, stage.at_least)
+        batches = self.batches.micro_batches("train", self.progress.step, difficulty)
         scored = torch.tensor(sum(int(b.labels.ge(0).sum()) for _, b in batches), dtype=torch.float32)
         scored = scored.to(self.device, non_blocking=True)
         dist.all_reduce(scored)
@@ -176,11 +114,11 @@ class Trainer:
         factor = self.ranks.world_size * self.sizes.accumulation * self.mesh.sp / scored
         parts = []
         for where, batch in batches:
-            totals: Totals = self.engine(self.piece(batch), count=self.counts)
+            totals: Totals = self.engine(self.batches.piece(batch), count=self.counts)
             backward(self.engine, totals.nll * factor)
             self.engine.step()
             parts.append((where, batch, totals))
-        sums = self.sum_ranks(parts)
+        sums = self.batches.sum_up(parts, self.told_to_stop)
         seconds = time.perf_counter() - started
         tokens = self.sizes.global_batch * batches[0][1].input_ids.shape[1]
         window = stage.until.over if stage.until else 1
@@ -220,9 +158,9 @@ class Trainer:
         found = []
         for step in range(steps):
             parts = []
-            for where, batch in self.micro_batches("validation", step, Difficulty.fixed(stage.length)):
-                parts.append((where, batch, self.engine(self.piece(batch), count=True)))
-            found.append(self.sum_ranks(parts))
+            for where, batch in self.batches.micro_batches("validation", step, Difficulty.fixed(stage.length)):
+                parts.append((where, batch, self.engine(self.batches.piece(batch), count=True)))
+            found.append(self.batches.sum_up(parts, self.told_to_stop))
         self.engine.train()
         if not found:
             return {}

@@ -23,12 +23,13 @@ configuration_armt
 modeling_armt
 reference offload
 bptt parallel loss
-handoff trace
+handoff trace traffic
 executor preflight
 engine
 build
 data
-checkpoint zero_shards metrics
+curriculum batches
+run checkpoint zero_shards metrics
 model_card
 export
 evaluate exported
