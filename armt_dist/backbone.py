@@ -105,7 +105,9 @@ class Backbone(NamedTuple):
     def rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin for `position_ids` in x's dtype, or None."""
         rotary = self.part("rotary")
-        return rotary(x, position_ids=position_ids) if rotary else None
+        # Past the module's hooks, as there is nothing to gather: how often it is called depends on the segments, and
+        # ZeRO-3 wants the same order of modules on every rank and in every step.
+        return rotary.forward(x, position_ids=position_ids) if rotary else None
 
     @property
     def layers(self) -> nn.ModuleList:

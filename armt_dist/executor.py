@@ -159,6 +159,10 @@ class ScheduledLM(nn.Module):
         # Of the last pass.
         self.trace: Trace | None = None
 
+    def at(self) -> Instruction | None:
+        """The instruction that this rank came to last, for `handoff.end_when_alone`."""
+        return self.trace and self.trace.at
+
     def forward(self, piece: Piece, count: bool = False) -> Totals:
         """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule."""
         memory = self.model.config.num_mem_tokens

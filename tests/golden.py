@@ -72,14 +72,14 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, 
     assert error <= tolerance, f"{name}: error {error:.3g} is {error / tolerance:.2f} times the allowed {tolerance:g}"
 
 
-def assert_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor]) -> None:
-    """Every gradient by name; a parameter that `expected` lacks must have none or zeros."""
+def assert_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor], where: str = "") -> None:
+    """Every gradient by name; a parameter that `expected` lacks must have none or zeros. `where` leads the message."""
     for name, gradient in actual.items():
         if name in expected:
-            assert gradient is not None, f"d {name} is missing"
-            assert_close(f"d {name}", gradient, expected[name], TOLERANCES["gradient"], relative=True)
+            assert gradient is not None, f"{where} d {name} is missing"
+            assert_close(f"{where} d {name}", gradient, expected[name], TOLERANCES["gradient"], relative=True)
         else:
-            assert gradient is None or not gradient.any(), f"d {name} should be zero"
+            assert gradient is None or not gradient.any(), f"{where} d {name} should be zero"
     assert not set(expected) - set(actual), f"no such parameters: {set(expected) - set(actual)}"
 
 

@@ -1,0 +1,102 @@
+"""What the benchmarks of several ranks share: a tiny model behind the real engine, cells of a given length, results."""
+
+import datetime
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+RESULTS = ROOT / "benchmarks" / "results"
+
+from harness import spawn  # noqa: E402, F401
+
+CPU = torch.device("cpu")
+
+
+def tiny_engine(ranks, layout, layers: int, segment_tokens: int, width: int = 32):
+    """A random Llama-shaped ARMT behind the engine, nothing kept whole after use: runner, engine, config, grid, mesh.
+
+    `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would.
+    """
+    from armt_dist import build, engine, executor, handoff, parallel
+    from armt_dist.config import build as section
+    from armt_dist.schedule import Grid
+
+    mesh = parallel.mesh(ranks, layout.sp)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    ds = {"train_micro_batch_size_per_gpu": layout.chunks, "zero_optimization": zero}
+    prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
+    base = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
+    config = section(build.ModelConfig, {"base_config": base, "num_mem_tokens": 2, "d_mem": 8})
+    armt = build.armt_config(config, {}, segment_tokens)
+    model = build.build_model(config, armt, prepared.ds_config, seed=0)
+    link = handoff.Wire(*parallel.ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
+    runner = executor.ScheduledLM(model, states="recompute", link=link)
+    grid = Grid(1, layers, layout.sp, layout.rounds, layout.chunks)
+    return runner, engine.start_engine(runner, prepared.ds_config, grid, CPU), armt, grid, mesh
+
+
+def model_bytes(runner) -> int:
+    """Of all parameters, partitioned or not."""
+    return sum(p.ds_numel * p.element_size() for p in runner.parameters())
+
+
+class Backward(torch.autograd.Function):
+    """Identity whose backward takes `seconds`."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+def sleeping_cell(memory, num_mem_tokens: int, row_s: float, x, state, context):
+    """In place of a cell: takes row_s for each row of x, twice as long backward, and no computing to speak of.
+
+    Hidden states and memory state still depend on what comes in, so gradients flow along both arrows.
+    """
+    from armt_dist.memory import Update
+
+    seconds = row_s * len(x)
+    time.sleep(seconds)
+    if torch.is_grad_enabled():
+        x = Backward.apply(x, 2 * seconds)
+    y = x + state.z.mean()
+    m = y[:, -num_mem_tokens:].mean(-1)[:, None, :, None]
+    k, dv = (m.expand(-1, t.shape[1], -1, t.shape[-1]) for t in (state.z, state.A))
+    return y, Update(k, dv, m[..., 0].expand(-1, k.shape[1], -1))
+
+
+def emulate(runner, row_s: float) -> None:
+    """Put a sleep in place of every cell, from outside, so that many ranks fit on few cores."""
+    for layer in runner.model.backbone.layers:
+        layer.cell = partial(sleeping_cell, layer.memory, layer.num_mem_tokens, row_s)
+
+
+def heading(script: str) -> str:
+    """Date, command, hardware and commit of a result."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    return (
+        f"{datetime.date.today()}, `OMP_NUM_THREADS=1 {command}`, {os.cpu_count()} CPU cores, gloo, "
+        f"torch {torch.__version__}, commit {commit.strip()}."
+    )

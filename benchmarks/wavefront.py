@@ -1,0 +1,120 @@
+"""The wavefront against its bound: real engine, hand-off and gathers over gloo, cells of an emulated length.
+
+    OMP_NUM_THREADS=1 python benchmarks/wavefront.py [--sp 2 4 8] [--cell_ms 100] [--profile]
+
+Every rank is a process. From outside, a sleep is put in the place of every cell (`ranks.emulate`), so that 8 ranks fit
+on 2 cores; forward, re-run and backward take 1, 1 and 2 cells. All around the cells is the product's.
+Measured from the third step on, from the first rank's start to the last rank's end. Writes results/wavefront.md, with
+--profile a timeline as PNG and Chrome trace beside it, and prints one JSON line last.
+"""
+
+import argparse
+import json
+import time
+from statistics import fmean
+
+import torch
+from ranks import RESULTS, emulate, heading, model_bytes, spawn, tiny_engine
+
+from armt_dist.schedule import Grid, efficiency_bound
+from armt_dist.simulator import Costs, simulate_step
+
+LAYERS, STEPS, WARM_UP = 16, 5, 2
+SEGMENT_TOKENS = 8
+# sp, rounds, chunks
+LAYOUTS = ((2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 1, 2), (4, 2, 1))
+HEADER = (
+    "| sp | R | M_c | bound | efficiency | of the bound | makespan s | simulated s | exposed hand-off | skew s "
+    "| gather wait | gathered / model | reduced / model | CPU s a rank |\n" + "|---" * 14 + "|"
+)
+
+
+def measure(ranks, layout, cell_s: float) -> list[tuple]:
+    """Per measured step: all ranks' events; this rank's bytes gathered and reduced over the model's, CPU seconds."""
+    from armt_dist import executor, trace
+    from armt_dist.traffic import Traffic
+
+    torch.manual_seed(ranks.rank)
+    runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, LAYERS, SEGMENT_TOKENS)
+    emulate(runner, cell_s / layout.chunks)
+    traffic, found = Traffic(), []
+    tokens = torch.randint(0, 64, (layout.chunks, SEGMENT_TOKENS * layout.sp * layout.rounds))
+    for step in range(STEPS):
+        before, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time()
+        totals = engine(executor.cut(tokens, tokens, None, armt, grid, mesh.sp_rank))
+        executor.backward(engine, totals.nll * ranks.world_size / tokens.numel())
+        after, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time() - cpu_s
+        engine.step()
+        events = trace.collect(runner.trace)
+        if step >= WARM_UP:
+            moved = ((b - a) / model_bytes(runner) for a, b in zip(before, after, strict=True))
+            found.append((events, *moved, cpu_s))
+    return found
+
+
+def row(layout, cell_s: float, steps: list[tuple]) -> dict:
+    """One line of the table: means over the measured steps."""
+    from armt_dist import trace
+
+    grid = Grid(layout.sp * layout.rounds, LAYERS, layout.sp, layout.rounds, layout.chunks)
+    simulated = simulate_step("wavefront", grid, Costs(cell_s))
+    # Forward, re-run and backward of all units, and nothing else.
+    ideal_s = 4 * cell_s * LAYERS * layout.rounds
+    makespans, parts = [], []
+    for events, *_ in steps:
+        makespans.append(max(e.end_s for e in events) - min(e.start_s for e in events))
+        parts += [trace.summary([e for e in events if e.rank == rank]) for rank in range(layout.sp)]
+    makespan_s, bound = fmean(makespans), efficiency_bound(grid)
+    return {
+        "sp": layout.sp,
+        "rounds": layout.rounds,
+        "chunks": layout.chunks,
+        "bound": bound,
+        "efficiency": ideal_s / makespan_s,
+        "of_bound": ideal_s / makespan_s / bound,
+        "makespan_s": makespan_s,
+        "slowest_s": max(makespans),
+        "simulated_s": simulated.makespan_s,
+        "exposed_handoff": fmean(part["exposed_handoff_s"] for part in parts) / makespan_s,
+        "skew_s": fmean(part["skew_s"] for part in parts),
+        "gather_wait": fmean(part["gather_wait_s"] for part in parts) / makespan_s,
+        "gathered": max(step[1] for step in steps),
+        "reduced": max(step[2] for step in steps),
+        "cpu_s": fmean(step[3] for step in steps),
+    }
+
+
+def line(r: dict) -> str:
+    return (
+        f"| {r['sp']} | {r['rounds']} | {r['chunks']} | {r['bound']:.1%} | {r['efficiency']:.1%} "
+        f"| **{r['of_bound']:.1%}** | {r['makespan_s']:.3f} | {r['simulated_s']:.3f} | {r['exposed_handoff']:.2%} "
+        f"| {r['skew_s']:.2f} | {r['gather_wait']:.2%} | {r['gathered']:.2f} | {r['reduced']:.2f} | {r['cpu_s']:.2f} |"
+    )
+
+
+def main() -> None:
+    from armt_dist import trace
+    from armt_dist.executor import ParallelConfig
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sp", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--cell_ms", type=float, default=100)
+    parser.add_argument("--profile", action="store_true", help="also a timeline of the last step")
+    args = parser.parse_args()
+    rows = []
+    for sp, rounds, chunks in LAYOUTS:
+        if sp not in args.sp:
+            continue
+        layout = ParallelConfig(sp=sp, rounds=rounds, chunks=chunks, timeout_s=120)
+        steps = spawn(sp, measure, layout, args.cell_ms / 1e3, timeout_s=500)[0]
+        rows.append(row(layout, args.cell_ms / 1e3, steps))
+        print(line(rows[-1]), flush=True)
+        if args.profile and (rounds, chunks) == (1, 1):
+            trace.write(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
+    text = "\n".join([HEADER, *map(line, rows)])
+    (RESULTS / "wavefront.md").write_text(f"# The wavefront against its bound\n\n{heading('wavefront.py')}\n\n{text}\n")
+    print(json.dumps({"benchmark": "wavefront", "cell_ms": args.cell_ms, "layers": LAYERS, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

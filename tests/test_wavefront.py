@@ -1,0 +1,265 @@
+"""The wavefront: loss, every gradient and the weights after several steps equal the single-process oracle's, through
+the real DeepSpeed engine, however a sequence is spread over ranks, rounds and chunks; and a lost rank is named."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import golden
+import pytest
+import torch
+from harness import spawn
+from test_bptt import oracle, random_batch, shifted, small_model
+
+from armt_dist import parallel
+from armt_dist.schedule import Grid
+
+CPU = torch.device("cpu")
+STATES = ("store", "rebuild", "recompute")
+BATCH = 4
+PASSES = 2
+# World -> (sp, rounds, chunks); dp = world / sp.
+LAYOUTS = {
+    1: [(1, 2, 2)],
+    2: [*itertools.product((2,), (1, 2), (1, 2)), (1, 2, 1)],
+    4: [*itertools.product((4,), (1, 2), (1, 2)), *itertools.product((2,), (1, 2), (1, 2))],
+    8: [(8, 1, 2)],
+}
+GOLDEN_WORLDS = (2, 4)
+# World -> layout and accumulation steps of the AdamW steps.
+ADAMW = {2: ((2, 2, 1), 1), 4: ((2, 2, 2), 2)}
+ADAMW_STEPS = 4
+OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def batch_for(seed):
+    """Rows of 9 segments (odd seeds) or 11, so that blocks differ in length; a row's last is nothing but padding."""
+    return random_batch(tokens=(9 if seed % 2 else 11) * 8 - 3, batch=BATCH, pad=12, seed=seed)
+
+
+def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, **ds_config):
+    """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
+    from armt_dist import build, engine, executor, handoff
+    from armt_dist.config import build as section
+
+    sp, rounds, chunks = layout
+    mesh = parallel.mesh(ranks, sp)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    ds = {"train_batch_size": rows, "zero_optimization": zero, **ds_config}
+    prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
+    config = section(build.ModelConfig, {"base": str(folder)})
+    armt = build.armt_config(config, {}, None)
+    model = build.build_model(config, armt, prepared.ds_config, seed=0)
+    link = handoff.Wire(*parallel.ring(mesh, timeout_s), CPU) if sp > 1 else None
+    runner = executor.ScheduledLM(model, states=states, link=link)
+    grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
+    return engine.start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
+
+
+def step(parts, ranks, ids, labels, mask):
+    """Forward and backward of a global batch, its rows spread over accumulation steps and dp ranks. The mean loss."""
+    from armt_dist import executor
+
+    engine, _, armt, grid, mesh = parts
+    accumulation = engine.gradient_accumulation_steps()
+    labels = shifted(labels)
+    scored, rows = (labels >= 0).sum(), len(ids) // mesh.dp // accumulation
+    total = torch.zeros(())
+    for micro in range(accumulation):
+        start = (micro * mesh.dp + mesh.dp_rank) * rows
+        own = slice(start, start + rows)
+        totals = engine(executor.cut(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
+        executor.backward(engine, totals.nll * ranks.world_size * accumulation / scored)
+        total += totals.nll.detach()
+        if micro < accumulation - 1:
+            engine.step()
+    torch.distributed.all_reduce(total)
+    return total / scored
+
+
+def full_gradients(runner):
+    from deepspeed.utils import safe_get_full_grad
+
+    return {n: safe_get_full_grad(p).clone() for n, p in runner.model.named_parameters() if p.requires_grad}
+
+
+def run_layouts(ranks, folder):
+    """Loss and gradients of each layout. The second pass has a complete order of gathers: it prefetches."""
+    found = {}
+    for layout, states in zip(LAYOUTS[ranks.world_size], itertools.cycle(STATES), strict=False):
+        still = {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}}
+        parts = engine_on(folder, ranks, layout, states, optimizer=still)
+        for attempt in range(PASSES):
+            loss = step(parts, ranks, *batch_for(1))
+            found[layout, states, attempt] = loss, full_gradients(parts[1])
+            parts[0].step()
+        parts[0].destroy()
+    return found
+
+
+def run_golden(ranks, folders):
+    """Loss and gradients of the golden cases, one segment or two a rank."""
+    found = {}
+    for name in LONG_ENOUGH if ranks.world_size in GOLDEN_WORLDS else ():
+        io, labels = golden.load_case(name).io, golden.load_case(name).labels
+        parts = engine_on(folders / name, ranks, (ranks.world_size, 1, 1), rows=len(labels))
+        parts[0].eval()
+        found[name] = step(parts, ranks, io["input_ids"], labels, io["attention_mask"]), full_gradients(parts[1])
+        parts[0].destroy()
+    return found
+
+
+def run_adamw(ranks, folder):
+    """Losses of several steps, evaluation between them; the weights after the last; whether gathers ran ahead."""
+    import deepspeed
+
+    from armt_dist import executor
+
+    if ranks.world_size not in ADAMW:
+        return None
+    layout, accumulation = ADAMW[ranks.world_size]
+    optimizer = {"type": "AdamW", "params": OPTIONS}
+    parts = engine_on(folder, ranks, layout, optimizer=optimizer, gradient_accumulation_steps=accumulation)
+    engine, runner, armt, grid, mesh = parts
+    losses, ahead = [], []
+    gathers = engine.optimizer.parameter_offload.get_param_coordinator()
+    for t in range(ADAMW_STEPS):
+        losses.append(step(parts, ranks, *batch_for(t)))
+        ahead.append(gathers.is_complete_trace())
+        engine.step()
+        with torch.no_grad():
+            ids, labels, mask = batch_for(100)
+            engine.eval()
+            engine(executor.cut(ids, shifted(labels), mask, armt, grid, mesh.sp_rank), count=True)
+            engine.train()
+    weights = {}
+    for name, parameter in runner.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights[name] = parameter.detach().clone()
+    return losses, weights, ahead
+
+
+def run_all(ranks, folders):
+    """Everything of one world, so that its processes are started once. From rank 0."""
+    found = run_layouts(ranks, folders / "random"), run_golden(ranks, folders), run_adamw(ranks, folders / "random")
+    return found if ranks.rank == 0 else None
+
+
+LONG_ENOUGH = [name for name in golden.CASES if name != "armt_v2_llama_single_segment"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The models as Hugging Face folders."""
+    root = tmp_path_factory.mktemp("models")
+    random_model().save_pretrained(root / "random")
+    for name in LONG_ENOUGH:
+        golden.load_model(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(folders):
+    """What each world found, run when first asked for."""
+    found = {}
+
+    def of(world):
+        if world not in found:
+            found[world] = spawn(world, run_all, folders, timeout_s=300)[0]
+        return found[world]
+
+    return of
+
+
+def random_model():
+    """One whose own rounding, of rows one by one instead of together, stays far below the tolerances."""
+    return small_model(d_mem=16, base=dict(num_hidden_layers=3, initializer_range=0.1))
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_loss_and_gradients(world, results):
+    model = random_model()
+    loss, gradients = oracle(model, *batch_for(1))
+    layouts, _, _ = results(world)
+    assert len(layouts) == PASSES * len(LAYOUTS[world])
+    for (layout, states, attempt), found in layouts.items():
+        where = f"world {world}, (sp, rounds, chunks) {layout}, {states}, pass {attempt}"
+        golden.assert_close(f"{where}: loss", found[0], loss, golden.TOLERANCES["loss"])
+        golden.assert_gradients(found[1], gradients, where)
+
+
+@pytest.mark.parametrize("world", GOLDEN_WORLDS)
+def test_golden_cases(world, results):
+    _, cases, _ = results(world)
+    assert set(cases) == set(LONG_ENOUGH)
+    for name, (loss, gradients) in cases.items():
+        case, where = golden.load_case(name), f"{name}, sp {world}"
+        golden.assert_close(f"{where}: loss", loss, case.io["loss"][0], golden.TOLERANCES["loss"])
+        golden.assert_gradients(gradients, golden.golden_gradients(case), where)
+
+
+@pytest.mark.parametrize("world", ADAMW)
+def test_steps_of_adamw(world, results):
+    """With rounds, accumulation, changing lengths and evaluation between the steps."""
+    _, _, (losses, weights, ahead) = results(world)
+    assert ahead == [False] + [True] * (ADAMW_STEPS - 1), "the order of modules changed, so nothing is gathered ahead"
+    model = random_model()
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    for t in range(ADAMW_STEPS):
+        ids, labels, mask = batch_for(t)
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        golden.assert_close(f"loss of step {t}", losses[t], loss.detach(), golden.TOLERANCES["trajectory_loss"])
+    for name, weight in model.named_parameters():
+        golden.assert_close(name, weights[name], weight.detach(), golden.TOLERANCES["weights"], relative=True)
+
+
+LOST_TIMEOUT_S = 15
+
+
+def lose_rank_1(rank, port, folder, how, log):
+    """Train until rank 1 is lost; stderr goes to a file of each rank."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    ranks = parallel.Ranks(rank, 3, rank, 3, "environment")
+    parallel.start(ranks, LOST_TIMEOUT_S)
+    from armt_dist import handoff
+
+    parts = engine_on(folder, ranks, (3, 1, 1), timeout_s=LOST_TIMEOUT_S)
+    link, send = parts[1].link, parts[1].link.send
+
+    def faulty(instruction, state):
+        if rank == 1 and instruction.layer == 1:
+            # The first such instruction is of the forward.
+            if how == "dies":
+                os._exit(9)
+            elif instruction.op == "SEND_GRAD":
+                os.kill(os.getpid(), signal.SIGSTOP)
+        send(instruction, state)
+
+    step(parts, ranks, *batch_for(1))
+    link.send = faulty
+    with handoff.end_when_alone(parts[1].at):
+        step(parts, ranks, *batch_for(1))
+
+
+@pytest.mark.parametrize("how", ["dies", "stops"])
+def test_a_lost_rank_is_named_and_nobody_hangs(how, folders, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    arguments = (parallel.free_port(), folders / "random", how, tmp_path / "stderr")
+    workers = [context.Process(target=lose_rank_1, args=(rank, *arguments), daemon=True) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + 100 + LOST_TIMEOUT_S
+    for rank in (0, 2):
+        workers[rank].join(max(0, deadline - time.monotonic()))
+        assert workers[rank].exitcode == 1, f"rank {rank}: exit code {workers[rank].exitcode}"
+        lines = [line for line in (tmp_path / f"stderr.{rank}").read_text().splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and f"rank {rank} lost another rank in " in lines[0], lines
+        assert "(layer " in lines[0] and f" b{rank}" in lines[0], lines
+    workers[1].kill()
