@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2, help="tokens to generate")
     parser.add_argument("question")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
     inputs = tokenizer(args.question, return_tensors="pt", add_special_tokens=False)
     answer = model.generate(inputs["input_ids"], max_new_tokens=args.tokens, do_sample=False)
