@@ -4,10 +4,10 @@ Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
         f = 2·nu·d_mem/h features a head, d = D/h channels a head.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # (s, l) needs (s-1, l): the arrow that makes layer-major and wavefront orders valid.
@@ -42,32 +42,44 @@ def apply(state: State, update: Update) -> State:
 class DPFP(torch.autograd.Function):
     """phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)] (deterministic parameter-free projection).
 
-    [..., n] -> [..., 2·nu·n]. One function with its own backward: many small segments would otherwise spend their
-    time dispatching rolls and concatenations.
+    [..., n/2] -> [..., nu·n], with `normalise` divided by its L2 norm. One function with its own backward: many small
+    segments would otherwise spend their time dispatching rolls, concatenations and norms.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, nu: int) -> Tensor:
+    def forward(ctx, x: Tensor, nu: int, normalise: bool) -> Tensor:
         r = torch.cat([x, -x], -1).relu_()
         n = r.shape[-1]
-        # padded[nu - j : nu - j + n] is roll(r, j); the modulus keeps nu >= n right.
-        padded = r[..., torch.arange(-nu, n, device=r.device) % n]
-        ctx.save_for_backward(padded)
-        ctx.nu = nu
-        return torch.cat([r * padded[..., nu - j : nu - j + n] for j in range(1, nu + 1)], -1)
+        # r end to end, often enough that every roll of r is a slice of it.
+        tiled = torch.cat([r] * (1 + math.ceil(nu / n)), -1)
+        phi = torch.stack([r * rolled for rolled in rolls(tiled, n, nu)], -2).flatten(-2)
+        scale = phi.norm(dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_() if normalise else None
+        ctx.save_for_backward(tiled, phi.mul_(scale) if normalise else None, scale)
+        ctx.n, ctx.nu = n, nu
+        return phi
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (padded,) = ctx.saved_tensors
-        nu = ctx.nu
-        r = padded[..., nu:]
-        n = r.shape[-1]
-        dr = torch.zeros_like(r)
-        for j, g in enumerate(grad.split(n, -1), start=1):
-            dr += g * padded[..., nu - j : nu - j + n] + (g * r).roll(-j, -1)
-        dr *= r > 0
-        return dr[..., : n // 2] - dr[..., n // 2 :], None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        tiled, phi, scale = ctx.saved_tensors
+        n, nu = ctx.n, ctx.nu
+        if scale is not None:
+            # d(p / |p|) = (dp - phi (phi·dp)) / |p|
+            grad = torch.addcmul(grad, phi, torch.linalg.vecdot(phi, grad).unsqueeze(-1), value=-1).mul_(scale)
+        r = tiled[..., -n:]
+        d_r, d_tiled = torch.zeros_like(r), torch.zeros_like(tiled)
+        for g, rolled, d_rolled in zip(grad.split(n, -1), rolls(tiled, n, nu), rolls(d_tiled, n, nu), strict=True):
+            d_r.addcmul_(g, rolled)
+            d_rolled.addcmul_(g, r)
+        d_r += d_tiled.unflatten(-1, (-1, n)).sum(-2)
+        d_r *= r > 0
+        return d_r[..., : n // 2] - d_r[..., n // 2 :], None, None
+
+
+def rolls(tiled: Tensor, n: int, nu: int) -> list[Tensor]:
+    """Views of roll(r, j), j = 1..nu, of the r [..., n] that `tiled` repeats."""
+    end = tiled.shape[-1]
+    return [tiled[..., end - n - j : end - j] for j in range(1, nu + 1)]
 
 
 class AssociativeMemory(nn.Module):
@@ -143,8 +155,7 @@ class AssociativeMemory(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
-        phi = DPFP.apply(self.split_heads(x.float()), self.nu)
-        return F.normalize(phi, dim=-1) if self.normalise else phi
+        return DPFP.apply(self.split_heads(x.float()), self.nu, self.normalise)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, N, h·c] -> [B, h, N, c]."""
