@@ -19,17 +19,18 @@ from harness import spawn  # noqa: E402, F401
 CPU = torch.device("cpu")
 
 
-def tiny_engine(ranks, layout, layers: int, segment_tokens: int, width: int = 32):
+def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int = 32, zero=None, wrap=None):
     """A random Llama-shaped ARMT behind the engine, nothing kept whole after use: runner, engine, config, grid, mesh.
 
-    `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would.
+    `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would, apart from
+    those in `zero`. `wrap` may put another module in the runner's place.
     """
     from armt_dist import build, engine, executor, handoff, parallel
     from armt_dist.config import build as section
     from armt_dist.schedule import Grid
 
     mesh = parallel.mesh(ranks, layout.sp)
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **(zero or {})}
     ds = {"train_micro_batch_size_per_gpu": layout.chunks, "zero_optimization": zero}
     prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
     base = {
@@ -46,6 +47,8 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, width: int = 32
     model = build.build_model(config, armt, prepared.ds_config, seed=0)
     link = handoff.Wire(*parallel.ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
     runner = executor.ScheduledLM(model, states="recompute", link=link)
+    if wrap is not None:
+        runner = wrap(runner)
     grid = Grid(1, layers, layout.sp, layout.rounds, layout.chunks)
     return runner, engine.start_engine(runner, prepared.ds_config, grid, CPU), armt, grid, mesh
 

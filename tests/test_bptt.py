@@ -77,10 +77,10 @@ OPTIONS = {
 }
 
 
-def small_model(family="llama", seed=0, dropout=None, **options):
+def small_model(family="llama", seed=0, base=None, **options):
     """A random model whose memory matters from the start (W_mv is zero otherwise)."""
     torch.manual_seed(seed)
-    base = {**FAMILIES[family], "initializer_range": 0.2, **(dropout or {})}
+    base = {**FAMILIES[family], "initializer_range": 0.2, **(base or {})}
     config = ARMTConfig(base_config=base, **{"segment_tokens": 8, "num_mem_tokens": 3, "d_mem": 4, **options})
     model = ARMTForCausalLM(config)
     for layer in model.backbone.layers:
@@ -150,7 +150,7 @@ def without_recomputation(layer, x, work):
 def test_dropout_is_replayed(states, monkeypatch):
     """The re-run draws the masks of the forward run."""
     dropout = dict(resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.1)
-    model, batch = small_model("gpt2", dropout=dropout).train(), random_batch()
+    model, batch = small_model("gpt2", base=dropout).train(), random_batch()
     torch.manual_seed(5)
     fast_loss, fast_gradients = scheduled_loss(model, *batch, states=states)
     monkeypatch.setattr(executor, "segment_bptt", without_recomputation)
@@ -164,7 +164,7 @@ def test_dropout_is_replayed(states, monkeypatch):
 
 
 def test_the_rerun_leaves_the_generators_alone():
-    model, batch = small_model("gpt2", dropout=dict(resid_pdrop=0.2)).train(), random_batch()
+    model, batch = small_model("gpt2", base=dict(resid_pdrop=0.2)).train(), random_batch()
     draws = []
     for states in ("store", "recompute"):
         torch.manual_seed(3)
