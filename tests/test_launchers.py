@@ -78,6 +78,26 @@ def test_deepspeed_launcher(reference, tmp_path):
     assert train(tmp_path, launcher, 10, sp=SP) == reference[:10]
 
 
+def test_deepspeed_launcher_on_each_node_without_ssh(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    options = ["--hostfile", "hosts", "--no_ssh", "--master_addr=127.0.0.1", f"--master_port={parallel.free_port()}"]
+    program = [str(ROOT / "launch/preflight.py"), "--nodes=2", "--need-gib=0", "--slow=1000"]
+    nodes = [
+        subprocess.Popen(
+            [*DEEPSPEED, *options, f"--node_rank={node}", *program],
+            env=os.environ | ENVIRON,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "preflight: 2 nodes fit" in outputs[0]
+
+
 def test_mpirun(reference, tmp_path):
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     assert train(tmp_path, [mpirun(), "-n", "2", sys.executable], 10, sp=SP, **as_root) == reference[:10]
@@ -88,17 +108,28 @@ def test_plain_srun(reference, slurm, tmp_path):
     assert train(tmp_path, launcher, 10, sp=SP, **slurm.environ) == reference[:10]
 
 
-def test_eight_nodes_train_as_one_process_does(slurm, checkout, tmp_path):
+def test_eight_nodes_train_as_one_process_does_and_the_chain_exports_and_evaluates(slurm, checkout, tmp_path):
     arguments = settings(tmp_path, 10, sp=SP)
     job = slurm.submit("--job-name=eight", "slurm/train_armt_8node.sh", *arguments, cwd=checkout, **ENVIRON)
+    arguments = ["slurm/consolidate.sh", "runs/eight", "--out", "runs/eight/export"]
+    export = slurm.submit(f"--dependency=afterok:{job}", *arguments, cwd=checkout, **ENVIRON)
+    arguments = ["--array=5,10", "slurm/evaluate.sh", "--model", "runs/eight/export", "--samples=4"]
+    evaluation = slurm.submit(f"--dependency=afterok:{export}", *arguments, cwd=checkout, **ENVIRON)
     (tmp_path / "alone").mkdir()
     alone = train(tmp_path / "alone", [sys.executable], 10, sp=1)
+
     end = slurm.wait(job, 150)
     log = log_of(checkout, "eight", job)
     assert end.state == "COMPLETED", log
     assert "8 nodes x 1 ranks (n[1-8])" in log and "preflight: 8 nodes fit" in log
     assert losses(checkout / "runs/eight") == pytest.approx(alone, rel=1e-5)
     assert len(list(checkout.glob("runs/eight/logs/*/n[1-8]/*/attempt_0/0/stderr.log"))) == 8
+
+    assert slurm.wait(export, 60).state == "COMPLETED", log_of(checkout, "armt-consolidate", export)
+    for length in (5, 10):
+        end = slurm.wait(f"{evaluation}_{length}", 60)
+        assert end.state == "COMPLETED", log_of(checkout, "armt-evaluate", f"{evaluation}_{length}")
+        assert (checkout / f"runs/evaluation/{evaluation}/{length}/evaluation.json").exists()
 
 
 def steps_after(slurm, run: Path, before: int) -> int:
