@@ -4,12 +4,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The cluster tests run a real Slurm on this machine.
-if ! command -v slurmctld munged shellcheck >/dev/null 2>&1; then
+export PATH="$PATH:/usr/sbin:/sbin"
+missing=()
+for program in slurmctld slurmd munged shellcheck; do
+    command -v "$program" >/dev/null || missing+=("$program")
+done
+if [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge shellcheck >/dev/null
     else
-        echo "tests/run.sh: slurm-wlm, munge and shellcheck are missing; install them for the cluster tests" >&2
+        echo "tests/run.sh: ${missing[*]} not found; install slurm-wlm, munge and shellcheck for the cluster tests" >&2
     fi
 fi
 bash launch/install.sh test
