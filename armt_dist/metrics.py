@@ -49,6 +49,10 @@ class Metrics:
             left = tqdm.format_interval(self.seconds_left(step))
             print(f"{self.description} step {step}/{self.total}  {text}  {left} left", file=sys.stderr, flush=True)
 
+    def expect(self, total: int) -> None:
+        """A stage ended early: the run will have `total` steps."""
+        self.total = self.bar.total = total
+
     def seconds_left(self, step: int) -> float:
         """At the mean speed of this process."""
         made = step - self.done

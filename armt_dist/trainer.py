@@ -195,6 +195,8 @@ class Trainer:
             if not stop and (over or self.progress.step % config.validate_every == 0):
                 self.judge(root, self.validate(stage))
                 total = min(total, self.progress.step + self.steps_left())
+                if self.metrics:
+                    self.metrics.expect(total)
             if stop or over or self.progress.step >= total or self.progress.step % config.save_every == 0:
                 self.save(root)
             if stop:
