@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/wavefront.py [--sp 2 4 8] [--cell_ms 100] [--profile]
 
 Every rank is a process. From outside, a sleep is put in the place of every cell (`ranks.emulate`), so that 8 ranks fit
-on 2 cores; forward, re-run and backward take 1, 1 and 2 cells. All around the cells is the product's.
+on 2 cores; forward, re-run and backward of a chunk take 1, 1 and 2 cells. All around the cells is the product's.
 Measured from the third step on, from the first rank's start to the last rank's end. Writes results/wavefront.md, with
 --profile a timeline as PNG and Chrome trace beside it, and prints one JSON line last.
 """
@@ -19,6 +19,7 @@ from ranks import RESULTS, emulate, heading, model_bytes, spawn, tiny_engine
 from armt_dist.schedule import Grid, efficiency_bound
 from armt_dist.simulator import Costs, simulate_step
 
+TITLE = "# The wavefront against its bound"
 LAYERS, STEPS, WARM_UP = 16, 5, 2
 SEGMENT_TOKENS = 8
 # sp, rounds, chunks
@@ -36,7 +37,7 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
 
     torch.manual_seed(ranks.rank)
     runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, LAYERS, SEGMENT_TOKENS)
-    emulate(runner, cell_s / layout.chunks)
+    emulate(runner, cell_s)
     traffic, found = Traffic(), []
     tokens = torch.randint(0, 64, (layout.chunks, SEGMENT_TOKENS * layout.sp * layout.rounds))
     for step in range(STEPS):
@@ -57,9 +58,9 @@ def row(layout, cell_s: float, steps: list[tuple]) -> dict:
     from armt_dist import trace
 
     grid = Grid(layout.sp * layout.rounds, LAYERS, layout.sp, layout.rounds, layout.chunks)
-    simulated = simulate_step("wavefront", grid, Costs(cell_s))
+    simulated = simulate_step("wavefront", grid, Costs(cell_s * layout.chunks))
     # Forward, re-run and backward of all units, and nothing else.
-    ideal_s = 4 * cell_s * LAYERS * layout.rounds
+    ideal_s = 4 * cell_s * grid.units
     makespans, parts = [], []
     for events, *_ in steps:
         makespans.append(max(e.end_s for e in events) - min(e.start_s for e in events))
@@ -111,8 +112,9 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
         if args.profile and (rounds, chunks) == (1, 1):
             trace.write(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
-    text = "\n".join([HEADER, *map(line, rows)])
-    (RESULTS / "wavefront.md").write_text(f"# The wavefront against its bound\n\n{heading('wavefront.py')}\n\n{text}\n")
+        # After each row: the next may be cut short.
+        text = "\n".join([HEADER, *map(line, rows)])
+        (RESULTS / "wavefront.md").write_text(f"{TITLE}\n\n{heading('wavefront.py')}\n\n{text}\n")
     print(json.dumps({"benchmark": "wavefront", "cell_ms": args.cell_ms, "layers": LAYERS, "rows": rows}))
 
 

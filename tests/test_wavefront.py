@@ -32,6 +32,8 @@ GOLDEN_WORLDS = (2, 4)
 # World -> layout and accumulation steps of the AdamW steps.
 ADAMW = {2: ((2, 2, 1), 1), 4: ((2, 2, 2), 2)}
 ADAMW_STEPS = 4
+# Less than the norm of any step's gradient.
+CLIP = 0.5
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -122,7 +124,8 @@ def run_adamw(ranks, folder):
         return None
     layout, accumulation = ADAMW[ranks.world_size]
     optimizer = {"type": "AdamW", "params": OPTIONS}
-    parts = engine_on(folder, ranks, layout, optimizer=optimizer, gradient_accumulation_steps=accumulation)
+    options = {"gradient_accumulation_steps": accumulation, "gradient_clipping": CLIP}
+    parts = engine_on(folder, ranks, layout, optimizer=optimizer, **options)
     engine, runner, armt, grid, mesh = parts
     losses, ahead = [], []
     gathers = engine.optimizer.parameter_offload.get_param_coordinator()
@@ -212,6 +215,7 @@ def test_steps_of_adamw(world, results):
         ids, labels, mask = batch_for(t)
         loss = model(ids, attention_mask=mask, labels=labels).loss
         loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP) > CLIP
         optimizer.step()
         optimizer.zero_grad()
         golden.assert_close(f"loss of step {t}", losses[t], loss.detach(), golden.TOLERANCES["trajectory_loss"])
