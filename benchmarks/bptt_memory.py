@@ -6,9 +6,9 @@ The plain loop is the oracle, `ARMTForCausalLM.forward` segment by segment in on
 of width 256, 8 layers, MLP 1024, vocabulary 1024; segments of 128 tokens, 8 memory tokens, d_mem 32; batch 1, float32.
 
 Memory, each point in a process of its own: `rss` is the peak of the process, with every large tensor mapped and
-unmapped by itself so that the allocator hides nothing; `live` is the peak of bytes in tensors alive, above what was
-there before the step. Gradients exist beforehand, as they do in training; otherwise they, being made last, would hide
-what segments cost.
+unmapped by itself so that the allocator hides nothing; `live` is the peak of bytes in the tensors that the step
+has made and that are alive. Gradients exist beforehand, as they do in training; otherwise they, being made last,
+would hide what segments cost.
 Speed: all variants take turns in one process, with torch's default number of threads; a variant's figure is the median
 over turns of the plain loop's time over its own, so noise common to a turn cancels.
 Prints a table each and one JSON line last.
@@ -21,11 +21,14 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from armt_dist.configuration_armt import ARMTConfig
 from armt_dist.executor import ScheduledLM, cut
@@ -44,7 +47,8 @@ BASE = dict(
     max_position_embeddings=256,
 )
 # glibc then maps every tensor of a segment's size by itself, and gives it back when it is freed.
-EXACT_RSS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+EXACT_RSS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+FIGURES = {"rss": EXACT_RSS, "live": {}}
 
 
 def build() -> ARMTForCausalLM:
@@ -85,22 +89,49 @@ def steps(model: ARMTForCausalLM, segments: int) -> dict[str, Callable[[], torch
     return {PLAIN: plain} | {states: scheduled(states) for states in VARIANTS}
 
 
-def memory_point(variant: str, segments: int) -> dict[str, float]:
-    """Peak MB of one step; for a process of its own."""
+def rss_point(variant: str, segments: int) -> float:
+    """Peak MB of a process that takes one step."""
+    steps(build(), segments)[variant]()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made within that are alive, backward included, and keeps the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: set[int] = set()
+        self.bytes = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """A view's storage is known already."""
+        if id(storage) not in self.alive:
+            self.alive.add(id(storage))
+            self.bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
+
+    def freed(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.bytes -= size
+
+
+def live_point(variant: str, segments: int) -> float:
+    """Peak MB in tensors made by one step."""
     step = steps(build(), segments)[variant]
-    step()
-    rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with LiveBytes() as live:
         step()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return {"rss": rss_mb, "live": peak / 1e6}
+    return live.peak_bytes / 1e6
 
 
-def speed_point(segments: int, repeats: int) -> dict[str, dict[str, float]]:
+def speed_point(_: str, segments: int, repeats: int) -> dict[str, dict[str, float]]:
     """Tokens/s and speed relative to the plain loop, by variant; for a process of its own."""
     taken = steps(build(), segments)
     losses = {name: step() for name, step in taken.items()}
@@ -120,8 +151,8 @@ def speed_point(segments: int, repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
-def child(*arguments: object, **environment: str) -> dict:
-    """This script's `--point` in a fresh process."""
+def child(*arguments: object, **environment: str):
+    """What this script's `--point` finds, in a fresh process."""
     command = [sys.executable, __file__, "--point", *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,10 +170,9 @@ def memory_table(segments: list[int]) -> dict[str, dict[str, float]]:
     print("|---" * (len(segments) + 3) + "|", flush=True)
     slopes: dict[str, dict[str, float]] = {}
     for variant in (PLAIN, *VARIANTS):
-        points = [child("memory", variant, n, **EXACT_RSS) for n in segments]
         slopes[variant] = {}
-        for figure in ("rss", "live"):
-            peaks = [point[figure] for point in points]
+        for figure, environment in FIGURES.items():
+            peaks = [child(figure, variant, n, **environment) for n in segments]
             slopes[variant][figure] = round(per_segment(segments, peaks), 2)
             row = " | ".join(f"{peak:.0f}" for peak in peaks)
             print(f"| {variant} | {figure} MB | {row} | {slopes[variant][figure]:.2f} |", flush=True)
@@ -155,7 +185,7 @@ def speed_table(segments: list[int], repeats: int) -> dict[str, dict[int, float]
     print("|---" * (len(VARIANTS) + 2) + "|", flush=True)
     relative: dict[str, dict[int, float]] = {name: {} for name in (PLAIN, *VARIANTS)}
     for n in segments:
-        point = child("speed", n, repeats)
+        point = child("speed", "all", n, "--repeats", repeats)
         for name, figures in point.items():
             relative[name][n] = round(figures["of_plain"], 3)
         row = " | ".join(f"{f['tokens_per_s']:,.0f} ({f['of_plain']:.2f})" for f in point.values())
@@ -171,9 +201,9 @@ def main() -> None:
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
-        kind, first, second = args.point
-        point = memory_point(first, int(second)) if kind == "memory" else speed_point(int(first), int(second))
-        print(json.dumps(point))
+        kind, variant, segments = args.point
+        points = {"rss": rss_point, "live": live_point, "speed": partial(speed_point, repeats=args.repeats)}
+        print(json.dumps(points[kind](variant, int(segments))))
         return
     result: dict[str, object] = {"threads": torch.get_num_threads()}
     if args.skip != "memory":
