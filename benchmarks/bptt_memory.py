@@ -6,9 +6,9 @@ The plain loop is the oracle, `ARMTForCausalLM.forward` segment by segment in on
 of width 256, 8 layers, MLP 1024, vocabulary 1024; segments of 128 tokens, 8 memory tokens, d_mem 32; batch 1, float32.
 
 Memory, each point in a process of its own: `rss` is the peak of the process, with every large tensor mapped and
-unmapped by itself so that the allocator hides nothing; `live` is the peak of bytes in the tensors that the step
-has made and that are alive. Gradients exist beforehand, as they do in training; otherwise they, being made last,
-would hide what segments cost.
+unmapped by itself so that the allocator hides nothing; `live` is the peak of bytes in the tensors that the step has
+made and that are alive. Gradients exist beforehand, as they do in training; otherwise they, being made last, would
+hide what segments cost.
 Speed: all variants take turns in one process, with torch's default number of threads; a variant's figure is the median
 over turns of the plain loop's time over its own, so noise common to a turn cancels.
 Prints a table each and one JSON line last.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median
 
@@ -48,7 +48,8 @@ BASE = dict(
 )
 # glibc then maps every tensor of a segment's size by itself, and gives it back when it is freed.
 EXACT_RSS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-FIGURES = {"rss": EXACT_RSS, "live": {}}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+FIGURES = {"rss": EXACT_RSS | ONE_THREAD, "live": ONE_THREAD}
 
 
 def build() -> ARMTForCausalLM:
@@ -96,11 +97,15 @@ def rss_point(variant: str, segments: int) -> float:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within that are alive, backward included, and keeps the peak."""
+    """Counts the bytes of tensors alive that were made within, backward included, and keeps the peak.
 
-    def __init__(self):
+    `known`: tensors from before, which in-place operations return.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
-        self.alive: set[int] = set()
+        self.known = [tensor.untyped_storage() for tensor in known]
+        self.alive = {id(storage) for storage in self.known}
         self.bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -125,8 +130,9 @@ class LiveBytes(TorchDispatchMode):
 
 def live_point(variant: str, segments: int) -> float:
     """Peak MB in tensors made by one step."""
-    step = steps(build(), segments)[variant]
-    with LiveBytes() as live:
+    model = build()
+    step = steps(model, segments)[variant]
+    with LiveBytes(t for p in model.parameters() for t in (p, p.grad)) as live:
         step()
     return live.peak_bytes / 1e6
 
