@@ -4,12 +4,16 @@ The ds_config owns batch, precision, optimizer, clipping, ZeRO and offload. A ke
 """
 
 import json
+import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from .config import ConfigError, assign, one_line
 from .executor import ScheduledLM
@@ -64,6 +68,7 @@ REMEDIES = {
     "data_efficiency": "use the curriculum section of the YAML config",
     "gradient_checkpointing": "segment BPTT always recomputes; remove it",
 }
+STALE_LOCK_S = 900
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 1e-3}}
 
 
@@ -167,6 +172,8 @@ def prepare(config: dict, dp: int, world: int, device: torch.device) -> Prepared
     ds["gradient_accumulation_steps"] = sizes.accumulation
     ds["train_batch_size"] = sizes.micro * sizes.accumulation * world
     ds.setdefault("steps_per_print", 2**31)
+    # DeepSpeed's own default, said aloud: without the key it clips all the same. 0 turns clipping off.
+    ds.setdefault("gradient_clipping", 1.0)
     offload = ds.pop("activation_checkpointing", {}).get("cpu_checkpointing", False)
     return Prepared(ds, sizes, float(lr), bool(offload))
 
@@ -219,10 +226,24 @@ def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) ->
     return {**ds, "zero_optimization": {**derived, **zero}}
 
 
+def clear_stale_locks() -> None:
+    """Remove the locks that interrupted builds of DeepSpeed's operators left behind: torch would wait for ever.
+
+    A run that is preempted while `cpu_adam` compiles, about a minute, leaves one.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.rglob("lock"):
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+                lock.unlink(missing_ok=True)
+                print(f"removed {lock}, left over from an interrupted build", flush=True)
+
+
 def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device):
     """The DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits."""
     import deepspeed
 
+    clear_stale_locks()
     # One unit for gathers and gradients. Without it SegmentBPTT's parameters would not be whole when it is applied.
     deepspeed.utils.set_z3_leaf_modules(runner, [ARMTLayer])
     for part in runner.loss_head.parts:

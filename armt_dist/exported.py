@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from .config import ConfigError, Section, assign, build, one_line
 from .configuration_armt import ARMTConfig
@@ -13,9 +12,6 @@ from .data.batch import Task
 from .data.loader import KINDS, DataConfig
 from .export import TASK_FILE
 from .modeling_armt import ARMTForCausalLM
-
-# Without this Hugging Face would ask a person whether to run the folder's own code, for its tokenizer alone.
-AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
 
 # Tried where no lengths are given; those that the task does not have are left out.
 LENGTHS = {"pairs": (5, 10, 20, 50), "segments": (1, 2, 4, 8, 16, 32, 64)}

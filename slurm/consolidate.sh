@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/consolidate.sh runs/NAME --out runs/NAME/export
 #
-# The arguments go to launch/consolidate.py. It needs the host memory of one whole fp32 model.
+# The arguments go to launch/consolidate.py. It maps the shards from disk and holds one piece of one tensor at a time.
 #SBATCH --job-name=armt-consolidate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

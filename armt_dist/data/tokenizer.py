@@ -7,10 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..config import ConfigError, one_line
+from ..configuration_armt import ARMTConfig
+
+# Hugging Face looks into a folder's configuration before its tokenizer. Without this it would ask a person whether to
+# run the code in the folder of a model that we exported.
+AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
 
 # A word or a punctuation mark.
 WORD = r"\w+|[^\w\s]"
@@ -21,7 +26,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byte":
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = one_line(error, limit=160)
         raise ConfigError(f"tokenizer={name}: cannot be loaded ({reason}); give byte, a folder or a name") from None
