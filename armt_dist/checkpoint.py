@@ -2,26 +2,23 @@
 
 A checkpoint is a DeepSpeed tag folder `step_00000100` with two additions: `rank_R.safetensors` (generators of each
 rank) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag's name.
+`saver` writes checkpoints, `resume` loads them.
 """
 
 import hashlib
 import json
 import os
-import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from . import parallel
 from .config import ConfigError, one_line
 
-MANIFEST, STAGING = "manifest.json", "staging-"
+MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
 
 
 class CheckpointError(ConfigError):
@@ -33,46 +30,39 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(engine, root: Path, tag: str, state: dict) -> None:
-    """Write checkpoint `tag` under `root`; `state` is JSON-serialisable. Collective.
-
-    Raises CheckpointError on all ranks where a file cannot be written; what was there before stays as it was.
-    """
-    staging = root / (STAGING + tag)
-    rank = dist.get_rank()
-
-    def write_own() -> None:
-        save_file(generators(), staging / f"rank_{rank}.safetensors")
-
-    def finish(hashes: list[dict]) -> None:
-        files = {name: entry for part in hashes for name, entry in part.items()}
-        manifest = {"tag": tag, "world_size": dist.get_world_size(), "state": state, "files": files}
-        write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1))
-        sync(staging)
-        remove(root / tag)
-        staging.rename(root / tag)
-        sync(root)
-        write_atomically(root / "latest", tag)
-
-    try:
-        parallel.together(lambda: remove(staging), only=0)
-        parallel.together(
-            lambda: engine.save_checkpoint(str(root), tag=staging.name, client_state={}, save_latest=False)
-        )
-        parallel.together(write_own)
-        hashes = [None] * dist.get_world_size()
-        dist.all_gather_object(hashes, parallel.together(lambda: hash_share(staging)))
-        parallel.together(lambda: finish(hashes), only=0)
-    except ConfigError as error:
-        raise CheckpointError(f"checkpoint={root / tag}: not written ({one_line(error, 400)})") from None
+def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> None:
+    """Give the staged checkpoint its manifest and its name, and point `latest` at it. Rank 0 only."""
+    files = {name: entry for part in parts for name, entry in part.items()}
+    write_manifest(
+        staging(root, tag), root / tag, files, {"tag": tag, "world_size": dist.get_world_size(), "state": state}
+    )
+    point_to(root, "latest", tag)
 
 
-def hash_share(folder: Path) -> dict[str, dict]:
-    """Size and SHA-256 of this rank's share of the files, which are flushed to disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def point_to(root: Path, name: str, tag: str) -> None:
+    """Let the pointer `name`, `latest` or `best`, name a checkpoint. Rank 0 only."""
+    write_atomically(root / name, tag)
+
+
+def write_manifest(staged: Path, folder: Path, files: dict[str, dict], facts: dict) -> None:
+    """Complete the `staged` folder with a manifest of its `files` and `facts`, and rename it to `folder`."""
+    write_atomically(staged / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+    sync(staged)
+    remove(folder)
+    staged.rename(folder)
+    sync(folder.parent)
+
+
+def staging(root: Path, tag: str) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return root / (STAGING + tag)
+
+
+def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
+    """Size and SHA-256 of some files below `folder`, which are flushed to disk."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path, flush=True)}
-        for path in files[dist.get_rank() :: dist.get_world_size()]
+        for path in files
     }
 
 
@@ -136,58 +126,24 @@ def find(root: Path, report: Callable[[str], None]) -> str | None:
     return None
 
 
-def load(engine, root: Path, tag: str) -> dict:
-    """Restore engine and generators from a verified checkpoint; returns the state given to `save`. Collective."""
-    manifest = parallel.together(lambda: read_manifest(root / tag))
-    if manifest["world_size"] != dist.get_world_size():
-        raise CheckpointError(
-            f"world_size={dist.get_world_size()}: checkpoint {root / tag} was written by {manifest['world_size']} "
-            f"ranks; start {manifest['world_size']} ranks"
-        )
+def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) -> None:
+    """Delete the checkpoints not in `keep`, among the newest `keep_last` or of a step that `keep_every` divides.
 
-    def restore() -> None:
-        path, _ = engine.load_checkpoint(str(root), tag=tag)
-        if path is None:
-            raise CheckpointError(f"checkpoint={root / tag}: DeepSpeed found nothing to load in it")
-        set_generators(load_file(root / tag / f"rank_{dist.get_rank()}.safetensors"))
-
-    parallel.together(restore)
-    return manifest["state"]
-
-
-def prune(root: Path, keep_last: int, keep: set[str]) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those in `keep`, and staging folders. Rank 0 only."""
+    Their universal forms go with them. Rank 0 only.
+    """
     for tag in tags(root)[:-keep_last]:
-        if tag not in keep:
+        step = int(tag.removeprefix("step_")) if tag.removeprefix("step_").isdigit() else 0
+        if tag not in keep and not (keep_every and step % keep_every == 0):
             remove(root / tag)
+    for path in root.glob(UNIVERSAL + "step_*"):
+        if not (root / path.name.removeprefix(UNIVERSAL)).exists():
+            remove(path)
+
+
+def clean(root: Path) -> None:
+    """Delete what unfinished writing left behind. Rank 0 only, while nothing is being written."""
     for path in root.glob(STAGING + "*"):
         remove(path)
-
-
-def generators() -> dict[str, torch.Tensor]:
-    """Every random generator of this process."""
-    numpy_state = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy_keys": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_rest": torch.tensor([numpy_state[2], numpy_state[3], numpy_state[4]], dtype=torch.float64),
-        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_generators(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `generators`."""
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, gauss = states["numpy_rest"].tolist()
-    np.random.set_state(
-        ("MT19937", states["numpy_keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss)
-    )
-    random.setstate((3, tuple(states["python"].tolist()), None))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -324,6 +324,12 @@ def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
     return before, after
 
 
+def device() -> torch.device:
+    """Where the tensors of collectives are: this rank's GPU under NCCL, else the CPU."""
+    cuda = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
 def agree(error: Exception | None) -> None:
     """Collective: where any rank passes an error, all ranks raise the lowest such rank's as ConfigError.
 

@@ -34,6 +34,10 @@ class TrainConfig(Section):
     """Steps between two lines in a log file; metrics.jsonl has every step."""
     save_every: Positive = 500
     keep_last: Positive = 2
+    keep_every: Positive | None = None
+    """Keep the checkpoints of every so many steps for good, besides the newest and the best."""
+    save_in_background: bool = False
+    """Go on while a checkpoint's files are written, from a copy of the rank's state in host memory."""
     validate_every: Positive = 200
     validation_steps: Positive = 4
     """Global batches of one validation; fewer where the validation data end before."""

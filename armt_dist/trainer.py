@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from . import checkpoint, parallel, trace
 from . import engine as engines
+from . import resume as resume_from
 from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
 from .config import ConfigError
@@ -20,6 +22,7 @@ from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
 from .run import RunConfig, check_same, describe_run
+from .saver import Saver
 from .schedule import Grid, warning
 from .traffic import Traffic
 
@@ -49,7 +52,7 @@ class Trainer:
         self.engine = engines.start_engine(self.runner, prepared.ds_config, self.grid, device)
         self.progress = Progress()
         self.traffic = Traffic()
-        self.saved: str | None = None
+        self.saver = Saver(self.engine, out / "checkpoints", config.train.save_in_background, self.say)
         self.told_to_stop = False
         # Dropout differs between ranks, and is the same for a rank of every run.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
@@ -197,10 +200,14 @@ class Trainer:
                 total = min(total, self.progress.step + self.steps_left())
                 if self.metrics:
                     self.metrics.expect(total)
-            if stop or over or self.progress.step >= total or self.progress.step % config.save_every == 0:
-                self.save(root)
+            self.attempt(self.saver.poll)
+            done = self.progress.step >= total
+            if stop or over or done or self.progress.step % config.save_every == 0:
+                self.save(root, final=done)
             if stop:
-                self.say(f"stopped by a signal after step {self.progress.step}; saved, to be started again")
+                self.attempt(self.saver.wait)
+                newest = self.saver.saved or "no checkpoint"
+                self.say(f"stopped by a signal after step {self.progress.step}, to be started again from {newest}")
                 return REQUEUE
         self.say(f"done: {self.progress.step} steps, {self.progress.seconds:.0f} s of training, {self.out}")
         if self.metrics:
@@ -226,24 +233,37 @@ class Trainer:
                 raise ConfigError(f"resume=never: {self.out} holds a run already; give another --out")
             return
         tag = checkpoint.find(root, lambda text: self.say(text)) if resume == "auto" else resume
+        parallel.together(lambda: checkpoint.clean(root), only=0)
         if tag is not None:
-            state = checkpoint.load(self.engine, root, tag)
+            state = resume_from.load(self.engine, root, tag)
             self.progress = Progress(**state["progress"])._replace(recent=tuple(state["progress"]["recent"]))
             self.task.load_state_dict(state["task"])
-            self.saved = tag
+            self.saver.saved = tag
             self.say(f"resumed {root / tag} at step {self.progress.step}")
 
-    def save(self, root: Path) -> str:
-        """A checkpoint of this step, unless there is one. Collective."""
+    def save(self, root: Path, best: bool = False, final: bool = False) -> None:
+        """A checkpoint of this step, unless there is one; `best`: the one that `best` points to. Collective.
+
+        Where it cannot be written, a full disk say, the run goes on with those before it, and says so; `final`: after
+        all else, so CheckpointError.
+        """
         tag = checkpoint.tag_of(self.progress.step)
-        if tag == self.saved:
-            return tag
         state = {"progress": self.progress._asdict(), "task": self.task.state_dict()}
-        checkpoint.save(self.engine, root, tag, state)
-        self.saved = tag
+        self.attempt(lambda: self.saver.save(tag, state, best), final)
+        if final:
+            self.attempt(self.saver.wait, final)
         if self.ranks.rank == 0:
-            checkpoint.prune(root, self.config.train.keep_last, {self.progress.best_tag or tag})
-        return tag
+            keep = {self.progress.best_tag or tag}
+            checkpoint.prune(root, keep, self.config.train.keep_last, self.config.train.keep_every)
+
+    def attempt(self, saving: Callable[[], None], final: bool = False) -> None:
+        """Do something that may find a checkpoint not written, on all ranks alike."""
+        try:
+            saving()
+        except checkpoint.CheckpointError as error:
+            if final:
+                raise
+            self.say(f"warning: {error}; going on, the newest checkpoint is {self.saver.saved or 'none'}")
 
     def judge(self, root: Path, found: dict[str, float]) -> None:
         """Report a validation; keep the checkpoint if it is the stage's best."""
@@ -257,16 +277,15 @@ class Trainer:
         before = self.progress.best_tag
         self.progress = self.progress.after_validation(score, checkpoint.tag_of(self.progress.step))
         if self.progress.best_tag != before:
-            tag = self.save(root)
-            if self.ranks.rank == 0:
-                checkpoint.write_atomically(root / "best", tag)
+            self.save(root, best=True)
 
     def enter_next_stage(self, root: Path) -> None:
         """Into the next stage, from this one's best checkpoint if the stage says so."""
         following, best = self.progress.next_stage(), self.progress.best_tag
         from_best = self.config.curriculum[following.stage].start == "best"
+        self.attempt(self.saver.wait)
         if from_best and best not in (None, checkpoint.tag_of(following.step)):
-            checkpoint.load(self.engine, root, best)
+            resume_from.load(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
         self.progress = following
 

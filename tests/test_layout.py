@@ -29,7 +29,8 @@ engine
 build
 data
 curriculum batches
-run checkpoint zero_shards metrics
+run checkpoint zero_shards metrics rng
+saver resume
 model_card
 export
 evaluate exported

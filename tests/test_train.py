@@ -28,11 +28,11 @@ SHORT = [
 ]
 
 
-def train(*arguments, timeout_s=300):
+def train(*arguments, ranks=2, timeout_s=300):
     """The finished process of one training command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
-    command = [*launcher, str(ROOT / "launch/train.py"), *map(str, arguments)]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "launch/train.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
 
 
