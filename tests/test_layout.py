@@ -21,9 +21,10 @@ planner
 memory backbone
 configuration_armt
 modeling_armt
-reference offload
+reference offload watchdog determinism
 bptt parallel loss
-handoff trace traffic
+handoff trace traffic digest health
+vitals
 executor preflight
 engine
 build
