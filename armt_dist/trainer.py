@@ -301,7 +301,7 @@ class Trainer:
         """Tell of a step that no rank made. False where too many were not made in a row."""
         step = self.progress.step
         if self.metrics:
-            self.metrics.write("skipped", step, {"batch": self.progress.batch, **found._asdict()})
+            self.metrics.write("skipped", step, {"batch": self.progress.batch - 1, **found._asdict()})
         rows = one_line(", ".join(map(str, found.rows)))
         samples = one_line(", ".join(map(str, found.sample_ids)))
         self.say(f"step {step} was skipped: loss or gradients not finite; rows {rows}; samples {samples}")

@@ -94,6 +94,7 @@ class Watchdog:
             return
         faulthandler.enable(sys.__stderr__) if self.enabled_before else faulthandler.disable()
         self.file.close()
+        self.file = None
         with suppress(OSError):
             if not self.stacks.stat().st_size:
                 self.stacks.unlink()

@@ -3,8 +3,9 @@
     RANK=.. WORLD_SIZE=.. python tests/faults.py nan:step=5,rank=1 -- --ds_config .. train.max_steps=9
 
 A plant patches one function of the product in this process and has an effect at its step and rank only. Steps count the
-global batches from 1: those of metrics.jsonl, until a rollback leaves some out. `start` runs a world of such processes without a launcher, so that the exit code and stderr
-of each rank can be seen. What needs no patch (SIGSTOP, SIGKILL) is done to the processes.
+global batches from 1: those of metrics.jsonl, until a rollback leaves some out. `start` runs a world of such processes
+without a launcher, so that the exit code and stderr of each rank can be seen. What needs no patch (SIGSTOP, SIGKILL) is
+done to the processes.
 """
 
 import os
