@@ -24,9 +24,8 @@ modeling_armt
 reference offload watchdog determinism
 bptt parallel loss
 handoff trace traffic digest health
-vitals
 executor preflight
-engine
+engine vitals
 build
 data
 curriculum batches
