@@ -43,6 +43,18 @@ class Link(Protocol):
     def send(self, instruction: Instruction, state: State) -> None: ...
 
 
+class Seen(NamedTuple):
+    """One cell of a forward, for an observer."""
+
+    instruction: Instruction
+    row: int  # of the micro-batch: the first of the chunk
+    layer: ARMTLayer
+    segment: int  # of the block
+    x: Tensor  # [b, N, D], the cell's input
+    before: State
+    after: State
+
+
 class Work(NamedTuple):
     """What one call of a layer is to do."""
 
@@ -54,6 +66,7 @@ class Work(NamedTuple):
     stash: DeviceStash | HostStash  # where the layer's input waits for backward
     link: Link
     trace: Callable[[Instruction], None]  # told of each instruction when it begins
+    observe: Callable[[Seen], None] | None = None  # shown every cell of the forward; must not wait for the device
 
 
 class Cell(NamedTuple):
@@ -94,15 +107,20 @@ class Unit:
         self.updates: list[Update] = []
         self.rng: list[tuple[Tensor, ...]] = []
 
-    def forward(self, x: Tensor, out: Tensor, state: State) -> State:
-        """Fill `out` from x, both [B, sum of N, D]; return the state after the last segment."""
+    def forward(self, x: Tensor, out: Tensor, state: State, observe: Callable | None = None) -> State:
+        """Fill `out` from x, both [B, sum of N, D]; return the state after the last segment.
+
+        `observe(segment, x, state before, state after)` is called for every cell.
+        """
         self.states.append(state)
         for s, (x_s, out_s) in enumerate(zip(x.split(self.lengths, 1), out.split(self.lengths, 1), strict=True)):
             if self.layer.training:
                 self.rng.append(rng_state(x.device))
             y, update = self.layer.cell(x_s, state, self.contexts[s])
             out_s.copy_(y)
-            state = apply(state, update)
+            before, state = state, apply(state, update)
+            if observe:
+                observe(s, x_s, before, state)
             if self.mode == "rebuild":
                 self.updates.append(update)
             elif self.mode == "store":
@@ -218,7 +236,14 @@ class LayerRun:
         x, out = self.x[instruction.chunk], self.out[instruction.chunk]
         if state is None:
             state = self.layer.memory.initial_state(x.shape[0], x.device)
-        return self.units[instruction.chunk].forward(x, out, state)
+        observe = None
+        if self.work.observe:
+            row = sum(len(chunk) for chunk in self.x[: instruction.chunk])
+
+            def observe(*cell) -> None:
+                self.work.observe(Seen(instruction, row, self.layer, *cell))
+
+        return self.units[instruction.chunk].forward(x, out, state, observe)
 
     def rerun(self, instruction: Instruction, _: None) -> None:
         """Only the block's last cell: it needs no gradient yet, so it fills the wait for one."""

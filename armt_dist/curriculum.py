@@ -77,6 +77,20 @@ class Progress(NamedTuple):
     best: float | None = None  # this stage's best validation score, larger is better
     best_tag: str | None = None
     stale: int = 0  # validations since
+    skipped: int = 0  # steps whose numbers were not finite; they count in `step`, and changed nothing
+    skipped_in_a_row: int = 0
+    losses: tuple[float, ...] = ()  # of the stage's last steps, for a rollback
+    passed_over: int = 0  # global batches that rollbacks left out
+
+    @classmethod
+    def restored(cls, saved: dict) -> "Progress":
+        """The inverse of `_asdict` after a way through JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+
+    @property
+    def batch(self) -> int:
+        """The global batch, from 0, that the next step trains on."""
+        return self.step + self.passed_over
 
     def after_step(self, accuracy: float, tokens: int, seconds: float, window: int) -> "Progress":
         """One more step."""
@@ -88,6 +102,14 @@ class Progress(NamedTuple):
             recent=(*self.recent, accuracy)[-window:],
         )
 
+    def after_skip(self) -> "Progress":
+        """The step just made was none."""
+        return self._replace(skipped=self.skipped + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
+
+    def after_loss(self, loss: float, window: int) -> "Progress":
+        """The step just made had this loss."""
+        return self._replace(skipped_in_a_row=0, losses=(*self.losses, loss)[-window:] if window else ())
+
     def after_validation(self, score: float, tag: str) -> "Progress":
         """A validation, which is the best of its stage or not."""
         if self.best is None or score > self.best:
@@ -96,7 +118,8 @@ class Progress(NamedTuple):
 
     def next_stage(self) -> "Progress":
         """The first step of the following stage."""
-        return self._replace(stage=self.stage + 1, stage_step=0, recent=(), best=None, best_tag=None, stale=0)
+        fresh = {"recent": (), "losses": (), "best": None, "best_tag": None, "stale": 0}
+        return self._replace(stage=self.stage + 1, stage_step=0, **fresh)
 
 
 def stage_over(stage: Stage, progress: Progress, patience: int | None) -> bool:

@@ -3,7 +3,7 @@
 Shapes: B batch rows, N = tokens + M positions of a segment, D model width, n scored positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import schedule
 from .backbone import Context
-from .bptt import Link, Work, segment_bptt
+from .bptt import Link, Seen, Work, segment_bptt
 from .config import Section
 from .handoff import Local, Wire
 from .loss import hits, token_nll
@@ -163,15 +163,18 @@ class ScheduledLM(nn.Module):
         """The instruction that this rank came to last, for `handoff.end_when_alone`."""
         return self.trace and self.trace.at
 
-    def forward(self, piece: Piece, count: bool = False) -> Totals:
-        """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule."""
+    def forward(self, piece: Piece, count: bool = False, observe: Callable[[Seen], None] | None = None) -> Totals:
+        """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule.
+
+        `observe` is shown every cell that this rank runs forward.
+        """
         memory = self.model.config.num_mem_tokens
         rows = [[n + memory for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
-        outputs = self.run_layers(x, rows, piece)
+        outputs = self.run_layers(x, rows, piece, observe)
         return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
 
-    def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece) -> list[Tensor]:
+    def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece, observe: Callable | None) -> list[Tensor]:
         """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.backbone.layers, Trace(x.device)
@@ -184,7 +187,7 @@ class ScheduledLM(nn.Module):
         self.trace = trace
         for gather, forward, backward in calls:
             i = own[gather.block]
-            work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace)
+            work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)

@@ -147,11 +147,13 @@ def unpack(buffer: Tensor, shapes: State) -> State:
 
 
 @contextmanager
-def end_when_alone(at: Callable[[], Instruction | None]) -> Iterator[None]:
+def end_when_alone(
+    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
+) -> Iterator[None]:
     """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
 
-    The line names this rank and the instruction that it had come to (`at`). Nothing is cleaned up: whatever talks to
-    the others would wait for them again.
+    The line names this rank and the instruction that it had come to (`at`); `dump` is told why before the end. Nothing
+    is cleaned up: whatever talks to the others would wait for them again.
     """
     try:
         yield
@@ -160,5 +162,7 @@ def end_when_alone(at: Callable[[], Instruction | None]) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
             raise
         doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
-        print(f"error: rank {dist.get_rank()} lost another rank {doing}: {text}", file=sys.stderr, flush=True)
+        why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        dump(why)
         os._exit(1)

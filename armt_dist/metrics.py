@@ -1,6 +1,7 @@
 """What a run tells: one line of metrics.jsonl and TensorBoard scalars a step, and a progress bar for a person."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,11 @@ class Metrics:
         return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """One record of `kind` ("train" or "validation") after `step` steps."""
+        """One record of `kind` ("train", "validation", "skipped" or "rollback") after `step` steps.
+
+        A number that is not finite, which JSON does not have, is null.
+        """
+        values = {name: None if not finite(value) else value for name, value in values.items()}
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -66,3 +71,8 @@ class Metrics:
         self.bar.close()
         self.board.close()
         self.file.close()
+
+
+def finite(value: object) -> bool:
+    """Whether JSON has this number; whatever is no number, it has."""
+    return not isinstance(value, float) or math.isfinite(value)

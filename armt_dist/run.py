@@ -19,6 +19,8 @@ from .curriculum import Stage
 from .data.batch import Task
 from .data.loader import DataConfig
 from .executor import ParallelConfig
+from .health import Rollback
+from .watchdog import WatchdogConfig
 
 Positive = Annotated[int, Field(ge=1)]
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
@@ -45,6 +47,10 @@ class TrainConfig(Section):
     """End a stage after so many validations without a new best."""
     best: str | None = None
     """Validation metric that decides which checkpoint is best; left out: accuracy where there is one, else loss."""
+    max_skipped: Positive = 5
+    """End the run, exit code 1, after so many steps in a row whose loss or gradients were not finite."""
+    rollback: Rollback | None = None
+    """Answer a jump of the loss with the last checkpoint and other samples; left out: go on."""
 
 
 class RunConfig(Section):
@@ -56,8 +62,13 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     curriculum: Annotated[list[Stage], Field(min_length=1)]
+    watchdog: WatchdogConfig = WatchdogConfig()
     profile: bool = False
     """Write a timeline of all ranks, as a picture and a Chrome trace, after the third step."""
+    deterministic: bool = False
+    """Only kernels that give the same bits in every run; slower."""
+    digests: bool = False
+    """Write a digest of every memory state of every step, for `python -m armt_dist.digest RUN_A RUN_B`; slow."""
 
 
 # What may not change when a run goes on.

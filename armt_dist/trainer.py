@@ -1,19 +1,22 @@
 """The training loop: batches through the engine, stage by stage, validated, checkpointed and resumable."""
 
 import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, parallel, trace
+from . import checkpoint, health, parallel, trace
 from . import engine as engines
 from . import resume as resume_from
 from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
-from .config import ConfigError
+from .config import ConfigError, one_line
 from .curriculum import Progress, Stage, learning_rate, stage_over
 from .data.batch import Difficulty
 from .data.loader import make_task
@@ -24,8 +27,11 @@ from .parallel import Mesh, Ranks
 from .run import RunConfig, check_same, describe_run
 from .saver import Saver
 from .schedule import Grid, warning
-from .traffic import Traffic
+from .vitals import Vitals
+from .watchdog import Watchdog
 
+# Exit code of a run whose numbers stayed bad.
+GAVE_UP = 1
 # Exit code of a run that was told to stop, has saved, and wants to be started again (EX_TEMPFAIL).
 REQUEUE = 75
 # ZeRO-3 prefetches by what it has seen of earlier steps, so the first two of a process are not like the others.
@@ -33,11 +39,21 @@ PROFILED_STEP = 3
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
+class Outcome(NamedTuple):
+    """What came of one step."""
+
+    metrics: dict[str, float]
+    skipped: health.Rows | None  # of a step that was not made: the rows with bad numbers
+    spiked: bool  # its loss calls for a rollback
+    stop: bool  # some rank was told to stop
+
+
 class Trainer:
     """One run: what it is made of. `run` trains it."""
 
     def __init__(self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device):
         self.config, self.ds_config, self.out, self.ranks, self.device = config, ds_config, out, ranks, device
+        self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
         # What one rank alone may find wrong, a missing file say, must end all of them before they wait for each other.
         prepared = parallel.together(self.prepare)
         self.sizes, self.peak_lr = prepared.sizes, prepared.lr
@@ -50,9 +66,11 @@ class Trainer:
             link=self.link(),
         )
         self.engine = engines.start_engine(self.runner, prepared.ds_config, self.grid, device)
+        self.watchdog.at = self.runner.at
         self.progress = Progress()
-        self.traffic = Traffic()
+        self.vitals = Vitals(self.runner, config.watchdog.straggler_factor, device)
         self.saver = Saver(self.engine, out / "checkpoints", config.train.save_in_background, self.say)
+        self.rollbacks: Counter[str] = Counter()
         self.told_to_stop = False
         # Dropout differs between ranks, and is the same for a rank of every run.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
@@ -101,55 +119,55 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def train_step(self, stage: Stage) -> tuple[dict[str, float], bool]:
-        """One optimizer step; moves `progress` on. Returns its metrics, and whether to stop after it. Collective."""
+    def train_step(self, stage: Stage) -> Outcome:
+        """One optimizer step, made or skipped by all ranks; moves `progress` on. Collective."""
         started = time.perf_counter()
         rate = learning_rate(stage, self.progress.stage_step, self.peak_lr)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         difficulty = Difficulty.at_least(stage.length, stage.at_least)
-        batches = self.batches.micro_batches("train", self.progress.step, difficulty)
+        batches = self.batches.micro_batches("train", self.progress.batch, difficulty)
         scored = torch.tensor(sum(int(b.labels.ge(0).sum()) for _, b in batches), dtype=torch.float32)
         scored = scored.to(self.device, non_blocking=True)
         dist.all_reduce(scored)
         # DeepSpeed takes the mean over ranks and accumulation steps; with this factor that is the mean over all
         # scored tokens of the global batch, however they are spread. Every rank of a group counted its rows' labels.
         factor = self.ranks.world_size * self.sizes.accumulation * self.mesh.sp / scored
+        closely = (self.progress.step + 1) % self.config.train.log_every == 0
         parts = []
         for where, batch in batches:
-            totals: Totals = self.engine(self.batches.piece(batch), count=self.counts)
-            backward(self.engine, totals.nll * factor)
+            piece = self.batches.piece(batch)
+            observe = self.vitals.observer(self.progress.step + 1, where.start, piece, closely)
+            totals: Totals = self.engine(piece, count=self.counts, observe=observe)
+            backward(self.engine, health.weigh(totals.nll, factor))
             self.engine.step()
             parts.append((where, batch, totals))
         sums = self.batches.sum_up(parts, self.told_to_stop)
+        loss = sums.metrics()["loss"]
         seconds = time.perf_counter() - started
         tokens = self.sizes.global_batch * batches[0][1].input_ids.shape[1]
         window = stage.until.over if stage.until else 1
         self.progress = self.progress.after_step(sums.metrics()["accuracy"], tokens, seconds, window)
+        skipped, rollback = None, self.config.train.rollback
+        spiked = self.saver.saved is not None and health.spiked(loss, self.progress.losses, rollback)
+        if self.engine.was_step_applied():
+            self.progress = self.progress.after_loss(loss, rollback.over if rollback else 0)
+        else:
+            self.progress = self.progress.after_skip()
+            skipped = health.culprits([(where, batch.sample_ids, totals.nll) for where, batch, totals in parts])
         norm = self.engine.get_global_grad_norm()
         metrics = {
-            **(sums.metrics() if self.counts else {"loss": sums.metrics()["loss"]}),
+            **(sums.metrics() if self.counts else {"loss": loss}),
             "stage": self.progress.stage,
             "lr": rate,
             "grad_norm": float(norm) if norm is not None else 0.0,
             "tokens": self.progress.tokens,
             "tokens_per_s": tokens / seconds,
             "step_s": seconds,
-            **self.measure_schedule(),
+            "skipped": self.progress.skipped,
+            **self.vitals.measure(piece.grid),
         }
-        return metrics, sums.stop
-
-    def measure_schedule(self) -> dict[str, float]:
-        """How the schedule went in the last pass, as means over ranks; bytes of this process so far. Collective."""
-        found = {
-            **trace.summary(self.runner.trace.events()),
-            "handoff_bytes": self.runner.link.sent_bytes,
-            "gathered_bytes": self.traffic.gathered_bytes,
-            "reduced_bytes": self.traffic.reduced_bytes,
-        }
-        means = torch.tensor(list(found.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(means)
-        return dict(zip(found, (means / self.ranks.world_size).tolist(), strict=True))
+        return Outcome(metrics, skipped, spiked, sums.stop)
 
     @torch.no_grad()
     def validate(self, stage: Stage) -> dict[str, float]:
@@ -172,7 +190,15 @@ class Trainer:
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, resume: str) -> int:
-        """Train to the end of the curriculum. Returns the exit code: 0, or REQUEUE after a stop signal."""
+        """Train to the end of the curriculum. Returns the exit code: 0, GAVE_UP, or REQUEUE after a stop signal."""
+        try:
+            with end_when_alone(self.runner.at, self.watchdog.dump):
+                return self.train(resume)
+        finally:
+            self.watchdog.close()
+
+    def train(self, resume: str) -> int:
+        """Step after step, with validations and checkpoints between. Returns the exit code."""
         root = self.out / "checkpoints"
         self.restore(root, resume)
         config = self.config.train
@@ -181,21 +207,30 @@ class Trainer:
         self.metrics = Metrics(self.out, self.progress.step, total, self.out.name) if self.ranks.rank == 0 else None
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "told_to_stop", True))
+        if self.config.digests:
+            parallel.together(lambda: self.vitals.write_digests(self.out))
         steps_here = 0
         while self.progress.step < total:
             stage = self.config.curriculum[self.progress.stage]
             if stage_over(stage, self.progress, config.patience):
                 self.enter_next_stage(root)
                 continue
-            with end_when_alone(lambda: self.runner.trace and self.runner.trace.at):
-                metrics, stop = self.train_step(stage)
+            self.watchdog.enter("step", self.progress.step)
+            metrics, skipped, spiked, stop = self.train_step(stage)
             self.report("train", metrics)
             steps_here += 1
+            if skipped and not self.pass_over(skipped):
+                return self.give_up(f"{config.max_skipped} steps in a row were not made")
+            if spiked:
+                if not self.roll_back(root):
+                    return self.give_up(f"{config.max_skipped} rollbacks did not help")
+                continue
             if self.config.profile and steps_here == PROFILED_STEP:
                 self.write_profile()
             over = stage_over(stage, self.progress, config.patience)
             # A run that ends at max_steps may go on later, so it must not look at more validations than one that does.
             if not stop and (over or self.progress.step % config.validate_every == 0):
+                self.watchdog.enter("validation", self.progress.step)
                 self.judge(root, self.validate(stage))
                 total = min(total, self.progress.step + self.steps_left())
                 if self.metrics:
@@ -236,7 +271,7 @@ class Trainer:
         parallel.together(lambda: checkpoint.clean(root), only=0)
         if tag is not None:
             state = resume_from.load(self.engine, root, tag)
-            self.progress = Progress(**state["progress"])._replace(recent=tuple(state["progress"]["recent"]))
+            self.progress = Progress.restored(state["progress"])
             self.task.load_state_dict(state["task"])
             self.saver.saved = tag
             self.say(f"resumed {root / tag} at step {self.progress.step}")
@@ -248,6 +283,7 @@ class Trainer:
         all else, so CheckpointError.
         """
         tag = checkpoint.tag_of(self.progress.step)
+        self.watchdog.enter("checkpoint", self.progress.step)
         state = {"progress": self.progress._asdict(), "task": self.task.state_dict()}
         self.attempt(lambda: self.saver.save(tag, state, best), final)
         if final:
@@ -278,6 +314,43 @@ class Trainer:
         self.progress = self.progress.after_validation(score, checkpoint.tag_of(self.progress.step))
         if self.progress.best_tag != before:
             self.save(root, best=True)
+
+    def pass_over(self, found: health.Rows) -> bool:
+        """Tell of a step that no rank made. False where too many were not made in a row."""
+        step = self.progress.step
+        if self.metrics:
+            self.metrics.write("skipped", step, {"batch": self.progress.batch - 1, **found._asdict()})
+        rows = one_line(", ".join(map(str, found.rows)))
+        samples = one_line(", ".join(map(str, found.sample_ids)))
+        self.say(f"step {step} was skipped: loss or gradients not finite; rows {rows}; samples {samples}")
+        return self.progress.skipped_in_a_row < self.config.train.max_skipped
+
+    def roll_back(self, root: Path) -> bool:
+        """Back to the last checkpoint, and on with the batch after this one. Collective.
+
+        False where the run was there too often, without reaching the next checkpoint.
+        """
+        self.attempt(self.saver.wait)
+        tag, left = self.saver.saved, self.progress
+        self.rollbacks[tag] += 1
+        if self.rollbacks[tag] > self.config.train.max_skipped:
+            return False
+        self.watchdog.enter("checkpoint", left.step)
+        progress = Progress.restored(resume_from.load(self.engine, root, tag)["progress"])
+        # Not the task's state, which is that of the batch to come.
+        self.progress = progress._replace(passed_over=left.batch - progress.step)
+        if self.metrics:
+            self.metrics.write("rollback", left.step, {"to": progress.step, "passed_over": self.progress.passed_over})
+        self.say(f"step {left.step}: the loss jumped; back to {tag}, without the batches since")
+        return True
+
+    def give_up(self, why: str) -> int:
+        """One line for whoever finds the run, with what it can be started from. Returns the exit code."""
+        if self.ranks.rank == 0:
+            good = self.out / "checkpoints" / self.saver.saved if self.saver.saved else "none was written"
+            line = f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}"
+            print(line, file=sys.stderr, flush=True)
+        return GAVE_UP
 
     def enter_next_stage(self, root: Path) -> None:
         """Into the next stage, from this one's best checkpoint if the stage says so."""
@@ -314,6 +387,9 @@ class Trainer:
         shown = ("stage", "loss", "accuracy", "tokens_per_s")
         every = step % self.config.train.log_every == 0
         self.metrics.show(step, {name: values[name] for name in shown if name in values}, every)
+        slow = self.vitals.stragglers.report() if every else None
+        if slow:
+            self.metrics.say(f"step {step}: {slow}")
 
     def say(self, text: str) -> None:
         """A line from rank 0."""

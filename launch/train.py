@@ -7,8 +7,8 @@
 
 key=value sets any field of the YAML config; the ds_config owns batch, precision, optimizer, ZeRO and offload, and
 ds_config.key=value sets a field of that.
-Run again with the same --out to go on from the newest checkpoint. Exit codes: 0 done, 2 a mistake in the
-configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
+Run again with the same --out to go on from the newest checkpoint. Exit codes: 0 done, 1 stuck, alone or
+without finite numbers, 2 a mistake in the configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
 """
 
 import argparse
@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 from armt_dist import parallel  # noqa: E402
 from armt_dist.config import load, run_main  # noqa: E402
+from armt_dist.determinism import make_deterministic  # noqa: E402
 
 DS_CONFIG = "ds_config."
 
@@ -52,6 +53,8 @@ def main() -> int:
     of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
     config = load(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
     ds_config = read_ds_config(args.ds_config, [text.removeprefix(DS_CONFIG) for text in of_ds_config])
+    if config.deterministic:
+        make_deterministic()
     device = parallel.start(ranks, config.parallel.timeout_s)
     # DeepSpeed picks its accelerator when it is first imported, so nothing that imports it comes before `start`.
     from armt_dist.trainer import Trainer

@@ -21,11 +21,11 @@ planner
 memory backbone
 configuration_armt
 modeling_armt
-reference offload
+reference offload watchdog determinism
 bptt parallel loss
-handoff trace traffic
+handoff trace traffic digest health
 executor preflight
-engine
+engine vitals
 build
 data
 curriculum batches
