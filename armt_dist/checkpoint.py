@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import torch.distributed as dist
+from pydantic import Field
 
 from . import parallel
-from .config import ConfigError, one_line
+from .config import ConfigError, Section, one_line
 
 MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
 
@@ -74,31 +76,45 @@ def digest(path: Path, flush: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path) -> dict:
+class Entry(Section):
+    """A file, as it was written."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class Manifest(Section):
+    """What a checkpoint is made of; `state` is what `Saver.save` was given."""
+
+    tag: str
+    world_size: Annotated[int, Field(ge=0)]
+    state: dict[str, dict]
+    files: dict[str, Entry]
+
+
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished checkpoint. Raises CheckpointError where there is none or it is damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        names = list(manifest["files"])
-        int(manifest["world_size"]), dict(manifest["state"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes(), strict=True)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint={folder}: no readable {MANIFEST} ({one_line(error)})") from None
-    for name in names:
+    for name in manifest.files:
         # A manifest must not make us read or trust anything outside its folder.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"checkpoint={folder}: {MANIFEST} names {name!r}, which is outside the folder")
     return manifest
 
 
-def verify(folder: Path, share: slice = slice(None)) -> dict:
+def verify(folder: Path, share: slice = slice(None)) -> Manifest:
     """Compare (a share of) the files with the manifest. Raises CheckpointError naming the first that differs."""
     manifest = read_manifest(folder)
-    for name in sorted(manifest["files"])[share]:
-        entry, path = manifest["files"][name], folder / name
+    for name in sorted(manifest.files)[share]:
+        entry, path = manifest.files[name], folder / name
         if not path.is_file():
             raise CheckpointError(f"checkpoint={folder}: {name} is missing")
-        if path.stat().st_size != entry.get("bytes"):
-            raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        if digest(path) != entry.get("sha256"):
+        if path.stat().st_size != entry.bytes:
+            raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}")
+        if digest(path) != entry.sha256:
             raise CheckpointError(f"checkpoint={folder}: {name} is damaged (SHA-256 differs)")
     return manifest
 

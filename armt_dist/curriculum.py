@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from .config import Section
+from .config import ConfigError, Section, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -84,8 +84,11 @@ class Progress(NamedTuple):
 
     @classmethod
     def restored(cls, saved: dict) -> "Progress":
-        """The inverse of `_asdict` after a way through JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        """The inverse of `_asdict` after a way through JSON. Raises ConfigError for what another version wrote."""
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        except TypeError as error:
+            raise ConfigError(f"checkpoint: its progress is not of this version ({one_line(error)})") from None
 
     @property
     def batch(self) -> int:

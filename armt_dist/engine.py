@@ -68,6 +68,12 @@ REMEDIES = {
     "data_efficiency": "use the curriculum section of the YAML config",
     "gradient_checkpointing": "segment BPTT always recomputes; remove it",
 }
+# What must be an object where it is given.
+OBJECTS = (
+    ("optimizer", "params"),
+    ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "offload_param"),
+)
 STALE_LOCK_S = 900
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 1e-3}}
 
@@ -119,6 +125,9 @@ def check_keys(config: dict) -> None:
             if name not in HONOURED[key]:
                 remedy = REMEDIES.get(key, f"remove it; honoured are {', '.join(sorted(HONOURED[key]))}")
                 raise ConfigError(f"ds_config {key}.{name}={one_line(value[name])}: not honoured; {remedy}")
+    for key, name in OBJECTS:
+        if not isinstance(config.get(key, {}).get(name, {}), dict):
+            raise ConfigError(f"ds_config {key}.{name}={one_line(config[key][name])}: expected an object")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3 or isinstance(stage, bool):
         raise ConfigError(

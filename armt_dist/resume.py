@@ -28,7 +28,7 @@ def load(engine, root: Path, tag: str) -> dict:
     Raises CheckpointError on all ranks where it cannot be loaded.
     """
     manifest = parallel.together(lambda: read_manifest(root / tag))
-    elastic = manifest["world_size"] != dist.get_world_size()
+    elastic = manifest.world_size != dist.get_world_size()
     if elastic:
         parallel.together(lambda: convert(root, tag), only=0)
 
@@ -45,7 +45,7 @@ def load(engine, root: Path, tag: str) -> dict:
     parallel.together(restore)
     if elastic:
         restore_frozen(engine, root / tag)
-    return manifest["state"]
+    return manifest.state
 
 
 def convert(root: Path, tag: str) -> None:

@@ -31,7 +31,7 @@ class Writer(TorchCheckpointEngine):
         self.copy, self.files = copy, []
 
     def save(self, state_dict: dict, path: str) -> None:
-        content = tree_map(host_copy, state_dict) if self.copy else state_dict
+        content = tree_map(host_copy, state_dict, is_leaf=is_shape) if self.copy else state_dict
         self.files.append((content, Path(path)))
 
     def write(self, generator_states: dict, folder: Path, rank: int) -> dict[str, dict]:
@@ -45,6 +45,11 @@ class Writer(TorchCheckpointEngine):
         # A full disk is a RuntimeError of torch and a SafetensorError of safetensors.
         except Exception as error:
             raise OSError(one_line(error, 300)) from error
+
+
+def is_shape(value: object) -> bool:
+    """`tree_map` would turn a shape into a plain tuple."""
+    return isinstance(value, torch.Size)
 
 
 def host_copy(value: object) -> object:

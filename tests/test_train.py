@@ -93,7 +93,7 @@ def test_checkpoints_are_pruned_and_whole(runs):
     for tag in checkpoint.tags(root):
         manifest = checkpoint.verify(root / tag)
         on_disk = {p.relative_to(root / tag).as_posix() for p in (root / tag).rglob("*") if p.is_file()}
-        assert set(manifest["files"]) == on_disk - {"manifest.json"}
+        assert set(manifest.files) == on_disk - {"manifest.json"}
 
 
 def test_a_finished_run_is_left_as_it_is(runs):
