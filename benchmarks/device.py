@@ -104,7 +104,7 @@ def parity(device: torch.device, states: list[str]) -> dict[str, dict[str, float
     return found
 
 
-def speed(step: Callable[[], torch.Tensor], tokens: int, repeats: int, device: torch.device) -> dict[str, float | None] | None:
+def speed(step: Callable[[], torch.Tensor], tokens: int, repeats: int, device: torch.device) -> dict | None:
     """Tokens/s and peak GB of a step, or None where the device is too small for it."""
 
     def wait() -> None:
