@@ -11,19 +11,21 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, health, parallel, trace
+from . import checkpoint, health, parallel, report, trace
 from . import engine as engines
 from . import resume as resume_from
 from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
 from .config import ConfigError, one_line
 from .curriculum import Progress, Stage, learning_rate, stage_over
-from .data.batch import Difficulty
+from .data.batch import Batch, Difficulty
 from .data.loader import make_task
+from .data.retrieval import Retrieval
 from .executor import ScheduledLM, Totals, backward
 from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
+from .plateau import Plateau
 from .run import RunConfig, check_same, describe_run
 from .saver import Saver
 from .schedule import Grid, warning
@@ -71,6 +73,7 @@ class Trainer:
         self.vitals = Vitals(self.runner, config.watchdog.straggler_factor, device)
         self.saver = Saver(self.engine, out / "checkpoints", config.train.save_in_background, self.say)
         self.rollbacks: Counter[str] = Counter()
+        self.plateau = Plateau()
         self.told_to_stop = False
         # Dropout differs between ranks, and is the same for a rank of every run.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
@@ -165,9 +168,17 @@ class Trainer:
             "tokens_per_s": tokens / seconds,
             "step_s": seconds,
             "skipped": self.progress.skipped,
+            **self.looks_blind(batches[0][1]),
             **self.vitals.measure(piece.grid),
         }
         return Outcome(metrics, skipped, spiked, sums.stop)
+
+    def looks_blind(self, batch: Batch) -> dict[str, float]:
+        """Pairs of a retrieval batch, and the accuracy of guessing without the key; empty for other tasks."""
+        if not isinstance(self.task, Retrieval):
+            return {}
+        pairs = batch.input_ids.shape[1] // self.task.segment_tokens - 1
+        return {"pairs": pairs, "key_blind": self.task.key_blind(batch)}
 
     @torch.no_grad()
     def validate(self, stage: Stage) -> dict[str, float]:
@@ -185,7 +196,9 @@ class Trainer:
         self.engine.train()
         if not found:
             return {}
-        return Sums(*(sum(column) for column in zip(*found, strict=True))).metrics()
+        means = Sums(*(sum(column) for column in zip(*found, strict=True))).metrics()
+        # That a whole text is predicted right says nothing.
+        return means if self.counts else {name: means[name] for name in ("loss", "token_accuracy")}
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -247,6 +260,7 @@ class Trainer:
         self.say(f"done: {self.progress.step} steps, {self.progress.seconds:.0f} s of training, {self.out}")
         if self.metrics:
             self.metrics.close()
+            self.say(f"report: {report.write(self.out)}")
         return 0
 
     def describe(self) -> None:
@@ -357,10 +371,12 @@ class Trainer:
         following, best = self.progress.next_stage(), self.progress.best_tag
         from_best = self.config.curriculum[following.stage].start == "best"
         self.attempt(self.saver.wait)
-        if from_best and best not in (None, checkpoint.tag_of(following.step)):
+        if from_best and best and not (root / best).is_dir():
+            self.say(f"warning: {best} could not be kept; stage {following.stage} goes on from the last step")
+        elif from_best and best not in (None, checkpoint.tag_of(following.step)):
             resume_from.load(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
-        self.progress = following
+        self.progress, self.plateau = following, Plateau()
 
     def write_profile(self) -> None:
         """The timeline of all ranks in the last pass, as a picture and a Chrome trace. Collective."""
@@ -387,9 +403,11 @@ class Trainer:
         shown = ("stage", "loss", "accuracy", "tokens_per_s")
         every = step % self.config.train.log_every == 0
         self.metrics.show(step, {name: values[name] for name in shown if name in values}, every)
-        slow = self.vitals.stragglers.report() if every else None
-        if slow:
-            self.metrics.say(f"step {step}: {slow}")
+        if "key_blind" in values:
+            self.plateau.add(values["pairs"], values["accuracy"], values["key_blind"])
+        for note in (self.vitals.stragglers.report() if every else None, self.plateau.notice()):
+            if note:
+                self.metrics.say(f"step {step}: {note}")
 
     def say(self, text: str) -> None:
         """A line from rank 0."""

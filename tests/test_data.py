@@ -156,6 +156,19 @@ def test_unique_keys_are_uniform_in_every_place():
         assert ((counts - 1000) ** 2 / 1000).sum() < 23.5, f"place {place}: {counts.tolist()}"
 
 
+@pytest.mark.parametrize("name", ["rewrite", "remember"])
+def test_accuracy_of_guessing_without_the_key(name):
+    task = task_of({"task": name, "retrieval": {"symbols": 4, "key_length": 1 if name == "rewrite" else 2}})
+    batch = task.batch("train", 3, range(64), Difficulty.fixed(6))
+    expected = []
+    for row in range(64):
+        *pairs, question = task.tokenizer.decode(batch.input_ids[row]).removesuffix("|").split("|")
+        memory = dict(pair.split(":") for pair in pairs)
+        answer = question.split("?")[1]
+        expected.append(list(memory.values()).count(answer) / len(memory))
+    assert task.key_blind(batch) == pytest.approx(sum(expected) / 64)
+
+
 def test_more_pairs_than_keys():
     task = task_of({"task": "remember"})
     assert task.sequence_tokens(16) == 17 * 4

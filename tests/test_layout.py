@@ -35,6 +35,7 @@ model_card
 export
 evaluate exported
 plots
+report plateau
 trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}

@@ -110,6 +110,17 @@ class Retrieval(Stateless):
         segments[..., -1] = eos
         return segments
 
+    def key_blind(self, batch: Batch) -> float:
+        """Accuracy to expect of whoever says the value of any of a sample's keys, without finding the asked one."""
+        segments = batch.input_ids.numpy().reshape(len(batch.input_ids), -1, self.segment_tokens)
+        k = self.config.key_length
+        keys, values = (number(part, self.config.symbols) for part in (segments[..., :k], segments[..., k + 1 : -1]))
+        # The latest pair of every key holds its value.
+        later = keys[:, None, :-1] == keys[:, :-1, None]
+        latest = ~np.triu(later, k=1).any(axis=2)
+        right = (values[:, :-1] == values[:, -1:]) & latest
+        return float((right.sum(axis=1) / latest.sum(axis=1)).mean())
+
     def show(self, batch: Batch, row: int = 0) -> str:
         segments = batch.input_ids[row].reshape(-1, self.segment_tokens)
         return " ".join(self.tokenizer.decode(segment) for segment in segments)
@@ -127,6 +138,11 @@ def digits(numbers: np.ndarray, base: int, length: int) -> np.ndarray:
     """Numbers [...] -> their digits [..., length], most significant first."""
     powers = np.array([base**i for i in reversed(range(length))], dtype=np.uint64)
     return numbers[..., None] // powers % np.uint64(base)
+
+
+def number(digits: np.ndarray, base: int) -> np.ndarray:
+    """The inverse of `digits`: int64 [..., length] -> [...]."""
+    return digits @ np.array([base**i for i in reversed(range(digits.shape[-1]))], dtype=np.int64)
 
 
 def distinct(words: np.ndarray, count: int) -> np.ndarray:
