@@ -38,7 +38,8 @@ def journey(tmp_path_factory):
         result = train("--ds_config", FP32, "--out", root / "moved", *SETTINGS, *limits, ranks=ranks)
         assert result.returncode == 0, result.stderr[-3000:]
         assert leg == 1 or f"at step {2 * leg - 2}" in result.stdout, "it did not go on from the leg before"
-    result = train("--ds_config", FP32, "--out", root / "stayed", *SETTINGS, ranks=1)
+    whole = [*SETTINGS, f"train.max_steps={2 * len(LEGS)}"]
+    result = train("--ds_config", FP32, "--out", root / "stayed", *whole, ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
     return root
 
