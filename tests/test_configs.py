@@ -1,0 +1,37 @@
+"""Every recipe is a valid configuration, names its initialisation where it starts from nothing, and fits its task."""
+
+from pathlib import Path
+
+import pytest
+
+from armt_dist import build
+from armt_dist.config import load
+from armt_dist.data import make_task
+from armt_dist.run import RunConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "launch/configs").glob("*.yaml"))
+FULL_SIZE = {"retrieval_remember", "retrieval_rewrite", "babilong_gpt2", "pg19_llama3.2_1b_sliding", "wikitext103_gpt2"}
+
+
+def test_the_recipes_are_all_there():
+    assert {path.stem for path in CONFIGS} >= FULL_SIZE
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe(path, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to train on. " * 40)
+    own = [f"data.text.files={text}", "data.text.validation_fraction=0"] if path.stem.startswith("plays") else []
+    config = load(RunConfig, path, own)
+    units = {stage.unit for stage in config.curriculum}
+    assert len(units) == 1
+    if config.model.base is not None:
+        # Its weights and its tokenizer are on the hub.
+        assert config.model.segment_tokens and config.model.init is None
+        return
+    assert config.model.init and config.model.init.linear_std, "the initialisation is part of a recipe"
+    task = make_task(config.data, config.model.segment_tokens, None, 4)
+    armt = build.armt_config(config.model, build.token_fields(task.tokenizer), task.segment_tokens)
+    assert armt.vocab_size >= len(task.tokenizer) and units == {task.unit}
+    for stage in config.curriculum:
+        assert task.sequence_tokens(stage.length) > 0
