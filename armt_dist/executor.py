@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from . import schedule
 from .backbone import Context
 from .bptt import Link, Work, segment_bptt
-from .config import Section
+from .config import ConfigError, Section
 from .handoff import Local, Wire
 from .loss import hits, token_nll
+from .memory import MEMORIES
 from .modeling_armt import ARMTForCausalLM, segment_lengths
 from .offload import STASHES
 from .rmt import enter
@@ -47,6 +48,18 @@ class ParallelConfig(Section):
                 f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
             )
         return self
+
+
+def check_memory(config: ParallelConfig, memory_kind: str) -> None:
+    """Raise ConfigError where the memory's arrows forbid the layout."""
+    arrows = MEMORIES[memory_kind].arrows
+    if Arrow.LAST_LAYER in arrows and config.sp > 1:
+        raise ConfigError(
+            f"parallel.sp={config.sp}: memory_kind={memory_kind} takes a segment's memory from the last layer of the "
+            "segment before, so a sequence stays on one rank; set parallel.sp=1"
+        )
+    grid = Grid(config.sp * config.rounds, 1, config.sp, config.rounds, config.chunks)
+    schedule.fit(config.schedule or schedule.default(arrows), grid, arrows)
 
 
 class Piece(NamedTuple):

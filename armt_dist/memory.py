@@ -6,7 +6,7 @@
     initial_state(batch, ...)   the empty state, a NamedTuple of float32 tensors [B, ...], all zeros
     open(context, state)        what the layer's attention sees besides its row
     read(x, state)              the row as the layer takes it
-    write(m, state, context)    from the trailing memory positions of its output, the update; `apply` gives the next state
+    write(m, state, context)    the update, from the memory positions of its output; `apply` gives the next state
 
 Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
         f = 2·nu·d_mem/h features a head, d = D/h channels a head.

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import Backbone, Context, backbone_of, causal_mask
+from .cache import ARMTCache
 from .configuration_armt import ARMTConfig
 from .memory import MEMORIES, apply
 from .rmt import LAST_LAYER, Rows, enter
@@ -241,7 +241,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: "ARMTCache | None" = None,
+        past_key_values: ARMTCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **kwargs,
@@ -256,7 +256,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(1)).any()):
             raise ValueError("attention_mask: padding on the left would shift the segments; pad on the right")
         if use_cache and past_key_values is None:
-            past_key_values = ARMTCache(self.config, self.initial_states(input_ids.shape[0]))
+            past_key_values = ARMTCache(self.initial_states(input_ids.shape[0]))
         if past_key_values is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask with padding: segments would shift; batch prompts of equal length")
@@ -287,9 +287,9 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = ARMTCache(self.config, self.initial_states(batch_size * beams))
+            model_kwargs["past_key_values"] = ARMTCache(self.initial_states(batch_size * beams))
 
-    def extend(self, input_ids: Tensor, cache: "ARMTCache") -> Tensor:
+    def extend(self, input_ids: Tensor, cache: ARMTCache) -> Tensor:
         """Read tokens after those that `cache` has seen. [B, N] -> normed hidden states [B, N, D].
 
         A full segment is closed only when a token after it arrives, as in `read_segments`.
@@ -308,7 +308,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             hidden.append(self.backbone.norm(x))
         return torch.cat(hidden, dim=1)
 
-    def close_segment(self, cache: "ARMTCache") -> None:
+    def close_segment(self, cache: ARMTCache) -> None:
         """Let the memory rows read the open segment, write what they found, and forget its keys and values."""
         first = cache.layers[0]
         _, rows = self.rows_around(first.state, len(first.state[0]))
@@ -317,7 +317,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             first.state = Rows.of(self.backbone.norm(x), self.config.num_mem_tokens)
         cache.close()
 
-    def pass_layers(self, x: Tensor, cache: "ARMTCache", write: bool = False) -> Tensor:
+    def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
         """The next rows x [B, n, D] of the open segment through all layers; with `write` they are the memory's."""
         config = self.config
         start = config.head_rows + cache.open_tokens if cache.open_tokens else 0
@@ -337,69 +337,6 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             if write:
                 slot.state = apply(slot.state, layer.memory.write(x, slot.state, own))
         return x
-
-
-class ARMTCacheLayer(DynamicLayer):
-    """Keys and values of the open segment, and the memory of the closed ones."""
-
-    def __init__(self, state: tuple):
-        super().__init__()
-        self.state = state
-
-    def select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Apply `pick` along the batch to everything that this layer holds."""
-        self.state = type(self.state)(*map(pick, self.state))
-        if self.is_initialized:
-            self.keys, self.values = pick(self.keys), pick(self.values)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(lambda t: t[indices, ...])
-
-    def reset(self) -> None:
-        self.drop_segment()
-        self.state = type(self.state)(*map(torch.zeros_like, self.state))
-
-    def drop_segment(self) -> None:
-        """Forget the keys and values."""
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def crop(self, *args) -> None:
-        raise ValueError("an ARMT cache cannot be cropped: what was written to memory stays; generate without drafts")
-
-
-class ARMTCache(Cache):
-    """What generation carries: constant in the length of the text."""
-
-    def __init__(self, config: ARMTConfig, states: list[tuple]):
-        super().__init__(layers=[ARMTCacheLayer(state) for state in states])
-        self.tokens = 0
-        self.open_tokens = 0
-
-    def count(self, tokens: int) -> None:
-        """`tokens` more were read into the open segment."""
-        self.tokens += tokens
-        self.open_tokens += tokens
-
-    def close(self) -> None:
-        """The open segment was written to memory."""
-        self.open_tokens = 0
-        for layer in self.layers:
-            layer.drop_segment()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far."""
-        return self.tokens
-
-    def reset(self) -> None:
-        super().reset()
-        self.tokens = self.open_tokens = 0
 
 
 ARMTConfig.register_for_auto_class()

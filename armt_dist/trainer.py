@@ -15,7 +15,7 @@ from .config import ConfigError
 from .curriculum import Progress, Stage, learning_rate, stage_over
 from .data.batch import Difficulty
 from .data.loader import make_task
-from .executor import ScheduledLM, Totals, backward
+from .executor import ScheduledLM, Totals, backward, check_memory
 from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
@@ -92,6 +92,7 @@ class Trainer:
             self.task.sequence_tokens(stage.length)
             if stage.until is not None and not self.counts:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
+        check_memory(self.config.parallel, self.armt.memory_kind)
         text = warning(self.grid)
         if text and self.ranks.rank == 0:
             print(f"warning: {text}", flush=True)

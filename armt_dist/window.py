@@ -68,10 +68,9 @@ class WindowedMemory(AssociativeMemory):
 
     def initial_state(self, batch: int, device: torch.device | str) -> WindowState:
         """The empty memory and the empty window: zeros, float32."""
-        keys, values = torch.zeros(2, batch, self.heads, self.window, self.width, device=device)
-        return WindowState(
-            *super().initial_state(batch, device), keys, values, torch.zeros(batch, self.window, device=device)
-        )
+        shapes = (self.heads, self.window, self.width), (self.heads, self.window, self.width), (self.window,)
+        rows = (torch.zeros(batch, *shape, device=device) for shape in shapes)
+        return WindowState(*super().initial_state(batch, device), *rows)
 
     def open(self, context, state: WindowState):
         """Put the window's keys and values before those of the row, and what may be seen of them into the mask."""
@@ -89,7 +88,9 @@ class WindowedMemory(AssociativeMemory):
 
     def write(self, m: Tensor, state: WindowState, context) -> WindowUpdate:
         """What the memory positions add, and the window as the next segment is to see it."""
-        keys, values = (self.slide(rows, context.border) for rows in (context.cache.keys, context.cache.values))
+        start, end = self.window + self.sink, self.window + self.sink + context.border.real.shape[1]
+        rows = context.cache.keys, context.cache.values
+        keys, values = (self.slide(r[:, :, : self.window], r[:, :, start:end]).float() for r in rows)
         if context.border.turn is not None:
             turned = rotate(keys, *context.border.turn)
             first = (state.seen == 0).all(1)[:, None, None, None]
@@ -98,14 +99,12 @@ class WindowedMemory(AssociativeMemory):
         if self.detach:
             keys, values = keys.detach(), values.detach()
         flags = (2.0 * context.border.real - 1).expand(len(m), -1)
-        seen = torch.cat([state.seen, flags], dim=1)[:, -self.window :]
+        seen = self.slide(state.seen[..., None], flags[..., None]).squeeze(-1)
         return WindowUpdate(super().write(m, state), keys, values, seen)
 
-    def slide(self, rows: Tensor, border: Border) -> Tensor:
-        """The last W of the window's and the tokens' rows, float32. [B, h, W + N, c] -> [B, h, W, c]."""
-        start = self.window + self.sink
-        tokens = rows[:, :, start : start + border.real.shape[1]]
-        return torch.cat([rows[:, :, : self.window], tokens], dim=2)[:, :, -self.window :].float()
+    def slide(self, before: Tensor, tokens: Tensor) -> Tensor:
+        """The last W rows of both, in a tensor of their own. [.., W, c], [.., T, c] -> [.., W, c]."""
+        return torch.cat([before[..., tokens.shape[-2] :, :], tokens[..., -self.window :, :]], dim=-2)
 
 
 def reach(rows: tuple[int, int, int], window: int, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ hardware
 planner
 rmt
 memory backbone
-window configuration_armt
+window cache configuration_armt
 modeling_armt
 reference offload
 bptt parallel loss
@@ -39,7 +39,7 @@ trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Folders written by save_pretrained carry these; they are loaded where armt_dist is not installed.
-EXPORTED = ("rmt", "memory", "backbone", "window", "configuration_armt", "modeling_armt")
+EXPORTED = ("rmt", "memory", "backbone", "window", "cache", "configuration_armt", "modeling_armt")
 WITHOUT_TORCH = ("config", "schedule", "timeline", "verify", "simulator", "sizes", "hardware", "planner")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
