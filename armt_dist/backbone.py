@@ -110,12 +110,12 @@ class Backbone(NamedTuple):
         # ZeRO-3 wants the same order of modules on every rank and in every step.
         return rotary.forward(x, position_ids=position_ids) if rotary else None
 
-    def turn(self, positions: int) -> tuple[Tensor, Tensor] | None:
+    def turn(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """cos and sin that move a rotary key by so many positions, [rotary width] float32, or None."""
         rotary = self.part("rotary")
         if rotary is None:
             return None
-        angle = positions * rotary.inv_freq.float().repeat(2)
+        angle = positions * rotary.inv_freq.to(device, torch.float32).repeat(2)
         return angle.cos(), angle.sin()
 
     @property

@@ -58,7 +58,8 @@ def check_memory(config: ParallelConfig, memory_kind: str) -> None:
             f"parallel.sp={config.sp}: memory_kind={memory_kind} takes a segment's memory from the last layer of the "
             "segment before, so a sequence stays on one rank; set parallel.sp=1"
         )
-    grid = Grid(config.sp * config.rounds, 1, config.sp, config.rounds, config.chunks)
+    # More segments than blocks, as in most batches.
+    grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
     schedule.fit(config.schedule or schedule.default(arrows), grid, arrows)
 
 

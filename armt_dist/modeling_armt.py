@@ -92,6 +92,11 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
 
     def __init__(self, config: ARMTConfig, base: PreTrainedModel | None = None):
+        if config.sliding_window and "flash" in str(config._attn_implementation):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation}: takes no mask, which sliding_window="
+                f"{config.sliding_window} needs; use sdpa or eager"
+            )
         super().__init__(config)
         # Hugging Face builds a nested model with the outer one's choice of attention.
         config.base_config._attn_implementation = config._attn_implementation
@@ -191,14 +196,16 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
         border = None
         if config.sliding_window:
-            border = self.border(tokens)._replace(real=attend[:, config.head_rows : config.head_rows + tokens])
+            border = self.border(tokens, x.device)._replace(
+                real=attend[:, config.head_rows : config.head_rows + tokens]
+            )
         return Context(mask, positions, self.backbone.rotary(x, positions), border=border)
 
-    def border(self, tokens: int) -> Border:
+    def border(self, tokens: int, device: torch.device) -> Border:
         """The border behind a segment of so many tokens, none of them padding."""
         rows = self.config.head_rows, tokens, self.config.num_mem_tokens
-        real = torch.ones(1, tokens, dtype=torch.bool, device=self.device)
-        return Border(reach(rows, self.config.sliding_window, self.device), real, self.backbone.turn(-tokens))
+        real = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        return Border(reach(rows, self.config.sliding_window, device), real, self.backbone.turn(-tokens, device))
 
     def initial_states(self, batch: int) -> list[tuple]:
         """L empty memories; rows that are carried (RMT) enter the first layer, so they stand there."""
@@ -329,7 +336,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         mask = causal_mask(x.shape[1], keys, x.dtype, x.shape[1] if write and config.sliding_window else 0)
         context = Context(mask, positions, self.backbone.rotary(x, positions))
         if config.sliding_window:
-            border = self.border(tokens)
+            border = self.border(tokens, x.device)
             context = context._replace(border=border._replace(reach=border.reach[start:end]))
         for layer, slot in zip(self.backbone.layers, cache.layers, strict=True):
             own = layer.memory.open(context._replace(cache=slot), slot.state)

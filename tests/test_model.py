@@ -159,8 +159,8 @@ torch.save(model(torch.arange(40)[None]).logits, sys.argv[2])
 """
 
 
-def test_the_command_writes_a_folder_that_loads_without_this_package(tmp_path):
-    name = "armt_v2_llama_base"
+@pytest.mark.parametrize("name", ["armt_v2_llama_base", "armt_sw_llama_sink_nfs", "rmt_gpt2_base"])
+def test_the_command_writes_a_folder_that_loads_without_this_package(name, tmp_path):
     case, folder, elsewhere = GOLDEN / name, tmp_path / "model", tmp_path / "elsewhere"
     command = [sys.executable, "-m", "armt_dist.reference", "--config", case / "config.json"]
     command += ["--weights", case / "weights.safetensors", "--out", folder]
