@@ -16,7 +16,8 @@ class Context(NamedTuple):
     mask: Tensor | None  # [B or 1, 1, N, keys] additive float; None: plain causal
     position_ids: Tensor  # [1, N] int64
     rotary: tuple[Tensor, Tensor] | None  # cos, sin [1, N, rotary width]
-    cache: Any = None  # a transformers Cache while generating
+    cache: Any = None  # keys and values that go before the row's own; takes them as a transformers cache layer does
+    border: Any = None  # a window.Border where there is a sliding window
 
 
 class Family(NamedTuple):
@@ -109,6 +110,14 @@ class Backbone(NamedTuple):
         # ZeRO-3 wants the same order of modules on every rank and in every step.
         return rotary.forward(x, position_ids=position_ids) if rotary else None
 
+    def turn(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and sin that move a rotary key by so many positions, [rotary width] float32, or None."""
+        rotary = self.part("rotary")
+        if rotary is None:
+            return None
+        angle = positions * rotary.inv_freq.to(device, torch.float32).repeat(2)
+        return angle.cos(), angle.sin()
+
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
@@ -137,8 +146,10 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def causal_mask(queries: int, attend: Tensor, dtype: torch.dtype) -> Tensor:
+def causal_mask(queries: int, attend: Tensor, dtype: torch.dtype, seeing_all: int = 0) -> Tensor:
     """Additive causal mask for the last `queries` of the keys in `attend` [B, keys] (True: a real token).
+
+    The last `seeing_all` queries see every key, padding too.
 
     Returns [B, 1, queries, keys]. finfo.min rather than -inf, as Hugging Face has it: a row that may see nothing
     stays finite. A float mask is right for eager and sdpa alike; a bool mask under eager is silently wrong.
@@ -146,4 +157,6 @@ def causal_mask(queries: int, attend: Tensor, dtype: torch.dtype) -> Tensor:
     keys = attend.shape[-1]
     seen = torch.ones(queries, keys, dtype=torch.bool, device=attend.device).tril(keys - queries)
     mask = torch.zeros(attend.shape[0], 1, queries, keys, dtype=dtype, device=attend.device)
-    return mask.masked_fill_(~(seen & attend[:, None, None, :]), torch.finfo(dtype).min)
+    mask.masked_fill_(~(seen & attend[:, None, None, :]), torch.finfo(dtype).min)
+    mask[:, :, queries - seeing_all :] = 0
+    return mask

@@ -4,7 +4,7 @@
 block, forward and backward, and every parameter receives exactly one gradient per call. Within the call the
 schedule's instructions of this (layer, block) are dispatched from two small tables.
 
-Shapes: B batch rows, N = tokens + M positions of a segment, D model width. The hidden states of a block are packed:
+Shapes: B batch rows, N positions of a segment's row, D model width. The hidden states of a block are packed:
 [B, sum of N, D], so segments may differ in length.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backbone import Context
 from .config import Section
-from .memory import State, Update, apply
+from .memory import apply
 from .modeling_armt import ARMTLayer
 from .offload import DeviceStash, HostStash
 from .schedule import Instruction, Op
@@ -38,9 +38,9 @@ class BPTTConfig(Section):
 class Link(Protocol):
     """Where a block's first state comes from and its last state goes to, and their gradients; see `handoff`."""
 
-    def recv(self, instruction: Instruction) -> State: ...
+    def recv(self, instruction: Instruction) -> tuple: ...
 
-    def send(self, instruction: Instruction, state: State) -> None: ...
+    def send(self, instruction: Instruction, state: tuple) -> None: ...
 
 
 class Seen(NamedTuple):
@@ -51,8 +51,8 @@ class Seen(NamedTuple):
     layer: ARMTLayer
     segment: int  # of the block
     x: Tensor  # [b, N, D], the cell's input
-    before: State
-    after: State
+    before: tuple
+    after: tuple
 
 
 class Work(NamedTuple):
@@ -86,8 +86,11 @@ class Gradients:
     def add(self, cell: Cell, grad_outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Backward of one cell: add to the sums, return the gradients of the cell's inputs."""
         sources = (*cell.inputs, *self.parameters)
+        # A detached window depends on nothing.
+        pairs = [pair for pair in zip(cell.outputs, grad_outputs, strict=True) if pair[0].requires_grad]
         # An input that a cell does not depend on (z without denominators) gets zeros, never None.
-        grads = torch.autograd.grad(cell.outputs, sources, grad_outputs, allow_unused=True, materialize_grads=True)
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(outputs, sources, grad_outputs, allow_unused=True, materialize_grads=True)
         inputs = len(cell.inputs)
         for i, grad in enumerate(grads[inputs:]):
             self.sums[i] = grad.float() if self.sums[i] is None else self.sums[i].add_(grad)
@@ -103,11 +106,11 @@ class Unit:
 
     def __init__(self, layer: ARMTLayer, lengths: Sequence[int], contexts: Sequence[Context], states: str):
         self.layer, self.lengths, self.contexts, self.mode = layer, lengths, contexts, states
-        self.states: list[State] = []
-        self.updates: list[Update] = []
+        self.states: list[tuple] = []
+        self.updates: list[tuple] = []
         self.rng: list[tuple[Tensor, ...]] = []
 
-    def forward(self, x: Tensor, out: Tensor, state: State, observe: Callable | None = None) -> State:
+    def forward(self, x: Tensor, out: Tensor, state: tuple, observe: Callable | None = None) -> tuple:
         """Fill `out` from x, both [B, sum of N, D]; return the state after the last segment.
 
         `observe(segment, x, state before, state after)` is called for every cell.
@@ -135,14 +138,14 @@ class Unit:
         rows = x.split(self.lengths, 1)
         for s, state in zip(reversed(range(len(rows))), self.incoming(rows), strict=True):
             leaf = rows[s].detach().requires_grad_()
-            state = State(*(t.detach().requires_grad_() for t in state))
+            state = type(state)(*(t.detach().requires_grad_() for t in state))
             self.replay(s, x.device)
             with torch.enable_grad():
                 y, update = self.layer.cell(leaf, state, self.contexts[s])
                 following = apply(state, update)
             yield Cell((leaf, *state), (y, *following))
 
-    def incoming(self, rows: Sequence[Tensor]) -> Iterator[State]:
+    def incoming(self, rows: Sequence[Tensor]) -> Iterator[tuple]:
         """The incoming state of every segment, last first; drops each when it was used."""
         if self.mode == "rebuild":
             yield from reapplied(self.states.pop(), self.updates)
@@ -163,7 +166,7 @@ class Unit:
             set_rng_state(self.rng[s], device)
 
 
-def reapplied(first: State, updates: Sequence[Update]) -> Iterator[State]:
+def reapplied(first: tuple, updates: Sequence[tuple]) -> Iterator[tuple]:
     """The K states that led to K updates, last first, bit for bit, holding about 2·sqrt(K) of them at a time.
 
     Undoing the updates from the last state would hold one, but rounding leaves a feature that was never written
@@ -221,18 +224,18 @@ class LayerRun:
     def dispatch(self, table: dict, program: Sequence[Instruction]) -> None:
         """Carry out the instructions chunk by chunk; the state, or its gradient, goes from one to the next."""
         for _, instructions in groupby(program, key=lambda instruction: instruction.chunk):
-            carried: State | None = None
+            carried: tuple | None = None
             for instruction in instructions:
                 self.work.trace(instruction)
                 carried = table[instruction.op](self, instruction, carried)
 
-    def recv(self, instruction: Instruction, _: None) -> State:
+    def recv(self, instruction: Instruction, _: None) -> tuple:
         return self.work.link.recv(instruction)
 
-    def send(self, instruction: Instruction, state: State) -> None:
+    def send(self, instruction: Instruction, state: tuple) -> None:
         self.work.link.send(instruction, state)
 
-    def run(self, instruction: Instruction, state: State | None) -> State:
+    def run(self, instruction: Instruction, state: tuple | None) -> tuple:
         x, out = self.x[instruction.chunk], self.out[instruction.chunk]
         if state is None:
             state = self.layer.memory.initial_state(x.shape[0], x.device)
@@ -250,16 +253,17 @@ class LayerRun:
         cells = self.units[instruction.chunk].cells(self.x[instruction.chunk])
         self.cells[instruction.chunk] = chain([next(cells)], cells)
 
-    def back(self, instruction: Instruction, grad: State | None) -> State:
+    def back(self, instruction: Instruction, grad: tuple | None) -> tuple:
         chunk = instruction.chunk
         grads_out = self.grad_out[chunk].split(self.work.lengths, 1)
         grads_x = self.grad_x[chunk].split(self.work.lengths, 1)
         if grad is None:
             grad = self.layer.memory.initial_state(len(self.grad_x[chunk]), self.grad_x[chunk].device)
+        kind = type(grad)
         for cell, grad_y, grad_x in zip(self.cells.pop(chunk), reversed(grads_out), reversed(grads_x), strict=True):
             grad_in, *grad = self.gradients.add(cell, (grad_y, *grad))
             grad_x.copy_(grad_in)
-        return State(*grad)
+        return kind(*grad)
 
     def reduce(self, *_) -> None:
         """Let ZeRO-3's hook, which comes next, have the gradients.

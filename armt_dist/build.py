@@ -25,7 +25,7 @@ class InitConfig(Section):
     embedding_std: Std | None = None
     position_std: Std | None = None
     memory_std: Std | None = None
-    """Memory rows; left out: the std of the token embeddings."""
+    """Memory rows and sinks; left out: the std of the token embeddings."""
 
 
 class BaseSection(Section):
@@ -89,7 +89,7 @@ def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 
 def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
     """An exported model's configuration, with what may change afterwards changed; its tensors' shapes may not."""
-    fixed = ("num_mem_tokens", "d_mem", "nu", "n_heads", "gating", "memory_kind")
+    fixed = ("num_mem_tokens", "sink", "d_mem", "nu", "n_heads", "gating", "memory_kind")
     for name in fixed:
         if name in given and given[name] != getattr(config, name):
             raise ConfigError(f"model.{name}={given[name]}: the base folder has {getattr(config, name)}; leave it out")
@@ -140,9 +140,9 @@ def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
     with gathered(embeddings, model.memory_tokens) as drawing:
         if drawing:
             init_normal(embeddings.weight, config.embedding_std)
-            rows = model.memory_tokens.weight
             std = config.memory_std or embeddings.weight.float().std().item()
-            nn.init.normal_(rows, std=std)
+            for rows in model.memory_tokens.parameters():
+                nn.init.normal_(rows, std=std)
     positions = model.backbone.part("positions")
     if positions is not None and config.position_std:
         with gathered(positions) as drawing:

@@ -1,13 +1,29 @@
 """The configuration of an ARMT model: a Hugging Face base configuration plus memory and segments."""
 
+from typing import get_args
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backbone import family_of
 from .memory import MEMORIES
+from .rmt import LAST_LAYER
 
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
+WINDOW_POSITIONS = ("relative", "restart")
+
+# Least values; None passes where it is allowed.
+LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
+LEAST |= {"sliding_window": 1, "k2": 1}
+KNOWN = {
+    "memory_kind": MEMORIES,
+    "maths": MATHS,
+    "segment_alignment": ALIGNMENTS,
+    "window_positions": WINDOW_POSITIONS,
+}
+# Fields that one kind of memory has.
+ONLY = dict.fromkeys(("sink", "sliding_window", "freeze_mem", "wrap_pos"), "armt") | {"k2": "rmt"}
 
 
 def build_base_config(model_type: str | None = None, **fields) -> PreTrainedConfig:
@@ -30,6 +46,14 @@ class ARMTConfig(PreTrainedConfig):
     freeze_mem: the memory projections W_m* get no gradient (as in the authors' code).
     wrap_pos (GPT-2): memory tokens take the last M rows of the position table instead of continuing the segment's
         positions; `base_config.n_positions` counts those rows.
+    sink: learned rows before the tokens of every segment (ARMT).
+    sliding_window: a token sees as many tokens before it across the border of its segment, at most segment_tokens; see
+        `window`. None: none.
+    window_positions: "relative", tokens on both sides of a border are as far apart as they are in the text; "restart",
+        as the authors' code has it: all segments but the first start at the same position, so that from the third one
+        on the window lies over the segment.
+    detach_window: no gradient flows through the window (as in the authors' code).
+    k2 (RMT): the memory rows that enter every k2-th segment pass no gradient on; None: gradients flow to the start.
     segment_alignment: where a length that T does not divide leaves the short segment: left (last), right (first),
         center (all of nearly equal length).
 
@@ -53,6 +77,11 @@ class ARMTConfig(PreTrainedConfig):
     freeze_mem: bool = False
     wrap_pos: bool = False
     segment_alignment: str = "left"
+    sink: int = 0
+    sliding_window: int | None = None
+    window_positions: str = "relative"
+    detach_window: bool = False
+    k2: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.base_config is None:
@@ -71,19 +100,33 @@ class ARMTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of a segment before its tokens: the sinks of ARMT, the memory of RMT."""
+        return self.num_mem_tokens if LAST_LAYER in MEMORIES[self.memory_kind].arrows else self.sink
+
+    @property
+    def other_rows(self) -> int:
+        """Rows of a segment that are not tokens."""
+        return self.head_rows + self.num_mem_tokens
+
     def check(self) -> None:
         """Raises ValueError for the first field that does not fit."""
         for name, kind in ARMTConfig.__annotations__.items():
-            value = getattr(self, name)
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
             # type() rather than isinstance: True is no count.
-            if isinstance(kind, type) and type(value) is not kind:
-                raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}")
-        for name in ("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name, known in (("memory_kind", MEMORIES), ("maths", MATHS), ("segment_alignment", ALIGNMENTS)):
+            if name != "base_config" and type(value) not in kinds:
+                raise ValueError(f"{name}={value!r}: must be of type {kinds[0].__name__}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        for name, known in KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
+        for name, kind in ONLY.items():
+            if getattr(self, name) != getattr(ARMTConfig, name) and self.memory_kind != kind:
+                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -116,21 +159,34 @@ class ARMTConfig(PreTrainedConfig):
         learned = bool(family_of(self.base_config.model_type).positions)
         if self.wrap_pos and not learned:
             raise ValueError(f"wrap_pos=true: {self.base_config.model_type} has no position table; set wrap_pos=false")
-        row = self.segment_tokens + self.num_mem_tokens
+        row = self.segment_tokens + self.other_rows
         rows = self.base_config.max_position_embeddings
         if learned and row > rows:
+            others = {"sink": self.sink, "num_mem_tokens": self.num_mem_tokens}
+            if self.head_rows > self.sink:
+                others = {"2 x num_mem_tokens": self.other_rows}
+            named = "".join(f" + {name}={count}" for name, count in others.items() if count)
             raise ValueError(
-                f"segment_tokens={self.segment_tokens} + num_mem_tokens={self.num_mem_tokens} = {row} positions do not "
-                f"fit into the base model's {rows}; try segment_tokens={rows - self.num_mem_tokens}"
+                f"segment_tokens={self.segment_tokens}{named} = {row} positions do not "
+                f"fit into the base model's {rows}; try segment_tokens={rows - self.other_rows}"
             )
 
     def check_window(self) -> None:
-        """Segments attend in full: a sliding window must be off or at least as wide as a segment row."""
+        """Ours reaches back one segment; the base model's must be off or at least as wide as a segment row."""
+        if self.sliding_window is not None and self.sliding_window > self.segment_tokens:
+            raise ValueError(
+                f"sliding_window={self.sliding_window}: only the segment before is kept; at most "
+                f"segment_tokens={self.segment_tokens}"
+            )
+        if self.window_positions == "restart" and self.sliding_window not in (None, self.segment_tokens):
+            raise ValueError(
+                f"window_positions=restart: needs the whole segment; set sliding_window={self.segment_tokens}"
+            )
         window = getattr(self.base_config, "sliding_window", None)
         kinds = getattr(self.base_config, "layer_types", None) or ["sliding_attention"]
-        row = self.segment_tokens + self.num_mem_tokens
+        row = self.segment_tokens + self.other_rows
         if window is not None and "sliding_attention" in kinds and window < row:
             raise ValueError(
                 f"base_config.sliding_window={window}: narrower than a segment of {row} positions; set it to null, or "
-                f"try segment_tokens={max(1, window - self.num_mem_tokens)}"
+                f"try segment_tokens={max(1, window - self.other_rows)}"
             )

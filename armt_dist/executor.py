@@ -1,6 +1,6 @@
 """Runs a schedule over a model: this rank's blocks of a batch in, its part of the loss out.
 
-Shapes: B batch rows, N = tokens + M positions of a segment, D model width, n scored positions.
+Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model width, n scored positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from . import schedule
 from .backbone import Context
 from .bptt import Link, Seen, Work, segment_bptt
-from .config import Section
+from .config import ConfigError, Section
 from .handoff import Local, Wire
 from .loss import hits, token_nll
+from .memory import MEMORIES
 from .modeling_armt import ARMTForCausalLM, segment_lengths
 from .offload import STASHES
-from .schedule import Grid, Instruction, Op
+from .rmt import enter
+from .schedule import Arrow, Grid, Instruction, Op
 from .trace import Trace
 
 
@@ -33,18 +35,32 @@ class ParallelConfig(Section):
     """Blocks of segments a rank; each is one more gather of every layer."""
     chunks: int = Field(1, ge=1)
     """Parts of the micro-batch that are handed on separately."""
-    schedule: Literal["wavefront", "layer_major", "segment_major"] = "wavefront"
+    schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
+    """Left out: what the memory allows, wavefront for ARMT and segment_major for RMT."""
     timeout_s: float = Field(600, gt=0)
     """After so long a wait for another rank the run ends with an error."""
 
     @model_validator(mode="after")
     def schedule_takes_them(self):
-        if self.schedule != "wavefront" and max(self.sp, self.rounds) > 1:
+        if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
             raise ValueError(
                 f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
                 f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
             )
         return self
+
+
+def check_memory(config: ParallelConfig, memory_kind: str) -> None:
+    """Raise ConfigError where the memory's arrows forbid the layout."""
+    arrows = MEMORIES[memory_kind].arrows
+    if Arrow.LAST_LAYER in arrows and config.sp > 1:
+        raise ConfigError(
+            f"parallel.sp={config.sp}: memory_kind={memory_kind} takes a segment's memory from the last layer of the "
+            "segment before, so a sequence stays on one rank; set parallel.sp=1"
+        )
+    # More segments than blocks, as in most batches.
+    grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
+    schedule.fit(config.schedule or schedule.default(arrows), grid, arrows)
 
 
 class Piece(NamedTuple):
@@ -82,10 +98,18 @@ class Call(NamedTuple):
 IGNORE = -100
 
 
+HANDED_ON = (Op.RECV, Op.SEND)
+
+
 @lru_cache(maxsize=256)
 def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
-    """The program of `rank`, cut into layer calls in forward order."""
+    """The program of `rank`, cut into layer calls in forward order.
+
+    A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
+    """
     program = schedule.build(name, grid, rank, arrows)
+    if Arrow.LAST_LAYER in arrows:
+        program = [instruction for instruction in program if instruction.op not in HANDED_ON]
     backward: list[list[Instruction]] = []
     for instruction in schedule.backward(program):
         if instruction.op is Op.GATHER:
@@ -146,7 +170,7 @@ class ScheduledLM(nn.Module):
         self,
         model: ARMTForCausalLM,
         *,
-        schedule_name: str = "wavefront",
+        schedule_name: str | None = None,
         states: str = "store",
         offload: bool = False,
         link: Local | Wire | None = None,
@@ -154,7 +178,9 @@ class ScheduledLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_head = LossHead(model)
-        self.schedule_name, self.states, self.offload = schedule_name, states, offload
+        self.arrows = tuple(model.backbone.layers[0].memory.arrows)
+        self.schedule_name = schedule_name or schedule.default(self.arrows)
+        self.states, self.offload = states, offload
         self.link = Local() if link is None else link
         # Of the last pass.
         self.trace: Trace | None = None
@@ -168,8 +194,8 @@ class ScheduledLM(nn.Module):
 
         `observe` is shown every cell that this rank runs forward.
         """
-        memory = self.model.config.num_mem_tokens
-        rows = [[n + memory for n in block] for block in piece.lengths]
+        piece = fitted(piece, schedule.fit(self.schedule_name, piece.grid, self.arrows))
+        rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
         outputs = self.run_layers(x, rows, piece, observe)
         return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
@@ -182,16 +208,26 @@ class ScheduledLM(nn.Module):
         contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
         # Without gradients nothing is kept for a backward.
         states = self.states if torch.is_grad_enabled() else "recompute"
-        calls = layer_calls(self.schedule_name, piece.grid, piece.sp_rank, tuple(layers[0].memory.arrows))
+        calls = layer_calls(self.schedule_name, piece.grid, piece.sp_rank, self.arrows)
         stash, link = STASHES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
         self.trace = trace
         for gather, forward, backward in calls:
             i = own[gather.block]
+            if self.model.carries_rows and gather.layer == 0:
+                blocks[i] = enter(blocks[i], self.entering_rows(blocks[i - 1] if i else None, i, len(x)))
             work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)
         return blocks
+
+    def entering_rows(self, before: Tensor | None, segment: int, batch: int) -> Tensor:
+        """The memory rows of a segment, carried from the one `before` [B, N, D] (RMT). [B, M, D]."""
+        config = self.model.config
+        if before is None:
+            return self.model.memory_tokens(batch)[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
+            return self.model.backbone.norm(before[:, -config.num_mem_tokens :])
 
     def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
         """The link of one pass: what it will receive, and in which shapes."""
@@ -224,7 +260,7 @@ class ScheduledLM(nn.Module):
 
     def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
         """Loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
-        targets = packed_labels(piece, self.model.config.num_mem_tokens)
+        targets = packed_labels(piece, self.model.config.head_rows, self.model.config.num_mem_tokens)
         scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
         if not len(scored):
             # Norm and head must have a gradient on every rank: an unscored position gives zeros.
@@ -243,8 +279,19 @@ def backward(engine, loss: Tensor) -> None:
     engine.module.trace(None)
 
 
-def packed_labels(piece: Piece, num_mem_tokens: int) -> Tensor:
-    """The labels laid out like the hidden states, memory positions not scored. [B, sum of N], on the labels' device."""
-    blank = piece.labels.new_full((len(piece.labels), num_mem_tokens), IGNORE)
+def fitted(piece: Piece, grid: Grid) -> Piece:
+    """The piece in the blocks of `grid`, as the schedule cuts it."""
+    if grid == piece.grid:
+        return piece
+    assert grid.sp == 1, f"{grid}: only a rank that holds the whole sequence can cut it otherwise"
     lengths = [n for block in piece.lengths for n in block]
-    return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (labels, blank)], dim=1)
+    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in schedule.blocks(grid))
+    return piece._replace(grid=grid, lengths=blocks)
+
+
+def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:
+    """The labels laid out like the hidden states, so many rows around a segment not scored. [B, sum of N], on the
+    labels' device."""
+    head, tail = (piece.labels.new_full((len(piece.labels), rows), IGNORE) for rows in (before, behind))
+    lengths = [n for block in piece.lengths for n in block]
+    return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (head, labels, tail)], dim=1)

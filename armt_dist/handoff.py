@@ -21,12 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import one_line
-from .memory import State
 from .parallel import Edge
 from .schedule import Instruction, Op
 
-# Message -> the state's shapes: a State of meta tensors.
-Shapes = Callable[[Instruction], State]
+# Message -> the state's shapes: a NamedTuple of meta tensors.
+Shapes = Callable[[Instruction], tuple]
 # What gloo says of a rank that is gone or silent; NCCL raises DistBackendError.
 LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
@@ -37,18 +36,18 @@ class Local:
     sent_bytes = 0
 
     def __init__(self) -> None:
-        self.kept: dict[Instruction, State] = {}
+        self.kept: dict[Instruction, tuple] = {}
 
     def open(self, receives: Iterable[Instruction], shapes: Shapes) -> "Local":
         """The link of one pass."""
         return Local()
 
-    def send(self, instruction: Instruction, state: State) -> None:
+    def send(self, instruction: Instruction, state: tuple) -> None:
         """Keep the state until `recv`."""
         op, step = {Op.SEND: (Op.RECV, 1), Op.SEND_GRAD: (Op.RECV_GRAD, -1)}[instruction.op]
         self.kept[instruction._replace(op=op, block=instruction.block + step)] = state
 
-    def recv(self, instruction: Instruction) -> State:
+    def recv(self, instruction: Instruction) -> tuple:
         """The state that the neighbouring block sent."""
         return self.kept.pop(instruction)
 
@@ -80,7 +79,7 @@ class Wire:
             buffer = torch.empty(numel, dtype=torch.float32, device=self.device)
             return dist.irecv(buffer, src=edge.peer, group=edge.group), buffer
 
-    def send(self, instruction: Instruction, state: State) -> None:
+    def send(self, instruction: Instruction, state: tuple) -> None:
         """Start a send. The buffer stays until it has left."""
         edge = self.edges[instruction.op]
         if self.stream is not None:
@@ -110,11 +109,11 @@ class Pass:
         self.due = deque(receives)
         self.posted: deque[tuple[Instruction, dist.Work, Tensor]] = deque()
 
-    def send(self, instruction: Instruction, state: State) -> None:
+    def send(self, instruction: Instruction, state: tuple) -> None:
         """Hand a state, or its gradient, to the neighbour without waiting."""
         self.wire.send(instruction, state)
 
-    def recv(self, instruction: Instruction) -> State:
+    def recv(self, instruction: Instruction) -> tuple:
         """What the neighbour sent. Starts the next receive, then waits: on CUDA the stream, not the host.
 
         RuntimeError when the neighbour is gone, or silent for longer than its group's timeout.
@@ -139,7 +138,7 @@ class Pass:
         self.posted.append((instruction, *self.wire.post(instruction, numel)))
 
 
-def unpack(buffer: Tensor, shapes: State) -> State:
+def unpack(buffer: Tensor, shapes: tuple) -> tuple:
     """The inverse of flattening: views into `buffer`, shaped as `shapes`."""
     ends = list(accumulate(tensor.numel() for tensor in shapes))
     parts = (buffer[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, shapes, strict=True))

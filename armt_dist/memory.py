@@ -1,4 +1,12 @@
-"""The memories of ARMT as pure maths: state in, state out. Nothing here knows segments, ranks or layers' order.
+"""The memory of ARMT as pure maths: state in, state out. Nothing here knows segments, ranks or layers' order.
+
+`MEMORIES` lists the kinds. A kind is a module that a layer owns:
+
+    arrows                      which states a cell needs; they decide the valid schedules
+    initial_state(batch, ...)   the empty state, a NamedTuple of float32 tensors [B, ...], all zeros
+    open(context, state)        what the layer's attention sees besides its row
+    read(x, state)              the row as the layer takes it
+    write(m, state, context)    the update, from the memory positions of its output; `apply` gives the next state
 
 Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
         f = 2·nu·d_mem/h features a head, d = D/h channels a head.
@@ -9,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .rmt import RecurrentMemory
 
 # (s, l) needs (s-1, l): the arrow that makes layer-major and wavefront orders valid.
 SAME_LAYER = "same_layer"
@@ -30,13 +40,17 @@ class Update(NamedTuple):
     dv: Tensor  # [B, h, M, d]
     gamma: Tensor  # [B, h, M]
 
+    def onto(self, state: State) -> State:
+        """The state after this update (ARMT paper, eq. of the write)."""
+        return State(
+            torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
+            state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
+        )
 
-def apply(state: State, update: Update) -> State:
-    """The state after `update` (ARMT paper, eq. of the write)."""
-    return State(
-        torch.baddbmm(state.A.flatten(0, 1), update.k.flatten(0, 1).mT, update.dv.flatten(0, 1)).view_as(state.A),
-        state.z + (update.gamma.unsqueeze(-2) @ update.k).squeeze(-2),
-    )
+
+def apply(state: tuple, update) -> tuple:
+    """The state after `update`, for every kind of memory."""
+    return update.onto(state)
 
 
 class DPFP(torch.autograd.Function):
@@ -82,6 +96,10 @@ def rolls(tiled: Tensor, n: int, nu: int) -> list[Tensor]:
     return [tiled[..., end - n - j : end - j] for j in range(1, nu + 1)]
 
 
+# Fields of ARMTConfig that are options of the maths.
+OPTIONS = ("nu", "n_heads", "maths", "use_denom", "correction", "gating")
+
+
 class AssociativeMemory(nn.Module):
     """One layer's associative memory (ARMT, arXiv 2407.04841, section 3).
 
@@ -113,6 +131,11 @@ class AssociativeMemory(nn.Module):
         self.W_mv = nn.Linear(hidden_size, hidden_size, bias=False)
         self.W_mb = nn.Linear(hidden_size, hidden_size if gating else n_heads)
 
+    @classmethod
+    def from_config(cls, config) -> "AssociativeMemory":
+        """One layer's memory as an `ARMTConfig` describes it."""
+        return cls(config.hidden_size, config.d_mem, **{name: getattr(config, name) for name in OPTIONS})
+
     def reset_parameters(self) -> None:
         """torch's default for W_mq, W_mk, W_mb; zero for W_mv, so that a pretrained model starts unharmed."""
         for linear in (self.W_mq, self.W_mk, self.W_mb):
@@ -125,12 +148,16 @@ class AssociativeMemory(nn.Module):
         d = self.W_mv.out_features // h
         return State(torch.zeros(batch, h, f, d, device=device), torch.zeros(batch, h, f, device=device))
 
+    def open(self, context, state: State):
+        """`context`: attention stays within the segment."""
+        return context
+
     def read(self, x: Tensor, state: State) -> Tensor:
         """x + qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
         q = self.features(self.W_mq(x))
         return x + self.merge_heads(self.recall(q, state)).to(x.dtype)
 
-    def write(self, m: Tensor, state: State) -> Update:
+    def write(self, m: Tensor, state: State, context=None) -> Update:
         """What the memory positions m [B, M, D] of a layer's output add to `state`: k = phi(W_mk m), β(v − v̄), γ."""
         k = self.features(self.W_mk(m))
         v = self.split_heads(self.W_mv(m).float())
@@ -166,4 +193,4 @@ class AssociativeMemory(nn.Module):
         return x.transpose(1, 2).flatten(-2)
 
 
-MEMORIES = {"armt": AssociativeMemory}
+MEMORIES = {"armt": AssociativeMemory, "rmt": RecurrentMemory}

@@ -1,7 +1,8 @@
 """ARMT as an ordinary Hugging Face causal LM: the plain loops over segments and layers, which are the oracle of
 every faster path, and `generate()` with constant memory.
 
-Shapes: B batch, S segments, T tokens of a segment, M memory tokens, D model width, V vocabulary, L layers.
+Shapes: B batch, S segments, T tokens of a segment, M memory tokens, D model width, V vocabulary, L layers,
+        H + T + M = N positions of a segment's row, H of them before the tokens: sinks (ARMT), memory (RMT).
 """
 
 import itertools
@@ -12,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backbone import Backbone, Context, backbone_of, causal_mask
+from .cache import ARMTCache
 from .configuration_armt import ARMTConfig
-from .memory import MEMORIES, State, Update, apply
+from .memory import MEMORIES, apply
+from .rmt import LAST_LAYER, Rows, enter
+from .window import Border, WindowedMemory, reach
 
 
 def segment_lengths(tokens: int, segment_tokens: int, alignment: str = "left") -> list[int]:
@@ -33,15 +36,18 @@ def segment_lengths(tokens: int, segment_tokens: int, alignment: str = "left") -
 
 
 class MemoryTokens(nn.Module):
-    """The learned rows appended to every segment; a module of its own so that ZeRO-3 gathers it when it is used."""
+    """The learned rows around a segment's tokens; a module of its own so that ZeRO-3 gathers it when it is used."""
 
-    def __init__(self, num_mem_tokens: int, hidden_size: int):
+    def __init__(self, num_mem_tokens: int, hidden_size: int, sink: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_mem_tokens, hidden_size))
+        if sink:
+            self.sink = nn.Parameter(torch.empty(sink, hidden_size))
 
-    def forward(self, batch: int) -> Tensor:
-        """[B, M, D]."""
-        return self.weight.expand(batch, -1, -1)
+    def forward(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Sinks [B, rows, D], of which there may be none, and memory [B, M, D]."""
+        sink = self.sink if hasattr(self, "sink") else self.weight[:0]
+        return sink.expand(batch, -1, -1), self.weight.expand(batch, -1, -1)
 
 
 class ARMTLayer(nn.Module):
@@ -52,10 +58,11 @@ class ARMTLayer(nn.Module):
         self.layer, self.memory = layer, memory
         self.num_mem_tokens, self.call = num_mem_tokens, call
 
-    def cell(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, Update]:
-        """One cell of the grid. [B, T+M, D] -> [B, T+M, D] and what the segment adds to the memory."""
+    def cell(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple]:
+        """One cell of the grid. [B, N, D] -> [B, N, D] and what the segment adds to the memory (see `memory`)."""
+        context = self.memory.open(context, state)
         y = self.call(self.layer, self.memory.read(x, state), context)
-        return y, self.memory.write(y[:, -self.num_mem_tokens :], state)
+        return y, self.memory.write(y[:, -self.num_mem_tokens :], state, context)
 
     def forward(self, x: Tensor, *, run: Callable):
         """`run(self, x)` with this layer's parameters at hand.
@@ -66,8 +73,8 @@ class ARMTLayer(nn.Module):
         return run(self, x)
 
 
-def one_cell(layer: ARMTLayer, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-    """The plain traversal: one cell under autograd, `x` [B, T+M, D]."""
+def one_cell(layer: ARMTLayer, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple]:
+    """The plain traversal: one cell under autograd, `x` [B, N, D]."""
     y, update = layer.cell(x, state, context)
     return y, apply(state, update)
 
@@ -85,23 +92,22 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
 
     def __init__(self, config: ARMTConfig, base: PreTrainedModel | None = None):
+        if config.sliding_window and "flash" in str(config._attn_implementation):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation}: takes no mask, which sliding_window="
+                f"{config.sliding_window} needs; use sdpa or eager"
+            )
         super().__init__(config)
         # Hugging Face builds a nested model with the outer one's choice of attention.
         config.base_config._attn_implementation = config._attn_implementation
         self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
-        self.memory_tokens = MemoryTokens(config.num_mem_tokens, config.hidden_size)
+        self.memory_tokens = MemoryTokens(config.num_mem_tokens, config.hidden_size, config.sink)
+        kind = WindowedMemory if config.sliding_window else MEMORIES[config.memory_kind]
+        # Memory rows come from the segment before, not from the table.
+        self.carries_rows = LAST_LAYER in kind.arrows
         layers = self.backbone.layers
         for i, layer in enumerate(layers):
-            memory = MEMORIES[config.memory_kind](
-                config.hidden_size,
-                config.d_mem,
-                nu=config.nu,
-                n_heads=config.n_heads,
-                maths=config.maths,
-                use_denom=config.use_denom,
-                correction=config.correction,
-                gating=config.gating,
-            )
+            memory = kind.from_config(config)
             layers[i] = ARMTLayer(layer, memory, config.num_mem_tokens, self.backbone.family.call)
         self.post_init()
         # Under ZeRO-3 the parameters are elsewhere by now; whoever builds there initialises or loads them.
@@ -120,7 +126,8 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in self.backbone.layers:
             layer.memory.reset_parameters()
         embeddings = self.get_input_embeddings().weight
-        self.memory_tokens.weight.normal_().mul_(embeddings.float().std().to(embeddings.dtype))
+        for rows in self.memory_tokens.parameters():
+            rows.normal_().mul_(embeddings.float().std().to(embeddings.dtype))
 
     def freeze(self) -> None:
         """Take the memory projections out of training if the config says so."""
@@ -150,62 +157,89 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
 
-    # --- one row of hidden states: tokens, then memory -----------------------------------------------------------
+    # --- one row of hidden states: sinks or memory, tokens, memory ------------------------------------------------
 
-    def position_ids(self, start: int, tokens: int, device: torch.device) -> Tensor:
-        """Positions of `tokens` from `start` on, then those of the memory rows. [1, tokens + M] int64."""
+    def position_ids(self, tokens: int, device: torch.device) -> Tensor:
+        """Positions of a row of so many tokens. [1, H + tokens + M] int64."""
         memory = self.config.num_mem_tokens
-        end = start + tokens
+        end = self.config.head_rows + tokens
         first = self.config.base_config.max_position_embeddings - memory if self.config.wrap_pos else end
-        return torch.cat(
-            [torch.arange(start, end, device=device), torch.arange(first, first + memory, device=device)]
-        ).unsqueeze(0)
+        return torch.cat([torch.arange(end, device=device), torch.arange(first, first + memory, device=device)])[None]
 
     def embed_segments(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Consecutive segments, packed. [B, sum(lengths)] -> [B, sum(length + M), D].
+        """Consecutive segments, packed. [B, sum(lengths)] -> [B, sum(H + length + M), D].
 
-        In one pass over the tables, because a module that is called once is gathered once under ZeRO-3.
+        In one pass over the tables, because a module that is called once is gathered once under ZeRO-3. Memory rows
+        that are carried (RMT) are left zero: see `enter`.
         """
-        memory = self.memory_tokens(input_ids.shape[0])
-        rows = [
-            part
-            for tokens in self.backbone.embed(input_ids).split(lengths, dim=1)
-            for part in (tokens, memory.to(tokens.dtype))
-        ]
-        positions = torch.cat([self.position_ids(0, n, input_ids.device) for n in lengths], dim=1)
+        tokens, batch = self.backbone.embed(input_ids), input_ids.shape[0]
+        if self.carries_rows:
+            head = tail = tokens.new_zeros(batch, self.config.num_mem_tokens, tokens.shape[2])
+        else:
+            head, tail = (rows.to(tokens.dtype) for rows in self.memory_tokens(batch))
+        rows = [part for segment in tokens.split(lengths, dim=1) for part in (head, segment, tail)]
+        positions = torch.cat([self.position_ids(n, input_ids.device) for n in lengths], dim=1)
         return self.backbone.place(torch.cat(rows, dim=1), positions)
 
     def context(self, x: Tensor, attention_mask: Tensor | None) -> Context:
-        """What the layers of one segment share. x [B, T+M, D], attention_mask [B, T] (1: real token) or None."""
-        memory = self.config.num_mem_tokens
-        tokens = x.shape[1] - memory
-        positions = self.position_ids(0, tokens, x.device)
+        """What the layers of one segment share. x [B, N, D], attention_mask [B, T] (1: real token) or None."""
+        config, memory = self.config, self.config.num_mem_tokens
+        tokens = x.shape[1] - config.other_rows
+        positions = self.position_ids(tokens, x.device)
         mask = None
         if attention_mask is not None:
-            mask = causal_mask(x.shape[1], nn.functional.pad(attention_mask.bool(), (0, memory), value=True), x.dtype)
-        elif self.config._attn_implementation == "eager":
-            # eager without a mask would not be causal
-            mask = causal_mask(x.shape[1], torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device), x.dtype)
-        return Context(mask, positions, self.backbone.rotary(x, positions))
+            attend = nn.functional.pad(attention_mask.bool(), (config.head_rows, memory), value=True)
+        else:
+            attend = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)
+        # eager without a mask would not be causal
+        if attention_mask is not None or config.sliding_window or config._attn_implementation == "eager":
+            mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
+        border = None
+        if config.sliding_window:
+            border = self.border(tokens, x.device)._replace(
+                real=attend[:, config.head_rows : config.head_rows + tokens]
+            )
+        return Context(mask, positions, self.backbone.rotary(x, positions), border=border)
 
-    def initial_states(self, batch: int) -> list[State]:
-        """L empty memories."""
-        return [layer.memory.initial_state(batch, self.device) for layer in self.backbone.layers]
+    def border(self, tokens: int, device: torch.device) -> Border:
+        """The border behind a segment of so many tokens, none of them padding."""
+        rows = self.config.head_rows, tokens, self.config.num_mem_tokens
+        real = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        return Border(reach(rows, self.config.sliding_window, device), real, self.backbone.turn(-tokens, device))
+
+    def initial_states(self, batch: int) -> list[tuple]:
+        """L empty memories; rows that are carried (RMT) enter the first layer, so they stand there."""
+        states = [layer.memory.initial_state(batch, self.device) for layer in self.backbone.layers]
+        if self.carries_rows:
+            states[0] = Rows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
+        return states
+
+    def rows_around(self, state: tuple, batch: int) -> tuple[Tensor, Tensor]:
+        """The rows before and behind a segment's tokens, [B, H, D] and [B, M, D]; `state` is the first layer's."""
+        head, tail = self.memory_tokens(batch)
+        if self.carries_rows:
+            head = tail = state.entering(tail)
+        return head, tail
 
     def segment(
-        self, input_ids: Tensor, states: list[State], attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, list[State]]:
+        self, input_ids: Tensor, states: list[tuple], attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple]]:
         """One segment through all layers. input_ids [B, T] -> normed hidden states [B, T, D] and the next states.
 
         The way to stream a sequence of any length in constant memory.
         """
         x = self.embed_segments(input_ids, [input_ids.shape[1]])
+        if self.carries_rows:
+            x = enter(x, self.rows_around(states[0], len(x))[0])
         context = self.context(x, attention_mask)
         following = []
         for layer, state in zip(self.backbone.layers, states, strict=True):
             x, state = layer(x, run=partial(one_cell, state=state, context=context))
             following.append(state)
-        return self.backbone.norm(x[:, : input_ids.shape[1]]), following
+        hidden = self.backbone.norm(x)
+        if self.carries_rows:
+            following[0] = Rows.of(hidden, self.config.num_mem_tokens)
+        return hidden[:, self.config.head_rows : -self.config.num_mem_tokens], following
 
     # --- the plain forward: the oracle ---------------------------------------------------------------------------
 
@@ -214,7 +248,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: "ARMTCache | None" = None,
+        past_key_values: ARMTCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **kwargs,
@@ -229,7 +263,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(1)).any()):
             raise ValueError("attention_mask: padding on the left would shift the segments; pad on the right")
         if use_cache and past_key_values is None:
-            past_key_values = ARMTCache(self.config, self.initial_states(input_ids.shape[0]))
+            past_key_values = ARMTCache(self.initial_states(input_ids.shape[0]))
         if past_key_values is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask with padding: segments would shift; batch prompts of equal length")
@@ -248,7 +282,9 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         masks = itertools.repeat(None) if attention_mask is None else attention_mask.split(lengths, dim=1)
         states = self.initial_states(input_ids.shape[0])
         hidden = []
-        for ids, mask in zip(input_ids.split(lengths, dim=1), masks, strict=False):
+        for s, (ids, mask) in enumerate(zip(input_ids.split(lengths, dim=1), masks, strict=False)):
+            if self.config.k2 and s % self.config.k2 == 0:
+                states[0] = Rows(*(tensor.detach() for tensor in states[0]))
             h, states = self.segment(ids, states, mask)
             hidden.append(h)
         return torch.cat(hidden, dim=1)
@@ -258,9 +294,9 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = ARMTCache(self.config, self.initial_states(batch_size * beams))
+            model_kwargs["past_key_values"] = ARMTCache(self.initial_states(batch_size * beams))
 
-    def extend(self, input_ids: Tensor, cache: "ARMTCache") -> Tensor:
+    def extend(self, input_ids: Tensor, cache: ARMTCache) -> Tensor:
         """Read tokens after those that `cache` has seen. [B, N] -> normed hidden states [B, N, D].
 
         A full segment is closed only when a token after it arrives, as in `read_segments`.
@@ -270,93 +306,44 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             if cache.open_tokens == self.config.segment_tokens:
                 self.close_segment(cache)
             chunk, input_ids = input_ids.tensor_split([self.config.segment_tokens - cache.open_tokens], dim=1)
-            x = self.pass_layers(self.backbone.embed(chunk), cache, slice(None, chunk.shape[1]))
+            x = self.backbone.embed(chunk)
+            if not cache.open_tokens:
+                head, _ = self.rows_around(cache.layers[0].state, len(x))
+                x = torch.cat([head.to(x.dtype), x], dim=1)
+            x = self.pass_layers(x, cache)[:, -chunk.shape[1] :]
             cache.count(chunk.shape[1])
             hidden.append(self.backbone.norm(x))
         return torch.cat(hidden, dim=1)
 
-    def close_segment(self, cache: "ARMTCache") -> None:
+    def close_segment(self, cache: ARMTCache) -> None:
         """Let the memory rows read the open segment, write what they found, and forget its keys and values."""
-        batch = cache.layers[0].state.z.shape[0]
-        rows = self.memory_tokens(batch).to(self.get_input_embeddings().weight.dtype)
-        self.pass_layers(rows, cache, slice(-self.config.num_mem_tokens, None), write=True)
+        first = cache.layers[0]
+        _, rows = self.rows_around(first.state, len(first.state[0]))
+        x = self.pass_layers(rows.to(self.get_input_embeddings().weight.dtype), cache, write=True)
+        if self.carries_rows:
+            first.state = Rows.of(self.backbone.norm(x), self.config.num_mem_tokens)
         cache.close()
 
-    def pass_layers(self, x: Tensor, cache: "ARMTCache", which: slice, write: bool = False) -> Tensor:
-        """Rows x [B, n, D] of the open segment through all layers; `which` of (tokens, memory) positions are theirs."""
-        tokens = 0 if write else x.shape[1]
-        positions = self.position_ids(cache.open_tokens, tokens, x.device)[:, which]
+    def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
+        """The next rows x [B, n, D] of the open segment through all layers; with `write` they are the memory's."""
+        config = self.config
+        start = config.head_rows + cache.open_tokens if cache.open_tokens else 0
+        end = start + x.shape[1]
+        tokens = cache.open_tokens if write else end - config.head_rows
+        positions = self.position_ids(tokens, x.device)[:, start:end]
         x = self.backbone.place(x, positions)
-        keys = torch.ones(1, cache.open_tokens + x.shape[1], dtype=torch.bool, device=x.device)
-        context = Context(causal_mask(x.shape[1], keys, x.dtype), positions, self.backbone.rotary(x, positions), cache)
+        keys = torch.ones(1, end, dtype=torch.bool, device=x.device)
+        mask = causal_mask(x.shape[1], keys, x.dtype, x.shape[1] if write and config.sliding_window else 0)
+        context = Context(mask, positions, self.backbone.rotary(x, positions))
+        if config.sliding_window:
+            border = self.border(tokens, x.device)
+            context = context._replace(border=border._replace(reach=border.reach[start:end]))
         for layer, slot in zip(self.backbone.layers, cache.layers, strict=True):
-            x = layer.call(layer.layer, layer.memory.read(x, slot.state), context)
+            own = layer.memory.open(context._replace(cache=slot), slot.state)
+            x = layer.call(layer.layer, layer.memory.read(x, slot.state), own)
             if write:
-                slot.state = apply(slot.state, layer.memory.write(x, slot.state))
+                slot.state = apply(slot.state, layer.memory.write(x, slot.state, own))
         return x
-
-
-class ARMTCacheLayer(DynamicLayer):
-    """Keys and values of the open segment, and the memory of the closed ones."""
-
-    def __init__(self, state: State):
-        super().__init__()
-        self.state = state
-
-    def select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Apply `pick` along the batch to everything that this layer holds."""
-        self.state = State(*map(pick, self.state))
-        if self.is_initialized:
-            self.keys, self.values = pick(self.keys), pick(self.values)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(lambda t: t[indices, ...])
-
-    def reset(self) -> None:
-        self.drop_segment()
-        self.state = State(*map(torch.zeros_like, self.state))
-
-    def drop_segment(self) -> None:
-        """Forget the keys and values."""
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def crop(self, *args) -> None:
-        raise ValueError("an ARMT cache cannot be cropped: what was written to memory stays; generate without drafts")
-
-
-class ARMTCache(Cache):
-    """What generation carries: constant in the length of the text."""
-
-    def __init__(self, config: ARMTConfig, states: list[State]):
-        super().__init__(layers=[ARMTCacheLayer(state) for state in states])
-        self.tokens = 0
-        self.open_tokens = 0
-
-    def count(self, tokens: int) -> None:
-        """`tokens` more were read into the open segment."""
-        self.tokens += tokens
-        self.open_tokens += tokens
-
-    def close(self) -> None:
-        """The open segment was written to memory."""
-        self.open_tokens = 0
-        for layer in self.layers:
-            layer.drop_segment()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far."""
-        return self.tokens
-
-    def reset(self) -> None:
-        super().reset()
-        self.tokens = self.open_tokens = 0
 
 
 ARMTConfig.register_for_auto_class()

@@ -20,10 +20,13 @@ from .modeling_armt import ARMTForCausalLM
 # The authors' names -> ours, tried in order.
 RENAMES = (
     (re.compile(r"^memory_cell\.memory$"), "memory_tokens.weight"),
+    (re.compile(r"^memory_cell\.sink$"), "memory_tokens.sink"),
     (
         re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(W_m[qkvb])\.(weight|bias)$"),
         r"base.\1.memory.\2.\3",
     ),
+    # RMT does not wrap the layers.
+    (re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(?!layer\.)(.*)$"), r"base.\1.layer.\2"),
     (re.compile(r"^memory_cell\.model\.(.*)$"), r"base.\1"),
 )
 # transformers 4 named GPT-NeoX's head otherwise.
@@ -44,10 +47,11 @@ OPTIONS = {
     "freeze_mem": "freeze_mem",
     "wrap_pos": "wrap_pos",
 }
-# Options without which the import would be a guess.
-REQUIRED = ("num_mem_tokens", "d_mem", "segment_size")
-# Options whose maths is not built yet, with the value that means off.
-UNSUPPORTED = {"sliding_window": False, "use_sink": False}
+# The family of the checkpoint -> our kind of memory and the options without which the import would be a guess.
+KINDS = {
+    "ARMT": ("armt", ("num_mem_tokens", "d_mem", "segment_size")),
+    "RMT": ("rmt", ("num_mem_tokens", "segment_size")),
+}
 
 
 def our_name(name: str) -> str:
@@ -63,19 +67,22 @@ def our_name(name: str) -> str:
 
 def convert_config(options: dict) -> ARMTConfig:
     """The authors' options (`hf_config` nested, as in the golden cases) as an ARMTConfig."""
-    if options.get("model_family", "ARMT") != "ARMT":
-        raise ConfigError(f"model_family={options['model_family']}: only ARMT checkpoints can be imported")
-    for name, off in UNSUPPORTED.items():
-        if options.get(name) not in (None, off):
-            raise ConfigError(f"{name}={options[name]}: not supported by this import; only {name}={off}")
-    for name in REQUIRED:
+    family = options.get("model_family", "ARMT")
+    if family not in KINDS:
+        raise ConfigError(f"model_family={family}: only {' and '.join(KINDS)} checkpoints can be imported")
+    kind, required = KINDS[family]
+    for name in required:
         if options.get(name) is None:
             raise ConfigError(f"{name}: missing; give the value that the checkpoint was trained with")
     if not isinstance(options.get("hf_config"), dict):
         raise ConfigError("hf_config: missing; the config needs the base model's configuration under this key")
     base = {k: v for k, v in options["hf_config"].items() if k not in ("transformers_version", "torch_dtype", "dtype")}
     fields = {ours: options[theirs] for theirs, ours in OPTIONS.items() if options.get(theirs) is not None}
+    fields |= {"memory_kind": kind, "sink": int(bool(options.get("use_sink")))}
     fields["maths"] = "paper" if options.get("l2_normalised_features") is False else "default"
+    if options.get("sliding_window"):
+        # Their window is the whole previous segment, detached.
+        fields |= {"sliding_window": fields["segment_tokens"], "window_positions": "restart", "detach_window": True}
     try:
         if fields.get("wrap_pos") and "n_positions" in base:
             # Their extra M rows stand after the base model's own table; ours are counted in it.

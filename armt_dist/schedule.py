@@ -257,6 +257,11 @@ def fit(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
     return SCHEDULES[name].fit(grid)
 
 
+def default(arrows: Sequence[str]) -> str:
+    """The first schedule of the table that `arrows` allow."""
+    return next(name for name, row in SCHEDULES.items() if set(arrows) <= set(row.arrows))
+
+
 def build(name: str, grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """The forward program of `rank` under schedule `name`; `backward` derives the other half. Raises as `fit`."""
     return wavefront(fit(name, grid, arrows), rank, arrows)

@@ -21,7 +21,7 @@ from .curriculum import Progress, Stage, learning_rate, stage_over
 from .data.batch import Batch, Difficulty
 from .data.loader import make_task
 from .data.retrieval import Retrieval
-from .executor import ScheduledLM, Totals, backward
+from .executor import ScheduledLM, Totals, backward, check_memory
 from .handoff import Local, Wire, end_when_alone
 from .metrics import Metrics
 from .parallel import Mesh, Ranks
@@ -116,6 +116,7 @@ class Trainer:
             self.task.sequence_tokens(stage.length)
             if stage.until is not None and not self.counts:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
+        check_memory(self.config.parallel, self.armt.memory_kind)
         text = warning(self.grid)
         if text and self.ranks.rank == 0:
             print(f"warning: {text}", flush=True)

@@ -14,8 +14,8 @@ SHARED = Path(os.environ.get("ARMT_SHARED", Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden"
 CASES = sorted(
     path.name
-    for path in GOLDEN.glob("armt_*")
-    if path.name.startswith(("armt_v2", "armt_paper")) and (path / "io.safetensors").exists()
+    for path in GOLDEN.glob("*")
+    if path.name.startswith(("armt_", "rmt_")) and (path / "io.safetensors").exists()
 )
 assert CASES, f"no golden cases under {GOLDEN}; set ARMT_SHARED to the folder that holds golden/"
 

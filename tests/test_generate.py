@@ -14,6 +14,13 @@ FAMILIES = {
     "gpt_neox": dict(family="gpt_neox"),
     "llama": dict(family="llama"),
     "heads_gating": dict(family="llama", n_heads=2, gating=True),
+    "window": dict(family="llama", sliding_window=5),
+    "window_sink": dict(family="gpt_neox", sliding_window=SEGMENT, sink=2),
+    "window_restart": dict(family="llama", sliding_window=SEGMENT, sink=1, window_positions="restart"),
+    "window_gpt2": dict(family="gpt2", sliding_window=3, sink=1),
+    "sink": dict(family="llama", sink=1),
+    "rmt": dict(family="llama", memory_kind="rmt"),
+    "rmt_gpt2": dict(family="gpt2", memory_kind="rmt"),
 }
 WAYS = {
     "greedy": dict(do_sample=False),
@@ -55,7 +62,7 @@ def test_prefill_in_pieces(options):
     model, ids = small_model(**options).eval(), prompt(37)
     whole = model(ids).logits
     for pieces in ([37], [1] * 37, [8, 8, 8, 8, 5], [3, 10, 1, 22, 1]):
-        cache = ARMTCache(model.config, model.initial_states(len(ids)))
+        cache = ARMTCache(model.initial_states(len(ids)))
         parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(pieces, 1)]
         assert_close("logits", torch.cat(parts, 1), whole, TOLERANCES["logits"])
         assert cache.get_seq_length() == 37
@@ -75,8 +82,9 @@ def cache_bytes(cache):
 
 
 @torch.no_grad()
-def test_memory_is_constant():
-    model, ids = small_model().eval(), prompt(20 * SEGMENT)
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_memory_is_constant(options):
+    model, ids = small_model(**options).eval(), prompt(20 * SEGMENT)
     cache, seen = None, []
     for token in ids.split(1, 1):
         cache = model(token, past_key_values=cache, use_cache=True).past_key_values
@@ -85,8 +93,9 @@ def test_memory_is_constant():
     assert all(sizes == by_segment[0] for sizes in by_segment)
 
 
-def test_a_cache_starts_afresh_after_reset():
-    model, ids = small_model().eval(), prompt(21)
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_a_cache_starts_afresh_after_reset(options):
+    model, ids = small_model(**options).eval(), prompt(21)
     with torch.no_grad():
         first = model(ids, use_cache=True)
         cache = first.past_key_values

@@ -18,8 +18,9 @@ simulator
 sizes
 hardware
 planner
+rmt
 memory backbone
-configuration_armt
+window cache configuration_armt
 modeling_armt
 reference offload watchdog determinism
 bptt parallel loss
@@ -40,7 +41,7 @@ trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Folders written by save_pretrained carry these; they are loaded where armt_dist is not installed.
-EXPORTED = ("memory", "backbone", "configuration_armt", "modeling_armt")
+EXPORTED = ("rmt", "memory", "backbone", "window", "cache", "configuration_armt", "modeling_armt")
 WITHOUT_TORCH = ("config", "schedule", "timeline", "verify", "simulator", "sizes", "hardware", "planner")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -74,14 +74,23 @@ def test_golden_memory_states(golden):
     compared = set()
     for s, (ids_s, mask_s) in enumerate(zip(ids.split(lengths, 1), mask.split(lengths, 1), strict=True)):
         _, states = model.segment(ids_s, states, mask_s)
-        for layer, state in enumerate(states):
-            for kind, actual in (("W_mem", state.A), ("z", state.z)):
-                for key in (f"{kind}.seg{s}.layer{layer}", *[f"{kind}.final.layer{layer}"] * (s == len(lengths) - 1)):
-                    if key in case.io:
-                        expected = case.io[key].view_as(actual)
-                        assert_close(key, actual, expected, TOLERANCES["state"], relative=True)
-                        compared.add(key)
-    assert compared == {key for key in case.io if key.startswith(("W_mem", "z."))}
+        for name, actual in named_states(states):
+            where, _, layer = name.partition(".")
+            for key in (f"{where}.seg{s}{layer}", *[f"{where}.final{layer}"] * (s == len(lengths) - 1)):
+                if key in case.io:
+                    assert_close(key, actual, case.io[key].view_as(actual), TOLERANCES["state"], relative=True)
+                    compared.add(key)
+    assert compared == {key for key in case.io if key.startswith(("W_mem", "z.", "memory_state"))}
+
+
+def named_states(states):
+    """(the golden files' name without the segment, tensor) of everything that they hold."""
+    if hasattr(states[0], "rows"):
+        yield "memory_state", states[0].rows
+        return
+    for layer, state in enumerate(states):
+        yield f"W_mem..layer{layer}", state.A
+        yield f"z..layer{layer}", state.z
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,14 +100,16 @@ def test_values_are_carried_over(name, exported):
     theirs = load_file(GOLDEN / name / "weights.safetensors")
     compared = set()
     for key, tensor in theirs.items():
-        if key == "memory_cell.memory":
-            ours = "memory_tokens.weight"
+        if key in ("memory_cell.memory", "memory_cell.sink"):
+            ours = {"memory": "memory_tokens.weight", "sink": "memory_tokens.sink"}[key.rpartition(".")[2]]
         elif key.startswith("memory_cell.layers."):
             # the same tensors, listed twice
             continue
         else:
             ours = key.replace("memory_cell.model.", "base.").replace("embed_out", "lm_head")
             ours = re.sub(r"\.(W_m[qkvb])\.", r".memory.\1.", ours)
+            if name.startswith("rmt"):
+                ours = re.sub(r"(\.h\.\d+)\.", r"\1.layer.", ours)
         assert loaded[ours].dtype == tensor.dtype and torch.equal(loaded[ours], tensor), ours
         compared.add(ours)
     assert compared == set(loaded)
@@ -148,8 +159,8 @@ torch.save(model(torch.arange(40)[None]).logits, sys.argv[2])
 """
 
 
-def test_the_command_writes_a_folder_that_loads_without_this_package(tmp_path):
-    name = "armt_v2_llama_base"
+@pytest.mark.parametrize("name", ["armt_v2_llama_base", "armt_sw_llama_sink_nfs", "rmt_gpt2_base"])
+def test_the_command_writes_a_folder_that_loads_without_this_package(name, tmp_path):
     case, folder, elsewhere = GOLDEN / name, tmp_path / "model", tmp_path / "elsewhere"
     command = [sys.executable, "-m", "armt_dist.reference", "--config", case / "config.json"]
     command += ["--weights", case / "weights.safetensors", "--out", folder]
@@ -247,17 +258,32 @@ BAD_CONFIGS = {
     "base_config.num_key_value_heads=3": dict(num_key_value_heads=3),
     "base_config.num_key_value_heads=0": dict(num_key_value_heads=0),
     "base_config.hidden_act=swoosh": dict(hidden_act="swoosh"),
-    "base_config.sliding_window=18": dict(base="mistral", sliding_window=18),
-    "base_config.sliding_window=8": dict(base="qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "base_config.sliding_window=18": dict(base="mistral", base_fields=dict(sliding_window=18)),
+    "base_config.sliding_window=8": dict(
+        base="qwen3", base_fields=dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "sink=True": dict(sink=True),
+    "sink=-1": dict(sink=-1),
+    "sliding_window=0": dict(sliding_window=0),
+    "sliding_window='all'": dict(sliding_window="all"),
+    "sliding_window=17: only the segment before": dict(sliding_window=17),
+    "window_positions=absolute": dict(window_positions="absolute"),
+    "window_positions=restart: needs": dict(sliding_window=15, window_positions="restart"),
+    "sliding_window=8: means nothing to memory_kind=rmt": dict(memory_kind="rmt", sliding_window=8),
+    "sink=1: means nothing to memory_kind=rmt": dict(memory_kind="rmt", sink=1),
+    "k2=2: means nothing to memory_kind=armt": dict(k2=2),
+    "k2=0": dict(memory_kind="rmt", k2=0),
+    "segment_tokens=60 + 2 x num_mem_tokens=6 = 66": dict(base="gpt2", memory_kind="rmt", segment_tokens=60),
+    "segment_tokens=60 + sink=2 + num_mem_tokens=3 = 65": dict(base="gpt2", sink=2, segment_tokens=60),
 }
 
 
 @pytest.mark.parametrize("message", BAD_CONFIGS)
 def test_a_bad_configuration_is_named(message):
     fields = dict(BAD_CONFIGS[message])
-    family = fields.pop("base", "llama")
+    family, base_fields = fields.pop("base", "llama"), fields.pop("base_fields", {})
     ours = {name: fields.pop(name) for name in list(fields) if name in ARMTConfig.__annotations__}
-    base = {"model_type": family, **BASES[family], **fields}
+    base = {"model_type": family, **BASES[family], **fields, **base_fields}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         ARMTConfig(**{"base_config": base, **MEMORY, **ours})
     assert "\n" not in str(error.value)

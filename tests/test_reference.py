@@ -46,9 +46,8 @@ def refused(tmp_path, monkeypatch, capfd):
 
 
 OPTIONS = {
-    "model_family=RMT": dict(model_family="RMT"),
-    "sliding_window=True": dict(sliding_window=True),
-    "use_sink=True": dict(use_sink=True),
+    "model_family=GRU": dict(model_family="GRU"),
+    "memory_tokens.sink is missing": dict(use_sink=True),
     "hf_config: missing": dict(hf_config=None),
     "segment_size: missing": dict(segment_size=None),
     "num_mem_tokens: missing": dict(num_mem_tokens=None),
