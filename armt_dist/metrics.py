@@ -23,6 +23,7 @@ class Metrics:
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self.done, self.total, self.description, self.start_s = done, total, description, time.monotonic()
+        self.complained = False
         # A log file wants lines now and then, not a bar.
         self.plain = not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, desc=description, dynamic_ncols=True, disable=self.plain)
@@ -36,13 +37,22 @@ class Metrics:
     def write(self, kind: str, step: int, values: dict) -> None:
         """One record of `kind` ("train", "validation", "skipped" or "rollback") after `step` steps.
 
-        A number that is not finite, which JSON does not have, is null.
+        A number that is not finite, which JSON does not have, is null. A full disk costs records, not the run.
         """
         values = {name: None if not finite(value) else value for name, value in values.items()}
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            self.lost(error)
+
+    def lost(self, error: OSError) -> None:
+        """Say once that records are not written."""
+        if not self.complained:
+            self.say(f"warning: {self.path.parent}: metrics cannot be written ({error}); the run goes on")
+        self.complained = True
 
     def show(self, step: int, values: dict, say: bool) -> None:
         """Move the bar; in a log file print a line if `say`."""
@@ -69,8 +79,11 @@ class Metrics:
 
     def close(self) -> None:
         self.bar.close()
-        self.board.close()
-        self.file.close()
+        for stream in (self.board, self.file):
+            try:
+                stream.close()
+            except OSError as error:
+                self.lost(error)
 
 
 def finite(value: object) -> bool:

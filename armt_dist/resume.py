@@ -28,6 +28,7 @@ def load(engine, root: Path, tag: str) -> dict:
     Raises CheckpointError on all ranks where it cannot be loaded.
     """
     manifest = parallel.together(lambda: read_manifest(root / tag))
+    parallel.together(lambda: check_trust(root / tag))
     elastic = manifest.world_size != dist.get_world_size()
     if elastic:
         parallel.together(lambda: convert(root, tag), only=0)
@@ -46,6 +47,22 @@ def load(engine, root: Path, tag: str) -> dict:
     if elastic:
         restore_frozen(engine, root / tag)
     return manifest.state
+
+
+def check_trust(folder: Path) -> None:
+    """Whether this rank's share of the pickled files holds tensors and plain values alone; tensors are not read.
+
+    Before DeepSpeed loads them, since a rank that fails within leaves the others waiting. Raises CheckpointError.
+    """
+    for path in sorted(folder.glob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            with restricted_unpickling():
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint={path}: holds more than tensors and plain values, or is damaged "
+                f"({one_line(error, 200)}); use another checkpoint"
+            ) from None
 
 
 def convert(root: Path, tag: str) -> None:

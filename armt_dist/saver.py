@@ -42,9 +42,10 @@ class Writer(TorchCheckpointEngine):
             for content, path in self.files:
                 torch.save(content, path)
             return hash_files(folder, [own, *(path for _, path in self.files)])
-        # A full disk is a RuntimeError of torch and a SafetensorError of safetensors.
+        # A full disk is a RuntimeError of torch, which does not say so, and a SafetensorError of safetensors.
         except Exception as error:
-            raise OSError(one_line(error, 300)) from error
+            left = shutil.disk_usage(folder).free / 2**20
+            raise OSError(f"{one_line(error, 200)}; {left:.0f} MB left on the disk") from error
 
 
 def is_shape(value: object) -> bool:

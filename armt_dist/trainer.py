@@ -209,6 +209,9 @@ class Trainer:
             with end_when_alone(self.runner.at, self.watchdog.dump):
                 return self.train(resume)
         finally:
+            # Whoever ends this process now means it.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
             self.watchdog.close()
 
     def train(self, resume: str) -> int:
