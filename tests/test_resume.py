@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
+from faults import Plant, start
 from test_train import FP32, curve, train
 
 from armt_dist import checkpoint
@@ -20,6 +22,16 @@ SETTINGS = [
     "ds_config.train_batch_size=8",
     "train.validate_every=100",
     "train.save_every=2",
+]
+TEXT = [
+    "data.task=text",
+    "data.retrieval=null",
+    "model.segment_tokens=16",
+    "data.text.sequence_tokens=64",
+    "model.base_config.n_positions=32",
+    "curriculum=[{segments: 4, steps: 30, lr: 1.0e-3}]",
+    "ds_config.train_batch_size=8",
+    "train.validate_every=100",
 ]
 # (ranks, sp) of each leg of two steps: 2 -> 1, 1 -> 4, 4 -> 2 and 2 -> 4 ranks, sp 1 -> 2 -> 4 -> 1.
 LEGS = [(2, 1), (1, 1), (4, 2), (2, 2), (4, 4), (1, 1)]
@@ -108,3 +120,60 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
         assert (root / "latest").read_text() == checkpoint.tags(root)[-1]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_checkpoints_that_become_read_only_cost_no_step(tmp_path):
+    """First the folder of checkpoints alone, then the whole place, which the next run must name at once."""
+    out, root = tmp_path / "run", tmp_path / "run/checkpoints"
+    root.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root)], check=True)
+    read_only = ["mount", "-o", "remount,ro", str(root)]
+    try:
+        settings = ["--ds_config", FP32, *SETTINGS, "train.max_steps=12"]
+        ranks = start(2, [*settings, "--out", out], [Plant("slow", size=0.02)])
+        deadline = time.monotonic() + 120
+        # Refused while a checkpoint is being written.
+        while not (root / "latest").exists() or subprocess.run(read_only, capture_output=True).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        before = (root / "latest").read_text()
+        spoken = [rank.communicate(timeout=120) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [2, 2], spoken
+        assert "Read-only file system" in spoken[0][0] and f"going on, the newest checkpoint is {before}" in spoken[0][0]
+        assert max(step for kind, step in curve(out) if kind == "train") == 12, "it did not go on"
+        assert [line for line in spoken[0][1].splitlines() if line.startswith("error: checkpoint=")]
+        assert (root / "latest").read_text() == before and checkpoint.verify(root / before)
+        result = train(*settings, "--out", root / "another")
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert result.returncode == 2 and len(lines) == 1, result.stderr[-2000:]
+        assert str(root / "another") in lines[0] and "Traceback" not in result.stderr
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+def test_texts_that_vanish_mid_run_cost_nothing_or_are_named(tmp_path):
+    """Files are read before the first step; a stream reads as it goes."""
+    words = [json.dumps({"text": f"line {i} " * 40}) for i in range(400)]
+    for kind in ("files", "stream"):
+        folder, out = tmp_path / f"{kind}_texts", tmp_path / kind
+        folder.mkdir()
+        for part in range(8):
+            (folder / f"{part}.jsonl").write_text("\n".join(words[part::8]) + "\n")
+        if kind == "files":
+            data = [f"data.text.files={folder}/*.jsonl"]
+        else:
+            data = ["data.text.dataset.name=json", f"data.text.dataset.data_files={folder}/*.jsonl"]
+        settings = [*TEXT, *data, "train.max_steps=30", "train.save_every=5"]
+        ranks = start(2, ["--ds_config", FP32, "--out", out, *settings], [Plant("slow", size=0.02)])
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints/latest").exists():
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.05)
+        shutil.rmtree(folder)
+        spoken = [rank.communicate(timeout=120) for rank in ranks]
+        codes = [rank.returncode for rank in ranks]
+        assert "Traceback" not in spoken[0][1] + spoken[1][1], spoken
+        if kind == "files":
+            assert codes == [0, 0], spoken
+        else:
+            assert set(codes) == {2} and str(folder) in spoken[0][1], (codes, spoken)

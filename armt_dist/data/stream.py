@@ -65,6 +65,19 @@ def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
     return stream
 
 
+def reading(texts: Iterable[dict], config: DatasetConfig) -> Iterator[dict]:
+    """The rows of a stream. Raises ConfigError where it can no longer be read: a file has gone, or a line is broken."""
+    import datasets
+
+    try:
+        yield from texts
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"dataset.name={config.name} (split {config.split}): cannot be read on: {one_line(error, limit=300)}; "
+            "the same command goes on from the last checkpoint once it can"
+        ) from None
+
+
 class Stream:
     """Pieces of a stream in its own order: row i of step k is piece k * global_batch + i, epoch after epoch.
 
@@ -110,7 +123,7 @@ class Stream:
         texts.set_epoch(epoch)
         if state is not None:
             texts.load_state_dict(state)
-        for example in texts:
+        for example in reading(texts, self.config):
             tokens = self.encode(example[self.config.column])
             self.reading = Position(epoch, state, len(tokens))
             yield tokens[offset:]
