@@ -17,6 +17,7 @@ from .sizes import FP32, Model, Work, cell_flops, cell_graph_bytes, row_tokens
 
 STATES = ("store", "rebuild", "recompute")
 KINDS = {"armt": ARMT_ARROWS, "rmt": RMT_ARROWS}
+MAY_BE_ZERO = ("head_width", "sink", "sliding_window")
 SPARE_LAYERS = 2
 """Layers that ZeRO-3 keeps beside the prefetch window: the one in use and the one being released."""
 LOGITS_TOKENS = 1024
@@ -64,7 +65,7 @@ def validate(model: Model, work: Work, layout: Layout) -> Grid:
     """The grid of a layout. Raises ConfigError naming field, value and remedy."""
     for section in (model, work, layout):
         for field, value in section._asdict().items():
-            if type(value) is int and value < 1 and field != "head_width":
+            if type(value) is int and value < 1 and field not in MAY_BE_ZERO:
                 raise ConfigError(f"{field}={value}: must be at least 1")
     if work.sequence_tokens % work.segment_tokens:
         wanted = work.segment_tokens

@@ -30,6 +30,9 @@ class Model(NamedTuple):
     d_mem: int = 64
     nu: int = 3
     memory_heads: int = 1
+    sink: int = 0
+    sliding_window: int = 0
+    """Rows of keys and values that stay visible across a segment border."""
 
     @property
     def attention_width(self) -> int:
@@ -52,8 +55,8 @@ class Model(NamedTuple):
 
     @property
     def outer_parameters(self) -> int:
-        """Embedding, head and memory tokens."""
-        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.memory_tokens)
+        """Embedding, head, memory tokens and sinks."""
+        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.memory_tokens + self.sink)
 
     @property
     def parameters(self) -> int:
@@ -61,15 +64,25 @@ class Model(NamedTuple):
 
     @property
     def state_bytes(self) -> int:
-        """One state of one sequence: A and z in fp32 (ARMT, per layer); M rows of hidden states (RMT)."""
+        """One state of one sequence, fp32: A, z and the window (ARMT, per layer); M rows of hidden states (RMT)."""
         if self.kind == "rmt":
             return self.memory_tokens * self.hidden * FP32
-        return (self.features * self.hidden // self.memory_heads + self.features) * FP32
+        return self.associations * FP32 + self.window_bytes
+
+    @property
+    def associations(self) -> int:
+        """Numbers in A and z of one layer and sequence."""
+        return self.features * self.hidden // self.memory_heads + self.features
+
+    @property
+    def window_bytes(self) -> int:
+        """Keys, values and marks of one layer's window of one sequence, in fp32."""
+        return self.sliding_window * (2 * self.kv_width + 1) * FP32
 
     @property
     def update_bytes(self) -> int:
-        """What one segment adds to a state: k, beta (v - v_bar), gamma k, of rank M, in fp32."""
-        return self.memory_tokens * (self.features + self.hidden + self.memory_heads) * FP32
+        """What one segment does to a state, fp32: k, beta (v - v_bar), gamma of rank M, and the window anew."""
+        return self.memory_tokens * (self.features + self.hidden + self.memory_heads) * FP32 + self.window_bytes
 
 
 MODELS = {
@@ -94,17 +107,17 @@ class Work(NamedTuple):
 
 def row_tokens(model: Model, work: Work) -> int:
     """Positions of one segment as the layers see it."""
-    return work.segment_tokens + model.memory_tokens * (2 if model.kind == "rmt" else 1)
+    return work.segment_tokens + model.memory_tokens * (2 if model.kind == "rmt" else 1) + model.sink
 
 
 def cell_flops(model: Model, work: Work) -> float:
     """Forward of one cell for one sequence: matrix products, full attention over the row (it has a mask), memory."""
     tokens = row_tokens(model, work)
-    attention = 4 * tokens * tokens * model.attention_width
-    read = 2 * tokens * model.state_bytes / FP32 if model.kind == "armt" else 0
+    attention = 4 * tokens * (tokens + model.sliding_window) * model.attention_width
+    read = 2 * tokens * model.associations if model.kind == "armt" else 0
     # W_mv and W_mb see the M memory positions only.
     unused = (tokens - model.memory_tokens) * model.hidden * (model.hidden + model.memory_heads)
-    write = 4 * model.memory_tokens * model.state_bytes / FP32
+    write = 4 * model.memory_tokens * model.associations
     products = 2 * tokens * model.layer_parameters - (2 * unused if model.kind == "armt" else 0)
     return products + attention + (read + write if model.kind == "armt" else 0)
 
@@ -130,7 +143,7 @@ UNGATED_MLP = ("gpt2", "gpt_neox")
 
 
 def from_hf(config: Mapping, memory: Mapping) -> Model:
-    """Sizes from a Hugging Face ``config.json`` and the memory's fields (kind, memory_tokens, d_mem, nu).
+    """Sizes from a Hugging Face ``config.json`` and the memory's fields (kind, memory_tokens, d_mem, nu, ...).
 
     Raises ConfigError naming a size that the config does not give.
     """

@@ -40,6 +40,8 @@ def arguments() -> argparse.Namespace:
     add("--memory-tokens", type=int, default=16, help="default %(default)s")
     add("--d-mem", type=int, default=64, help="default %(default)s")
     add("--nu", type=int, default=3, help="default %(default)s")
+    add("--sink", type=int, default=0, help="learned rows before a segment's tokens (default %(default)s)")
+    add("--sliding-window", type=int, default=0, help="tokens visible across a border (default %(default)s: none)")
     add("--states", choices=STATES, default="store", help="how the backward has the states again (default %(default)s)")
     add("--offload-activations", action="store_true", help="layer inputs in pinned host memory")
     add("--offload-optimizer", action="store_true", help="gradients and optimizer in host memory")
@@ -51,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 def read_model(options: argparse.Namespace) -> Model:
     """A known model or the sizes in a config.json, with the memory asked for."""
-    memory = {key: getattr(options, key) for key in ("kind", "memory_tokens", "d_mem", "nu")}
+    memory = {key: getattr(options, key) for key in ("kind", "memory_tokens", "d_mem", "nu", "sink", "sliding_window")}
     if options.model in MODELS:
         return MODELS[options.model]._replace(**memory)
     try:
