@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from .config import ConfigError, assign, one_line
@@ -265,4 +265,19 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"ds_config: DeepSpeed refuses it ({one_line(error, 400)})") from error
+    # Behind DeepSpeed's own hooks, so that the output is the one that its backward starts from.
+    for layer in runner.modules():
+        if isinstance(layer, ARMTLayer):
+            layer.register_forward_hook(release_after_each_backward)
     return engine
+
+
+def release_after_each_backward(layer: ARMTLayer, _: tuple, output: Tensor) -> None:
+    """A forward hook: let DeepSpeed release the layer after the backward of every call.
+
+    It counts the inputs whose gradient is still to come from 0 in every forward, so that of several calls, one a round,
+    only the first backward would end with a release: the others' layers stayed gathered until the step, and as that
+    many count against `stage3_max_live_parameters`, nothing was prefetched any more (DeepSpeed 0.19.8).
+    """
+    if output.requires_grad:
+        output.register_hook(lambda _: setattr(layer, "ds_grads_remaining", 1))
