@@ -1,6 +1,6 @@
 """An evaluation for people: a table and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,26 @@ def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
+    """Accuracy by task (down) and length (across), written into its cells, as a PNG. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = next(iter(found.values()))
+    figure = Figure(figsize=(2 + 0.9 * len(rows), 1.6 + 0.6 * len(found)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    values = [[row.accuracy for row in part] for part in found.values()]
+    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center")
+    axes.set_xticks(range(len(rows)), [f"{row.length}\n{row.tokens:,}" for row in rows])
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel=f"{rows[0].unit} and tokens", title=title)
     figure.savefig(path, dpi=120, format="png")
 
 

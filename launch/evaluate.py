@@ -1,7 +1,8 @@
 """Evaluate an exported model by the length of what it reads, in constant memory.
 
 Reports accuracy (retrieval, BABILong) or perplexity and bits per byte (text) for each length as a table, and writes
-evaluation.json and evaluation.png. The task is the one the model was trained on, unless --task names another.
+evaluation.json and evaluation.png; for BABILong, task by task, the picture is a heat map of task by length. The task is
+the one the model was trained on, unless --task names another.
 """
 
 import argparse
@@ -10,6 +11,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from armt_dist.data.loader import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,6 +25,7 @@ EXAMPLES = """examples:
   python launch/evaluate.py --model model
   python launch/evaluate.py --model model --task remember --lengths 5 10 20 50 100 --samples 1024
   python launch/evaluate.py --model model --lengths 1 4 16 64 --data data.text.validation_files=held_out/
+  python launch/evaluate.py --model model --task babilong --data 'data.babilong.tasks=[qa1, qa2]' --lengths 4 16 64
   python launch/evaluate.py --model model --zero-memory     # without memory, for comparison
 """
 
@@ -51,6 +57,19 @@ def writing(out: Path) -> Iterator[None]:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror}); give another --out") from None
 
 
+def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
+    """What is evaluated apart, by name: each task of BABILong, or the whole."""
+    if data.task != "babilong":
+        return {data.task: data}
+    from armt_dist.data.babilong import BabilongConfig
+
+    section = data.babilong or BabilongConfig()
+    return {
+        name: data.model_copy(update={"babilong": section.model_copy(update={"tasks": [name]})})
+        for name in section.tasks
+    }
+
+
 def main() -> None:
     args = arguments()
     # Slow to import; --help should not wait for it.
@@ -59,7 +78,7 @@ def main() -> None:
     from armt_dist.data import make_task
     from armt_dist.evaluate import check, evaluate
     from armt_dist.exported import default_lengths, load_model, read_task
-    from armt_dist.plots import plot, table
+    from armt_dist.plots import heat_map, plot, table
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -68,24 +87,28 @@ def main() -> None:
     out = args.out or args.model / ("evaluation_zero_memory" if args.zero_memory else "evaluation")
     model = load_model(args.model, args.device)
     data = read_task(args.model, args.task, args.data)
-    task = make_task(data, model.config.segment_tokens, model.config.vocab_size, args.batch)
-    lengths = default_lengths(task) if args.lengths is None else args.lengths
-    check(task, lengths, args.samples, args.batch)
+    parts = {name: make_task(part, model.config.segment_tokens, model.config.vocab_size, args.batch)
+             for name, part in one_by_one(data).items()}  # fmt: skip
+    lengths = args.lengths
+    for task in parts.values():
+        lengths = lengths if lengths is not None else default_lengths(task)
+        check(task, lengths, args.samples, args.batch)
     # Before the work, so that it is not lost.
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    rows = evaluate(model, task, lengths, args.samples, args.batch, zero_memory=args.zero_memory)
-    result = {
-        "model": str(args.model),
-        "data": data.model_dump(mode="json", exclude_none=True),
-        "measure": task.measure,
-        "zero_memory": args.zero_memory,
-        "rows": [row._asdict() for row in rows],
-    }
+    found = {}
+    for name, task in parts.items():
+        found[name] = evaluate(model, task, lengths, args.samples, args.batch, zero_memory=args.zero_memory)
+        print(f"{name}\n{table(found[name], task.measure)}" if len(parts) > 1 else table(found[name], task.measure))
+    rows = [{"task": name, **row._asdict()} for name, part in found.items() for row in part]
+    facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
+    result = {**facts, "measure": task.measure, "zero_memory": args.zero_memory, "rows": rows}
     with writing(out):
         (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        plot(rows, task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length")
-    print(table(rows, task.measure))
+        if data.task == "babilong":
+            heat_map(found, out / "evaluation.png", "BABILong: exact match")
+        else:
+            plot(found[data.task], task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length")
     print(f"wrote {out}/evaluation.json and {out}/evaluation.png")
 
 
