@@ -230,11 +230,18 @@ def test_text_through_the_command(text_settings, tmp_path, monkeypatch, capsys):
     assert code == 0, stderr
     assert [line.split()[0] for line in stdout.splitlines()[:4]] == ["segments", "1", "2", "4"]
     assert "bits_per_byte" in stdout
-    changed = ["--task", "babilong", "--data", "data.babilong.tasks=[qa2]", "data.seed=1", "--lengths", 200]
-    code, stdout, stderr = command(["--model", folder, *changed, "--samples", 2], monkeypatch, capsys)
+    changed = ["--task", "babilong", "--data", "data.babilong.tasks=[qa1, qa2]", "data.seed=1"]
+    changed += ["--samples", 2, "--lengths", 200, 210]
+    code, stdout, stderr = command(["--model", folder, *changed], monkeypatch, capsys)
     assert code == 0, stderr
-    data = json.loads((folder / "evaluation" / "evaluation.json").read_text())["data"]
-    assert data["task"] == "babilong" and data["babilong"]["tasks"] == ["qa2"] and data["seed"] == 1
+    result = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    data = result["data"]
+    assert data["task"] == "babilong" and data["babilong"]["tasks"] == ["qa1", "qa2"] and data["seed"] == 1
+    # One task at a time, and a heat map.
+    assert [(row["task"], row["length"]) for row in result["rows"]] == [
+        ("qa1", 200), ("qa1", 210), ("qa2", 200), ("qa2", 210)
+    ]  # fmt: skip
+    assert (folder / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_default_lengths_are_those_that_the_task_has():
