@@ -42,7 +42,7 @@ def batch_for(seed):
     return random_batch(tokens=(17 if seed % 2 else 19) * 8 - 3, batch=BATCH, pad=12, seed=seed)
 
 
-def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, **ds_config):
+def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, **ds_config):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
     from armt_dist import build, engine, executor, handoff
     from armt_dist.config import build as section
@@ -56,7 +56,7 @@ def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, *
     armt = build.armt_config(config, {}, None)
     model = build.build_model(config, armt, prepared.ds_config, seed=0)
     link = handoff.Wire(*parallel.ring(mesh, timeout_s), CPU) if sp > 1 else None
-    runner = executor.ScheduledLM(model, states=states, link=link)
+    runner = executor.ScheduledLM(model, states=states, offload=offload, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
     return engine.start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
 
@@ -89,11 +89,14 @@ def full_gradients(runner):
 
 
 def run_layouts(ranks, folder):
-    """Loss and gradients of each layout. The second pass has a complete order of gathers: it prefetches."""
+    """Loss and gradients of each layout. The second pass has a complete order of gathers: it prefetches.
+
+    With two rounds the layer inputs wait in host memory.
+    """
     found = {}
     for layout, states in zip(LAYOUTS[ranks.world_size], itertools.cycle(STATES), strict=False):
         still = {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}}
-        parts = engine_on(folder, ranks, layout, states, optimizer=still)
+        parts = engine_on(folder, ranks, layout, states, offload=layout[1] == 2, optimizer=still)
         for attempt in range(PASSES):
             loss = step(parts, ranks, *batch_for(1))
             found[layout, states, attempt] = loss, full_gradients(parts[1])
