@@ -1,7 +1,6 @@
 """The training loop: batches through the engine, stage by stage, validated, checkpointed and resumable."""
 
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,21 +10,20 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, health, parallel, report, trace
+from . import checkpoint, health, parallel, trace
 from . import engine as engines
 from . import resume as resume_from
 from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
-from .config import ConfigError, one_line
+from .config import ConfigError
 from .curriculum import Progress, Stage, learning_rate, stage_over
 from .data.batch import Batch, Difficulty
 from .data.loader import make_task
 from .data.retrieval import Retrieval
 from .executor import ScheduledLM, Totals, backward, check_memory
 from .handoff import Local, Wire, end_when_alone
-from .metrics import Metrics
 from .parallel import Mesh, Ranks
-from .plateau import Plateau
+from .reporter import Reporter
 from .run import RunConfig, check_same, describe_run
 from .saver import Saver
 from .schedule import Grid, warning
@@ -56,6 +54,8 @@ class Trainer:
     def __init__(self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device):
         self.config, self.ds_config, self.out, self.ranks, self.device = config, ds_config, out, ranks, device
         self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
+        self.reporter = Reporter(out, ranks.rank, config.train.log_every)
+        self.say = self.reporter.say
         # What one rank alone may find wrong, a missing file say, must end all of them before they wait for each other.
         prepared = parallel.together(self.prepare)
         self.sizes, self.peak_lr = prepared.sizes, prepared.lr
@@ -73,7 +73,6 @@ class Trainer:
         self.vitals = Vitals(self.runner, config.watchdog.straggler_factor, device)
         self.saver = Saver(self.engine, out / "checkpoints", config.train.save_in_background, self.say)
         self.rollbacks: Counter[str] = Counter()
-        self.plateau = Plateau()
         self.told_to_stop = False
         # Dropout differs between ranks, and is the same for a rank of every run.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
@@ -118,8 +117,8 @@ class Trainer:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
         check_memory(self.config.parallel, self.armt.memory_kind)
         text = warning(self.grid)
-        if text and self.ranks.rank == 0:
-            print(f"warning: {text}", flush=True)
+        if text:
+            self.say(f"warning: {text}")
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +220,7 @@ class Trainer:
         config = self.config.train
         parallel.together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), config.max_steps or 10**12)
-        self.metrics = Metrics(self.out, self.progress.step, total, self.out.name) if self.ranks.rank == 0 else None
+        self.reporter.start(self.progress.step, total)
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "told_to_stop", True))
         if self.config.digests:
@@ -234,10 +233,14 @@ class Trainer:
                 continue
             self.watchdog.enter("step", self.progress.step)
             metrics, skipped, spiked, stop = self.train_step(stage)
-            self.report("train", metrics)
+            every = self.progress.step % config.log_every == 0
+            slow = self.vitals.stragglers.report() if every else None
+            self.reporter.step(self.progress.step, metrics, slow)
             steps_here += 1
-            if skipped and not self.pass_over(skipped):
-                return self.give_up(f"{config.max_skipped} steps in a row were not made")
+            if skipped:
+                self.reporter.skipped(self.progress.step, self.progress.batch - 1, skipped)
+                if self.progress.skipped_in_a_row >= config.max_skipped:
+                    return self.give_up(f"{config.max_skipped} steps in a row were not made")
             if spiked:
                 if not self.roll_back(root):
                     return self.give_up(f"{config.max_skipped} rollbacks did not help")
@@ -250,8 +253,7 @@ class Trainer:
                 self.watchdog.enter("validation", self.progress.step)
                 self.judge(root, self.validate(stage))
                 total = min(total, self.progress.step + self.steps_left())
-                if self.metrics:
-                    self.metrics.expect(total)
+                self.reporter.expect(total)
             self.attempt(self.saver.poll)
             done = self.progress.step >= total
             if stop or over or done or self.progress.step % config.save_every == 0:
@@ -262,9 +264,7 @@ class Trainer:
                 self.say(f"stopped by a signal after step {self.progress.step}, to be started again from {newest}")
                 return REQUEUE
         self.say(f"done: {self.progress.step} steps, {self.progress.seconds:.0f} s of training, {self.out}")
-        if self.metrics:
-            self.metrics.close()
-            self.say(f"report: {report.write(self.out)}")
+        self.reporter.finish()
         return 0
 
     def describe(self) -> None:
@@ -285,7 +285,7 @@ class Trainer:
             if not self.fresh:
                 raise ConfigError(f"resume=never: {self.out} holds a run already; give another --out")
             return
-        tag = checkpoint.find(root, lambda text: self.say(text)) if resume == "auto" else resume
+        tag = checkpoint.find(root, self.say) if resume == "auto" else resume
         parallel.together(lambda: checkpoint.clean(root), only=0)
         if tag is not None:
             state = resume_from.load(self.engine, root, tag)
@@ -323,7 +323,7 @@ class Trainer:
         """Report a validation; keep the checkpoint if it is the stage's best."""
         if not found:
             return
-        self.report("validation", found)
+        self.reporter.validation(self.progress.step, found)
         name = self.config.train.best or ("accuracy" if self.counts else "loss")
         if name not in found:
             raise ConfigError(f"train.best={name}: no such validation metric; one of {', '.join(found)}")
@@ -332,16 +332,6 @@ class Trainer:
         self.progress = self.progress.after_validation(score, checkpoint.tag_of(self.progress.step))
         if self.progress.best_tag != before:
             self.save(root, best=True)
-
-    def pass_over(self, found: health.Rows) -> bool:
-        """Tell of a step that no rank made. False where too many were not made in a row."""
-        step = self.progress.step
-        if self.metrics:
-            self.metrics.write("skipped", step, {"batch": self.progress.batch - 1, **found._asdict()})
-        rows = one_line(", ".join(map(str, found.rows)))
-        samples = one_line(", ".join(map(str, found.sample_ids)))
-        self.say(f"step {step} was skipped: loss or gradients not finite; rows {rows}; samples {samples}")
-        return self.progress.skipped_in_a_row < self.config.train.max_skipped
 
     def roll_back(self, root: Path) -> bool:
         """Back to the last checkpoint, and on with the batch after this one. Collective.
@@ -357,17 +347,13 @@ class Trainer:
         progress = Progress.restored(resume_from.load(self.engine, root, tag)["progress"])
         # Not the task's state, which is that of the batch to come.
         self.progress = progress._replace(passed_over=left.batch - progress.step)
-        if self.metrics:
-            self.metrics.write("rollback", left.step, {"to": progress.step, "passed_over": self.progress.passed_over})
-        self.say(f"step {left.step}: the loss jumped; back to {tag}, without the batches since")
+        self.reporter.rollback(left.step, tag, progress.step, self.progress.passed_over)
         return True
 
     def give_up(self, why: str) -> int:
         """One line for whoever finds the run, with what it can be started from. Returns the exit code."""
-        if self.ranks.rank == 0:
-            good = self.out / "checkpoints" / self.saver.saved if self.saver.saved else "none was written"
-            line = f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}"
-            print(line, file=sys.stderr, flush=True)
+        good = self.out / "checkpoints" / self.saver.saved if self.saver.saved else "none was written"
+        self.reporter.complain(f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}")
         return GAVE_UP
 
     def enter_next_stage(self, root: Path) -> None:
@@ -380,7 +366,8 @@ class Trainer:
         elif from_best and best not in (None, checkpoint.tag_of(following.step)):
             resume_from.load(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
-        self.progress, self.plateau = following, Plateau()
+        self.progress = following
+        self.reporter.enter_stage()
 
     def write_profile(self) -> None:
         """The timeline of all ranks in the last pass, as a picture and a Chrome trace. Collective."""
@@ -393,27 +380,3 @@ class Trainer:
 
         parallel.together(write, only=0)
         self.say(f"profile: {self.out / 'profile'}")
-
-    def report(self, kind: str, values: dict[str, float]) -> None:
-        """To metrics.jsonl, TensorBoard and the screen."""
-        if not self.metrics:
-            return
-        step = self.progress.step
-        self.metrics.write(kind, step, values)
-        if kind == "validation":
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.metrics.say(f"step {step}: validation {text}")
-            return
-        shown = ("stage", "loss", "accuracy", "tokens_per_s")
-        every = step % self.config.train.log_every == 0
-        self.metrics.show(step, {name: values[name] for name in shown if name in values}, every)
-        if "key_blind" in values:
-            self.plateau.add(values["pairs"], values["accuracy"], values["key_blind"])
-        for note in (self.vitals.stragglers.report() if every else None, self.plateau.notice()):
-            if note:
-                self.metrics.say(f"step {step}: {note}")
-
-    def say(self, text: str) -> None:
-        """A line from rank 0."""
-        if self.ranks.rank == 0:
-            print(text, flush=True)

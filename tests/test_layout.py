@@ -37,6 +37,7 @@ export
 evaluate exported
 plots
 report plateau
+reporter
 trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}
