@@ -272,12 +272,13 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
     return engine
 
 
-def release_after_each_backward(layer: ARMTLayer, _: tuple, output: Tensor) -> None:
+def release_after_each_backward(layer: ARMTLayer, _: tuple, output: Tensor | tuple) -> None:
     """A forward hook: let DeepSpeed release the layer after the backward of every call.
 
     It counts the inputs whose gradient is still to come from 0 in every forward, so that of several calls, one a round,
     only the first backward would end with a release: the others' layers stayed gathered until the step, and as that
     many count against `stage3_max_live_parameters`, nothing was prefetched any more (DeepSpeed 0.19.8).
+    A tuple is a single cell's, of the plain loop, which nobody trains.
     """
-    if output.requires_grad:
+    if isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(lambda _: setattr(layer, "ds_grads_remaining", 1))
