@@ -11,6 +11,7 @@ same at both ends: the states of a pass, then their gradients.
 
 import os
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -151,8 +152,8 @@ def end_when_alone(
 ) -> Iterator[None]:
     """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
 
-    The line names this rank and the instruction that it had come to (`at`); `dump` is told why before the end. Nothing
-    is cleaned up: whatever talks to the others would wait for them again.
+    The line names this rank and the instruction that it had come to (`at`); `dump` is told why and where before the
+    end. Nothing is cleaned up: whatever talks to the others would wait for them again.
     """
     try:
         yield
@@ -163,5 +164,6 @@ def end_when_alone(
         doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
         why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
         print(f"error: {why}", file=sys.stderr, flush=True)
-        dump(why)
+        # What unwound to here no longer shows in the stacks.
+        dump(f"{why}\n{traceback.format_exc()}")
         os._exit(1)

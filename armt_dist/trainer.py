@@ -207,10 +207,12 @@ class Trainer:
         try:
             with end_when_alone(self.runner.at, self.watchdog.dump):
                 return self.train(resume)
-        finally:
-            # Whoever ends this process now means it.
+        except ConfigError:
+            # The launcher ends the others now, and means it. A run that was told to stop may be told again, and is not.
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            raise
+        finally:
             self.watchdog.close()
 
     def train(self, resume: str) -> int:

@@ -160,7 +160,8 @@ def test_preempted_then_killed_then_submitted_again_a_run_is_the_same_to_the_las
     os.kill(victim, signal.SIGKILL)
     end = slurm.wait(job, 60)
     log = log_of(checkout, "two", job)
-    assert (end.state, end.exit_code, end.restarts) == ("FAILED", 137, 1), log
+    # srun reports the killed rank's code, or the survivor's if that comes in first.
+    assert (end.state, end.restarts) == ("FAILED", 1) and end.exit_code in (137, 1), log
     assert "rank 1 on n" in log and "ended with exit code 137" in log
     assert not processes_of(slurm, job)
     made = len(losses(run))
