@@ -31,7 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model, args.device)
     segment = model.config.segment_tokens
-    text = {"files": str(args.text), "validation_files": str(args.text), "pack": True, "sequence_tokens": args.tokens}
+    # A task wants something to train on.
+    first, *others = sorted(map(str, args.text.iterdir()))
+    text = {"files": first, "validation_files": others, "pack": True, "sequence_tokens": args.tokens}
     text["tokenizer"] = str(args.model)
     task = make_task(build(DataConfig, {"task": "text", "text": text}), segment, model.config.vocab_size, 1)
     process, samples, over = psutil.Process(), [], threading.Event()
