@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from harness import spawn
 
 from armt_dist import checkpoint
 from armt_dist.checkpoint import CheckpointError
+from armt_dist.saver import Writer
 
 TAGS = ("step_00000002", "step_00000004")
 
@@ -104,3 +106,16 @@ def test_what_is_kept(root):
     checkpoint.prune(root, keep={"step_00000002"}, keep_last=1, keep_every=6)
     assert checkpoint.tags(root) == ["step_00000002", "step_00000006", "step_00000008"]
     assert [path.name for path in root.glob("universal-*")] == ["universal-step_00000008"]
+
+
+def test_what_the_background_writes_is_the_state_of_the_step_that_saved(tmp_path):
+    """The run goes on while the file is written: weights, moments and counters change under the writer."""
+    weights, path = torch.arange(6.0), tmp_path / "shard.pt"
+    writer = Writer(copy=True)
+    writer.save({"module": {"weights": weights}, "shape": weights.shape}, str(path))
+    weights.zero_()
+    entries = writer.write({"torch": torch.get_rng_state()}, tmp_path, rank=0)
+    found = torch.load(path, weights_only=True)
+    assert torch.equal(found["module"]["weights"], torch.arange(6.0)) and found["shape"] == torch.Size([6])
+    assert sorted(entries) == ["rank_0.safetensors", "shard.pt"]
+    assert entries == checkpoint.hash_files(tmp_path, [tmp_path / name for name in entries])
