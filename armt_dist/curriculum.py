@@ -25,6 +25,8 @@ class Stage(Section):
     segments: Positive | None = None
     at_least: Fraction = 0.0
     """Shortest samples as a fraction of the longest."""
+    key_length: Positive | None = None
+    """Retrieval: symbols of a key that vary, the ones before them are 0; left out: all."""
     steps: Positive
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; left out: that of the ds_config."""

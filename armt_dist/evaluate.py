@@ -18,6 +18,11 @@ from .data.batch import IGNORE, Batch, Difficulty, Task
 from .loss import hits, token_nll
 from .modeling_armt import ARMTForCausalLM, segment_lengths
 
+# Tokens decoded at a time: a long text is never whole as a list of numbers and as a string.
+DECODED = 16384
+# A character has at most this many bytes, and so tokens; what is cut in two decodes to this.
+CHARACTER, BROKEN = 4, "\ufffd"
+
 
 class Row(NamedTuple):
     """The evaluation at one length. Means are over all scored tokens; a sample is right when all of its are."""
@@ -173,5 +178,17 @@ def used_bytes(device: torch.device) -> int:
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, labels: Tensor) -> int:
     """UTF-8 bytes of the text that the labels [B, N] spell; special tokens spell nothing."""
-    rows = [row[row != IGNORE] for row in labels]
-    return sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
+    return sum(spelled_bytes(tokenizer, row[row != IGNORE]) for row in labels)
+
+
+def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int:
+    """UTF-8 bytes of the text of the tokens [n], decoded piece by piece."""
+    total = first = 0
+    while first < len(ids):
+        for end in range(first + DECODED, first + DECODED + CHARACTER):
+            text = tokenizer.decode(ids[first:end], skip_special_tokens=True)
+            # Not in the middle of a character, if that can be helped.
+            if not text.endswith(BROKEN):
+                break
+        total, first = total + len(text.encode()), end
+    return total

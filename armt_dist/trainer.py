@@ -113,6 +113,12 @@ class Trainer:
                     f"curriculum.{i}.{stage.unit}={stage.length}: task={self.config.data.task} counts {self.task.unit}"
                 )
             self.task.sequence_tokens(stage.length)
+            if stage.key_length is not None and not isinstance(self.task, Retrieval):
+                raise ConfigError(
+                    f"curriculum.{i}.key_length={stage.key_length}: task={self.config.data.task} has no keys; remove it"
+                )
+            if stage.key_length is not None:
+                self.task.key_count(stage.length, stage.key_length)
             if stage.until is not None and not self.counts:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
         check_memory(self.config.parallel, self.armt.memory_kind)
@@ -128,7 +134,7 @@ class Trainer:
         rate = learning_rate(stage, self.progress.stage_step, self.peak_lr)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        difficulty = Difficulty.at_least(stage.length, stage.at_least)
+        difficulty = Difficulty.at_least(stage.length, stage.at_least)._replace(key_length=stage.key_length)
         batches = self.batches.micro_batches("train", self.progress.batch, difficulty)
         scored = torch.tensor(sum(int(b.labels.ge(0).sum()) for _, b in batches), dtype=torch.float32)
         scored = scored.to(self.device, non_blocking=True)
@@ -186,11 +192,12 @@ class Trainer:
         steps, size = self.config.train.validation_steps, self.task.size("validation")
         if size is not None:
             steps = min(steps, -(-size // self.sizes.global_batch))
+        difficulty = Difficulty.fixed(stage.length)._replace(key_length=stage.key_length)
         self.engine.eval()
         found = []
         for step in range(steps):
             parts = []
-            for where, batch in self.batches.micro_batches("validation", step, Difficulty.fixed(stage.length)):
+            for where, batch in self.batches.micro_batches("validation", step, difficulty):
                 parts.append((where, batch, self.engine(self.batches.piece(batch), count=True)))
             found.append(self.batches.sum_up(parts, self.told_to_stop))
         self.engine.train()

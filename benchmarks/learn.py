@@ -1,10 +1,9 @@
 """What the recipes learn, through the product's own commands: train in legs, export, evaluate by length; seeds kept.
 
-    OMP_NUM_THREADS=1 python benchmarks/learn.py rewrite [--seeds 0 1 2] [--ranks 2] [--work FOLDER] [--list]
+    OMP_NUM_THREADS=1 python benchmarks/learn.py rewrite [--seeds 0 1 2] [--ranks 2] [--work FOLDER]
 
-A leg is one run of launch/train.py on the recipe's YAML with a curriculum and a batch of its own, which starts from the
-export of the leg before. Every leg's export is evaluated. Results go to results/learn_NAME.json, .md and .png, with the
-commands; folders that are there already are not made again. Prints one JSON line last.
+The experiments are those of experiments.py. Every leg's export is evaluated. Results go to results/learn_NAME.json, .md
+and .png, with the commands; folders that are there already are not made again. Prints one JSON line last.
 """
 
 import argparse
@@ -17,95 +16,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, pstdev
-from typing import NamedTuple
+from statistics import fmean, stdev
 
-from ranks import RESULTS, ROOT, heading
+from experiments import EXPERIMENTS, Experiment, Leg
+from ranks import RESULTS, ROOT, commit, heading
 
 from armt_dist.parallel import free_port
 from armt_dist.plots import Curve, Panel, draw
 
 BIN = Path(sys.executable).parent
-
-
-class Leg(NamedTuple):
-    """One run: its name, its curriculum, its batch, and what else it sets."""
-
-    name: str
-    curriculum: str
-    batch: int = 256
-    settings: tuple[str, ...] = ()
-
-
-class Experiment(NamedTuple):
-    """A recipe of launch/configs, changed by `settings`, in legs; lengths at which each leg is evaluated."""
-
-    recipe: str
-    legs: tuple[Leg, ...]
-    lengths: tuple[int, ...]
-    settings: tuple[str, ...] = ()
-    samples: int = 512
-    metric: str = "accuracy"
-    evaluation: tuple[str, ...] = ()  # more arguments of launch/evaluate.py
-
-
-UNTIL = "until: {accuracy: 0.97, over: 50}"
-START = f"{{pairs: 5, steps: 2500, warmup_steps: 100, {UNTIL}}}"
-TO_10 = Leg("10", f"[{START}, {{pairs: 10, steps: 120}}]")
-TO_40 = Leg(
-    "40",
-    "[{pairs: 20, at_least: 0.3, steps: 60, lr: 5.0e-4}, "
-    "{pairs: 40, at_least: 0.3, steps: 120, lr: 5.0e-4, schedule: cosine, final: 0.1}]",
-    batch=96,
-)
-TO_120 = Leg("120", "[{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, schedule: cosine, final: 0.1}]", batch=24)
-LONG_10 = Leg("10", f"[{START}, {{pairs: 10, steps: 400}}]")
-LONG_20 = Leg("20", "[{pairs: 20, at_least: 0.3, steps: 300, lr: 5.0e-4, schedule: cosine, final: 0.1}]", batch=128)
-REWRITE, REMEMBER = "retrieval_rewrite_cpu.yaml", "retrieval_remember_cpu.yaml"
-PAIRS = (5, 10, 20, 50, 100, 200, 500)
-TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
-
-EXPERIMENTS = {
-    "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
-    "rewrite_no_denominator": Experiment(REWRITE, (TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
-    "rewrite_two_symbols": Experiment(REWRITE, (LONG_10, LONG_20), PAIRS[:-2], TWO),
-    # RMT: a rate and an initialisation of its own, and four times the steps.
-    **{
-        f"rmt_rewrite_lr_{lr}": Experiment(
-            REWRITE,
-            (
-                Leg(
-                    "10",
-                    f"[{{pairs: 5, steps: 1600, warmup_steps: 100, lr: {lr}, {UNTIL}}}, {{pairs: 10, steps: 480}}]",
-                ),
-            ),
-            PAIRS[:-1],
-            ("model.memory_kind=rmt", "parallel.schedule=segment_major", "model.base_config.n_positions=32"),
-        )
-        for lr in ("3.0e-4", "1.0e-3", "3.0e-3")
-    },
-    **{
-        f"babilong_{task}": Experiment(
-            "babilong_cpu.yaml",
-            (
-                Leg(
-                    "4",
-                    f"[{{segments: 2, at_least: 1.0, steps: 1200, warmup_steps: 100, {UNTIL}}}, "
-                    "{segments: 4, steps: 300, schedule: cosine, final: 0.1}]",
-                    128,
-                ),
-            ),
-            (2, 4, 8, 16, 32, 64, 128, 256),
-            (f"data.babilong.tasks=[{task}]",),
-            samples=256,
-        )
-        for task in ("qa1", "qa2")
-    },
-    **{
-        f"remember_d_mem_{d_mem}": Experiment(REMEMBER, (LONG_10, LONG_20), PAIRS[:-1], (f"model.d_mem={d_mem}",))
-        for d_mem in (16, 32, 64)
-    },
-}
+# Steps of training that make one point of a curve.
+POINT = 20
 
 
 def call(command: list[str], log: Path) -> float:
@@ -135,9 +56,11 @@ def legs(experiment: Experiment, work: Path, seed: int, ranks: int) -> Iterator[
     base = None
     for leg in experiment.legs:
         run, hf, scores = (work / f"seed{seed}_{leg.name}{end}" for end in ("", "_hf", "_scores"))
+        started_at = work / f"{run.name}.commit"
         command = train_command(experiment, leg, base, run, seed, ranks)
         if not (scores / "evaluation.json").exists():
             work.mkdir(parents=True, exist_ok=True)
+            started_at.write_text(commit())
             call(command, work / f"{run.name}.log")
             call([sys.executable, "launch/consolidate.py", str(run), "--out", str(hf)], work / f"{hf.name}.log")
             lengths = ["--lengths", *map(str, experiment.lengths), "--samples", str(experiment.samples)]
@@ -151,10 +74,25 @@ def legs(experiment: Experiment, work: Path, seed: int, ranks: int) -> Iterator[
             "seed": seed,
             "steps": len(steps),
             "training_s": round(sum(step["step_s"] for step in steps)),
+            "commit": started_at.read_text().strip() if started_at.exists() else commit(),
             "score": {row["length"]: row[experiment.metric] for row in rows},
+            "curve": curve(steps),
             "command": " ".join(shlex.quote(word) for word in command[5:]).replace(str(work), "WORK"),
         }
         base = hf
+
+
+def curve(steps: list[dict]) -> dict[str, list[float]]:
+    """Means over every `POINT` training records of what they hold of a loss and an accuracy."""
+    pieces = [steps[i : i + POINT] for i in range(0, len(steps), POINT)]
+    names = [name for name in ("loss", "accuracy", "key_blind") if name in steps[0]]
+    means = {name: [round(fmean(step[name] for step in piece), 4) for piece in pieces] for name in names}
+    return {"step": [piece[-1]["step"] for piece in pieces], **means}
+
+
+def held(pairs: int, accuracy: float, values: int) -> float:
+    """Pairs in the memory by the paper's estimate, the others being guessed among `values` ones (ARMT paper)."""
+    return pairs * (values * accuracy - 1) / (values - 1)
 
 
 def report(name: str, experiment: Experiment, found: list[dict]) -> None:
@@ -167,14 +105,19 @@ def report(name: str, experiment: Experiment, found: list[dict]) -> None:
         if not rows:
             continue
         columns = [[row["score"][n] for row in rows] for n in experiment.lengths]
-        cells = [f"{fmean(c):.3f}" + (f" ± {pstdev(c):.3f}" if len(c) > 1 else "") for c in columns]
+        cells = [f"{fmean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
         steps, seconds = (", ".join(str(row[key]) for row in rows) for key in ("steps", "training_s"))
         seeds = ", ".join(str(row["seed"]) for row in rows)
         table.append(f"| {leg.name} | {seeds} | {steps} | {seconds} | " + " | ".join(cells) + " |")
         curves.append(Curve(f"trained on at most {leg.name}", list(experiment.lengths), [fmean(c) for c in columns]))
+        if experiment.values:
+            estimates = [held(n, fmean(c), experiment.values) for n, c in zip(experiment.lengths, columns, strict=True)]
+            cells = " | ".join(f"{estimate:.1f}" for estimate in estimates)
+            table.append(f"| pairs held after {leg.name}: n (vα - 1) / (v - 1) | | | | {cells} |")
     commands = "\n".join(f"deepspeed --num_gpus 2 {row['command']}" for row in found)
-    text += ["\n".join(table), f"Mean ± standard deviation over seeds; {experiment.samples} samples a length.",
-             f"![by length](learn_{name}.png)", f"```\n{commands}\n```"]  # fmt: skip
+    commits = ", ".join(sorted({row["commit"] for row in found}))
+    spread = f"Mean ± standard deviation over seeds; up to {experiment.samples} samples a length; trained at {commits}."
+    text += ["\n".join(table), spread, f"![by length](learn_{name}.png)", f"```\n{commands}\n```"]  # fmt: skip
     (RESULTS / f"learn_{name}.md").write_text("\n\n".join(text) + "\n")
     (RESULTS / f"learn_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw([Panel("pairs or segments", experiment.metric, curves)], RESULTS / f"learn_{name}.png", name)

@@ -95,12 +95,17 @@ def emulate(runner, row_s: float) -> None:
         layer.cell = partial(sleeping_cell, layer.memory, layer.num_mem_tokens, row_s)
 
 
+def commit() -> str:
+    """The short name of what is checked out."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def heading(script: str) -> str:
     """Date, command, hardware and commit of a result. Of a path outside the project only its name: it says nothing."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = " ".join(["python", f"benchmarks/{script}", *words])
     return (
         f"{datetime.date.today()}, `OMP_NUM_THREADS=1 {command}`, {os.cpu_count()} CPU cores, gloo, "
-        f"torch {torch.__version__}, commit {commit.strip()}."
+        f"torch {torch.__version__}, commit {commit()}."
     )

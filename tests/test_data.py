@@ -176,6 +176,20 @@ def test_more_pairs_than_keys():
         task.batch("train", 0, ROWS, Difficulty.fixed(17))
 
 
+@pytest.mark.parametrize("name", ["rewrite", "remember"])
+def test_a_stage_may_shorten_the_keys(name):
+    task = task_of({"task": name, "retrieval": {"key_length": 3}})
+    batch = task.batch("train", 0, ROWS, Difficulty.fixed(16)._replace(key_length=1))
+    assert batch.input_ids.shape[1] == 17 * task.segment_tokens == task.sequence_tokens(16)
+    keys = {pair[:3] for row in batch.input_ids for pair in re.split(r"\|", task.tokenizer.decode(row)) if pair}
+    assert keys == {f"00{symbol}" for symbol in "0123456789abcdef"}
+    with pytest.raises(ConfigError, match=r"^key_length=4: data\.retrieval\.key_length=3 is the longest"):
+        task.batch("train", 0, ROWS, Difficulty(5, 5, key_length=4))
+    if name == "remember":
+        with pytest.raises(ConfigError, match=r"pairs=17: only 16 different keys of key_length=1 exist"):
+            task.batch("train", 0, ROWS, Difficulty(17, 17, key_length=1))
+
+
 def test_a_person_can_type_a_question():
     task = task_of({})
     batch = task.batch("train", 0, ROWS, Difficulty.fixed(2))

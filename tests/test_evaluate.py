@@ -14,7 +14,8 @@ import torch
 from armt_dist.config import build
 from armt_dist.configuration_armt import ARMTConfig
 from armt_dist.data import DataConfig, Difficulty, make_task
-from armt_dist.evaluate import evaluate, score
+from armt_dist.data.tokenizer import byte_tokenizer
+from armt_dist.evaluate import evaluate, score, scored_bytes
 from armt_dist.export import TASK_FILE
 from armt_dist.exported import default_lengths, load_model, read_task
 from armt_dist.modeling_armt import ARMTForCausalLM
@@ -152,6 +153,15 @@ def test_zero_memory_reads_every_segment_alone():
         alone = score(model, batch._replace(input_ids=batch.input_ids[:, 4 * s : 4 * s + 4],
                                             labels=batch.labels[:, 4 * s : 4 * s + 4]), False)  # fmt: skip
         assert torch.equal(alone.nll[:, 0], emptied.nll[:, s])
+
+
+@pytest.mark.parametrize("piece", [5, 7, 16384])
+def test_bytes_are_counted_piece_by_piece(monkeypatch, piece):
+    """No piece ends in the middle of a character."""
+    monkeypatch.setattr("armt_dist.evaluate.DECODED", piece)
+    tokenizer, text = byte_tokenizer(), "".join(TEXTS) + "—\U0001f600é" * 9
+    labels = torch.tensor([[-100, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    assert scored_bytes(tokenizer, labels) == len(text.encode())
 
 
 RESIDENT = """

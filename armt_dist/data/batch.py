@@ -44,6 +44,8 @@ class Difficulty(NamedTuple):
 
     maximum: int
     minimum: int = 1
+    key_length: int | None = None
+    """Symbols of a key that vary (retrieval only); None: all."""
 
     @classmethod
     def fixed(cls, n: int) -> "Difficulty":

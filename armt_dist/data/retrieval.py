@@ -71,18 +71,34 @@ class Retrieval(Stateless):
             )
 
     def sequence_tokens(self, n: int) -> int:
-        keys = self.config.symbols**self.config.key_length
-        if self.unique_keys and n > keys:
-            raise ConfigError(
-                f"pairs={n}: only {keys} different keys of key_length={self.config.key_length} exist; "
-                f"use at most {keys} pairs, a longer key or task=rewrite"
-            )
+        self.key_count(n)
         return (n + 1) * self.segment_tokens
+
+    def key_count(self, n: int, key_length: int | None = None) -> int:
+        """Different keys that samples of `n` pairs choose from, where only the last `key_length` symbols vary.
+
+        Raises ConfigError where a key is not so long, and where `n` different ones are needed and do not exist.
+        """
+        longest = self.config.key_length
+        length = longest if key_length is None else key_length
+        if length > longest:
+            raise ConfigError(
+                f"key_length={length}: data.retrieval.key_length={longest} is the longest; lower it or raise that"
+            )
+        count = self.config.symbols**length
+        if self.unique_keys and n > count:
+            raise ConfigError(
+                f"pairs={n}: only {count} different keys of key_length={length} exist; "
+                f"use at most {count} pairs, a longer key or task=rewrite"
+            )
+        return count
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         n = difficulty.draw(self.seed, split, step)
         tokens = self.sequence_tokens(n)
-        key_count, value_count = (self.config.symbols**length for length in self.lengths)
+        # A shorter key is one whose first symbols are 0: segments keep their length from stage to stage.
+        key_count = self.key_count(n, difficulty.key_length)
+        value_count = self.config.symbols**self.config.value_length
         words = row_words(self.seed, split, step, rows, 3 * n + 1)
         keys = distinct(words[:, : 2 * n], key_count) if self.unique_keys else words[:, :n] % key_count
         values = words[:, 2 * n : 3 * n] % value_count

@@ -1,0 +1,133 @@
+"""The experiments that learn.py runs: a recipe of launch/configs, trained in legs, evaluated by length.
+
+A leg is one run of launch/train.py with a curriculum and a batch of its own, which starts from the export of the leg
+before.
+"""
+
+from typing import NamedTuple
+
+
+class Leg(NamedTuple):
+    """One run: its name, its curriculum, its batch, and what else it sets."""
+
+    name: str
+    curriculum: str
+    batch: int = 256
+    settings: tuple[str, ...] = ()
+
+
+class Experiment(NamedTuple):
+    """A recipe, changed by `settings`, in legs; the lengths at which each leg is evaluated."""
+
+    recipe: str
+    legs: tuple[Leg, ...]
+    lengths: tuple[int, ...]
+    settings: tuple[str, ...] = ()
+    samples: int = 512
+    metric: str = "accuracy"
+    evaluation: tuple[str, ...] = ()  # more arguments of launch/evaluate.py
+    values: int | None = None  # of which there are so many different ones: the memory's capacity is estimated
+
+
+REWRITE, REMEMBER = "retrieval_rewrite_cpu.yaml", "retrieval_remember_cpu.yaml"
+PAIRS = (5, 10, 20, 50, 100, 200, 500)
+SYMBOLS = 16
+DECAY = "schedule: cosine, final: 0.1"
+UNTIL = "until: {accuracy: 0.97, over: 50}"
+START = f"{{pairs: 5, steps: 2500, warmup_steps: 100, {UNTIL}}}"
+TO_10 = Leg("10", f"[{START}, {{pairs: 10, steps: 120}}]")
+TO_40 = Leg(
+    "40",
+    "[{pairs: 20, at_least: 0.3, steps: 60, lr: 5.0e-4}, "
+    f"{{pairs: 40, at_least: 0.3, steps: 120, lr: 5.0e-4, {DECAY}}}]",
+    batch=96,
+)
+TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DECAY}}}]", batch=24)
+
+# Keys of two symbols
+TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
+LONG_10 = Leg("10", f"[{START}, {{pairs: 10, steps: 400}}]")
+LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 300, lr: 5.0e-4, {DECAY}}}]", batch=128)
+
+# RMT: a rate and an initialisation of its own, then as many steps as ARMT needed (800), and four times as many.
+RMT = ("model.memory_kind=rmt", "parallel.schedule=segment_major", "model.base_config.n_positions=32")
+TRIALS = {
+    f"lr_{lr}{'_default_init' if init else ''}": (lr, init)
+    for lr, init in (
+        ("3.0e-4", ()),
+        ("1.0e-3", ()),
+        ("3.0e-3", ()),
+        ("1.0e-3", ("model.init=null",)),
+    )
+}
+SHORT = (1, 2, 3, 5, 10, 20, 50)
+
+BABILONG = Leg(
+    "4",
+    f"[{{segments: 2, at_least: 1.0, steps: 1200, warmup_steps: 100, {UNTIL}}}, {{segments: 4, steps: 300, {DECAY}}}]",
+    128,
+)
+
+# Long text: segments of 16 bytes. What RMT and no memory lack in parameters they have in wider layers.
+PLAYS = "../shared/data/plays"
+TEXT = (
+    f"data.text.files={PLAYS}",
+    f"data.text.validation_files=[{PLAYS}/macbeth.txt,{PLAYS}/othello.txt,{PLAYS}/winters_tale.txt]",
+    "ds_config.optimizer.params.weight_decay=0.01",
+)
+WIDER = "model.base_config.intermediate_size=523"
+READ = f"steps: 600, warmup_steps: 40, lr: 2.0e-3, {DECAY}"
+MEMORIES = {
+    "armt": (Leg("8", f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32), (), ()),
+    "rmt": (
+        Leg("8", f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32),
+        ("model.memory_kind=rmt", "parallel.schedule=segment_major", WIDER),
+        (),
+    ),
+    # As many tokens a step, one segment each.
+    "none": (
+        Leg("1", f"[{{segments: 1, {READ}}}]", 256),
+        ("model.memory_kind=rmt", "parallel.schedule=segment_major", WIDER),
+        ("--zero-memory",),
+    ),
+}
+
+EXPERIMENTS = {
+    "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
+    "rewrite_no_denominator": Experiment(REWRITE, (TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
+    "rewrite_two_symbols": Experiment(REWRITE, (LONG_10, LONG_20), PAIRS[:-2], TWO),
+    **{
+        f"remember_d_mem_{d_mem}": Experiment(
+            REMEMBER, (LONG_10, LONG_20), PAIRS[:-1], (f"model.d_mem={d_mem}",), values=SYMBOLS
+        )
+        for d_mem in (16, 32, 64)
+    },
+    **{
+        f"rmt_rewrite_{name}": Experiment(
+            REWRITE, (Leg("5", f"[{{pairs: 5, steps: 300, warmup_steps: 100, lr: {lr}}}]"),), SHORT, (*RMT, *init)
+        )
+        for name, (lr, init) in TRIALS.items()
+    },
+    **{
+        f"babilong_{task}": Experiment(
+            "babilong_cpu.yaml",
+            (BABILONG,),
+            (2, 4, 8, 16, 32, 64, 128, 256),
+            (f"data.babilong.tasks=[{task}]",),
+            samples=256,
+        )
+        for task in ("qa1", "qa2")
+    },
+    **{
+        f"plays_{name}": Experiment(
+            "plays_short_segments_cpu.yaml",
+            (leg,),
+            (1, 4, 16),
+            (*TEXT, *settings),
+            samples=1024,
+            metric="bits_per_byte",
+            evaluation=evaluation,
+        )
+        for name, (leg, settings, evaluation) in MEMORIES.items()
+    },
+}
