@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from .allocator import keep_freed_memory
 from .config import ConfigError, one_line
 
 
@@ -179,6 +180,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        keep_freed_memory()
     import deepspeed
 
     # On CPU DeepSpeed compiles a shared-memory all-reduce at start: measured 27 s against 0.01 s without, and every

@@ -22,7 +22,7 @@ rmt
 memory backbone
 window cache configuration_armt
 modeling_armt
-reference offload watchdog determinism
+reference offload watchdog determinism allocator
 bptt parallel loss
 handoff trace traffic digest health
 executor preflight
