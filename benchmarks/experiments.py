@@ -26,6 +26,7 @@ class Experiment(NamedTuple):
     samples: int = 512
     metric: str = "accuracy"
     evaluation: tuple[str, ...] = ()  # more arguments of launch/evaluate.py
+    unit: str = "pairs"
     values: int | None = None  # of which there are so many different ones: the memory's capacity is estimated
 
 
@@ -48,7 +49,8 @@ TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DEC
 TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
 LONG_10 = Leg(
     "10",
-    "[{pairs: 5, steps: 2500, warmup_steps: 100, until: {accuracy: 0.9, over: 30}}, {pairs: 10, steps: 300, start: last}]",
+    "[{pairs: 5, steps: 2500, warmup_steps: 100, until: {accuracy: 0.9, over: 30}}, "
+    "{pairs: 10, steps: 300, start: last}]",
 )
 LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 300, {DECAY}}}]", batch=128)
 
@@ -118,6 +120,7 @@ EXPERIMENTS = {
             (2, 4, 8, 16, 32, 64, 128, 256),
             (f"data.babilong.tasks=[{task}]",),
             samples=256,
+            unit="segments",
         )
         for task in ("qa1", "qa2")
     },
@@ -128,6 +131,7 @@ EXPERIMENTS = {
             (1, 4, 16),
             (*TEXT, *settings),
             samples=1024,
+            unit="segments",
             metric="bits_per_byte",
             evaluation=evaluation,
         )

@@ -120,7 +120,7 @@ def report(name: str, experiment: Experiment, found: list[dict]) -> None:
     text += ["\n".join(table), spread, f"![by length](learn_{name}.png)", f"```\n{commands}\n```"]  # fmt: skip
     (RESULTS / f"learn_{name}.md").write_text("\n\n".join(text) + "\n")
     (RESULTS / f"learn_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw([Panel("pairs or segments", experiment.metric, curves)], RESULTS / f"learn_{name}.png", name)
+    draw([Panel(experiment.unit, experiment.metric, curves)], RESULTS / f"learn_{name}.png", name)
 
 
 def main() -> None:
