@@ -1,8 +1,8 @@
 """Recognises early that associative retrieval is stuck on the key-blind plateau.
 
 A model that does not find the asked key says one of the sample's values: its accuracy is that of such a guess, falls
-with the number of pairs, and stays there: for 200 to 800 steps with the recipes of launch/configs, as the seed will have
-it; for as long as one likes to wait with the usual initialisation.
+with the number of pairs, and stays there: for 200 to 800 steps with the recipes of launch/configs, by seed; for as long
+as one likes to wait with the usual initialisation.
 """
 
 from collections import defaultdict, deque
