@@ -27,6 +27,8 @@ class Stage(Section):
     """Shortest samples as a fraction of the longest."""
     key_length: Positive | None = None
     """Retrieval: symbols of a key that vary, the ones before them are 0; left out: all."""
+    symbols: Annotated[int, Field(ge=2)] | None = None
+    """Retrieval: different symbols in keys; left out: all. Few make keys alike: each symbol of them counts."""
     steps: Positive
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; left out: that of the ds_config."""
@@ -50,6 +52,11 @@ class Stage(Section):
     def length(self) -> int:
         """The longest sample in the task's unit."""
         return self.pairs or self.segments
+
+    @property
+    def keys(self) -> dict[str, int | None]:
+        """Fields of Difficulty beside the length."""
+        return {"key_length": self.key_length, "symbols": self.symbols}
 
     @property
     def unit(self) -> str:

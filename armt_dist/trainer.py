@@ -113,12 +113,13 @@ class Trainer:
                     f"curriculum.{i}.{stage.unit}={stage.length}: task={self.config.data.task} counts {self.task.unit}"
                 )
             self.task.sequence_tokens(stage.length)
-            if stage.key_length is not None and not isinstance(self.task, Retrieval):
-                raise ConfigError(
-                    f"curriculum.{i}.key_length={stage.key_length}: task={self.config.data.task} has no keys; remove it"
-                )
-            if stage.key_length is not None:
-                self.task.key_count(stage.length, stage.key_length)
+            if isinstance(self.task, Retrieval):
+                self.task.key_count(stage.length, **stage.keys)
+            for name, value in stage.keys.items():
+                if value is not None and not isinstance(self.task, Retrieval):
+                    raise ConfigError(
+                        f"curriculum.{i}.{name}={value}: task={self.config.data.task} has no keys; remove it"
+                    )
             if stage.until is not None and not self.counts:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
         check_memory(self.config.parallel, self.armt.memory_kind)
@@ -134,7 +135,7 @@ class Trainer:
         rate = learning_rate(stage, self.progress.stage_step, self.peak_lr)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        difficulty = Difficulty.at_least(stage.length, stage.at_least)._replace(key_length=stage.key_length)
+        difficulty = Difficulty.at_least(stage.length, stage.at_least)._replace(**stage.keys)
         batches = self.batches.micro_batches("train", self.progress.batch, difficulty)
         scored = torch.tensor(sum(int(b.labels.ge(0).sum()) for _, b in batches), dtype=torch.float32)
         scored = scored.to(self.device, non_blocking=True)
@@ -192,7 +193,7 @@ class Trainer:
         steps, size = self.config.train.validation_steps, self.task.size("validation")
         if size is not None:
             steps = min(steps, -(-size // self.sizes.global_batch))
-        difficulty = Difficulty.fixed(stage.length)._replace(key_length=stage.key_length)
+        difficulty = Difficulty.fixed(stage.length)._replace(**stage.keys)
         self.engine.eval()
         found = []
         for step in range(steps):

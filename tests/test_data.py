@@ -183,7 +183,10 @@ def test_a_stage_may_shorten_the_keys(name):
     assert batch.input_ids.shape[1] == 17 * task.segment_tokens == task.sequence_tokens(16)
     keys = {pair[:3] for row in batch.input_ids for pair in re.split(r"\|", task.tokenizer.decode(row)) if pair}
     assert keys == {f"00{symbol}" for symbol in "0123456789abcdef"}
-    with pytest.raises(ConfigError, match=r"^key_length=4: data\.retrieval\.key_length=3 is the longest"):
+    few = task.batch("train", 0, ROWS, Difficulty(16, 16, symbols=3))
+    spelled = "".join(pair[:3] for row in few.input_ids for pair in re.split(r"\|", task.tokenizer.decode(row)))
+    assert set(spelled) == set("012")
+    with pytest.raises(ConfigError, match=r"^key_length=4: data\.retrieval\.key_length=3 is the most"):
         task.batch("train", 0, ROWS, Difficulty(5, 5, key_length=4))
     if name == "remember":
         with pytest.raises(ConfigError, match=r"pairs=17: only 16 different keys of key_length=1 exist"):

@@ -46,6 +46,8 @@ class Difficulty(NamedTuple):
     minimum: int = 1
     key_length: int | None = None
     """Symbols of a key that vary (retrieval only); None: all."""
+    symbols: int | None = None
+    """Different symbols in keys (retrieval only); None: all."""
 
     @classmethod
     def fixed(cls, n: int) -> "Difficulty":

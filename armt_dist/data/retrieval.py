@@ -74,18 +74,18 @@ class Retrieval(Stateless):
         self.key_count(n)
         return (n + 1) * self.segment_tokens
 
-    def key_count(self, n: int, key_length: int | None = None) -> int:
-        """Different keys that samples of `n` pairs choose from, where only the last `key_length` symbols vary.
+    def key_count(self, n: int, key_length: int | None = None, symbols: int | None = None) -> int:
+        """Different keys that samples of `n` pairs choose from: the last `key_length` symbols vary among `symbols`.
 
-        Raises ConfigError where a key is not so long, and where `n` different ones are needed and do not exist.
+        Raises ConfigError where the task has no such keys, and where `n` different ones are needed and do not exist.
         """
-        longest = self.config.key_length
-        length = longest if key_length is None else key_length
-        if length > longest:
-            raise ConfigError(
-                f"key_length={length}: data.retrieval.key_length={longest} is the longest; lower it or raise that"
-            )
-        count = self.config.symbols**length
+        chosen = {"key_length": key_length, "symbols": symbols}
+        for name, value in chosen.items():
+            most = getattr(self.config, name)
+            if value is not None and value > most:
+                raise ConfigError(f"{name}={value}: data.retrieval.{name}={most} is the most; lower it or raise that")
+        length, symbols = (chosen[name] or getattr(self.config, name) for name in chosen)
+        count = symbols**length
         if self.unique_keys and n > count:
             raise ConfigError(
                 f"pairs={n}: only {count} different keys of key_length={length} exist; "
@@ -97,14 +97,14 @@ class Retrieval(Stateless):
         n = difficulty.draw(self.seed, split, step)
         tokens = self.sequence_tokens(n)
         # A shorter key is one whose first symbols are 0: segments keep their length from stage to stage.
-        key_count = self.key_count(n, difficulty.key_length)
+        key_count = self.key_count(n, difficulty.key_length, difficulty.symbols)
         value_count = self.config.symbols**self.config.value_length
         words = row_words(self.seed, split, step, rows, 3 * n + 1)
         keys = distinct(words[:, : 2 * n], key_count) if self.unique_keys else words[:, :n] % key_count
         values = words[:, 2 * n : 3 * n] % value_count
         asked = ask(keys, words[:, 3 * n])[:, None]
         pairs = [np.concatenate([x, np.take_along_axis(x, asked, axis=1)], axis=1) for x in (keys, values)]
-        input_ids = torch.from_numpy(self.lay_out(*pairs).reshape(len(rows), tokens))
+        input_ids = torch.from_numpy(self.lay_out(*pairs, difficulty.symbols).reshape(len(rows), tokens))
         labels = torch.full_like(input_ids, IGNORE)
         scored = self.config.value_length + 1
         labels[:, -scored - 1 : -1] = input_ids[:, -scored:]
@@ -114,12 +114,12 @@ class Retrieval(Stateless):
     def lengths(self) -> tuple[int, int]:
         return self.config.key_length, self.config.value_length
 
-    def lay_out(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Key and value numbers [b, n+1] -> tokens int64 [b, n+1, T]; the last segment asks."""
+    def lay_out(self, keys: np.ndarray, values: np.ndarray, symbols: int | None) -> np.ndarray:
+        """Key and value numbers [b, n+1] -> tokens int64 [b, n+1, T]; keys are spelled with so many symbols."""
         k, v = self.lengths
         sep, gen, eos = (self.config.symbols + i for i in range(3))
         segments = np.empty((*keys.shape, self.segment_tokens), dtype=np.int64)
-        segments[..., :k] = digits(keys, self.config.symbols, k)
+        segments[..., :k] = digits(keys, symbols or self.config.symbols, k)
         segments[..., k] = sep
         segments[:, -1, k] = gen
         segments[..., k + 1 : -1] = digits(values, self.config.symbols, v)
