@@ -45,10 +45,11 @@ TO_40 = Leg(
 )
 TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DECAY}}}]", batch=24)
 
-# Keys of two symbols. Among 16 of them a model finds one symbol of the key and stays there (.94 at up to 5 pairs, few of
-# which share it); among 4 it finds both, and sooner.
+# Keys of two symbols. Among 16 of them a model finds one symbol of the key and stays there (.94 at up to 5 pairs: few
+# share it); among 4 it finds both, and sooner.
 TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
 FEW = "{pairs: 5, symbols: 4, steps: 2500, warmup_steps: 100, until: {accuracy: 0.92, over: 30}}"
+FEW_TO_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 120, start: last}}]")
 LONG_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 250, start: last}}]")
 LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 250, {DECAY}}}]", batch=128)
 
@@ -97,7 +98,7 @@ MEMORIES = {
 
 EXPERIMENTS = {
     "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
-    "rewrite_no_denominator": Experiment(REWRITE, (TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
+    "rewrite_no_denominator": Experiment(REWRITE, (FEW_TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
     "rewrite_two_symbols": Experiment(REWRITE, (LONG_10, LONG_20), PAIRS[:-2], TWO),
     **{
         f"remember_d_mem_{d_mem}": Experiment(
