@@ -1,10 +1,10 @@
-"""What becomes of the memory far beyond training: what is read, how new keys look, and what each layer's memory is worth.
+"""What becomes of the memory far beyond training: what is read and written, and what each layer's memory is worth.
 
     python benchmarks/drift.py NAME=HF_FOLDER [NAME=HF_FOLDER ...] [--pairs 500] [--samples 64]
 
-For each exported retrieval model and layer: the norm of what a token reads, gamma of the keys written (1: all new to z, 0: z
-is full), the norm of A, and the accuracy by pairs when that layer's memory holds nothing. Writes results/drift.md and
-drift.png, prints one JSON line last.
+For each exported retrieval model and layer: the norm of what a token reads, gamma of the keys written (1: all new to z,
+0: z is full), the norm of A, and the accuracy by pairs when that layer's memory holds nothing. Writes results/drift.md
+and drift.png, prints one JSON line last.
 """
 
 import argparse
