@@ -53,17 +53,21 @@ FEW_TO_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 120, start: last}}]")
 LONG_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 250, start: last}}]")
 LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 250, {DECAY}}}]", batch=128)
 
-# RMT: a rate and an initialisation of its own, then as many steps as ARMT needed (800), and four times as many.
-RMT = ("model.memory_kind=rmt", "parallel.schedule=segment_major", "model.base_config.n_positions=32")
+# RMT on the same samples: a rate and an initialisation of its own, chosen by trials of 300 steps (ARMT has clicked by
+# then), then four times the steps that ARMT needed.
+RMT = (
+    "model.memory_kind=rmt",
+    "parallel.schedule=segment_major",
+    "model.base_config.n_positions=32",
+    "data.retrieval.key_length=2",
+)
 TRIALS = {
-    f"lr_{lr}{'_default_init' if init else ''}": (lr, init)
-    for lr, init in (
-        ("3.0e-4", ()),
-        ("1.0e-3", ()),
-        ("3.0e-3", ()),
-        ("1.0e-3", ("model.init=null",)),
-    )
+    "lr_3.0e-4": ("3.0e-4", ()),
+    "lr_1.0e-3": ("1.0e-3", ()),
+    "lr_3.0e-3": ("3.0e-3", ()),
+    "default_init": ("1.0e-3", ("model.init=null",)),
 }
+BEST_RATE = "1.0e-3"
 SHORT = (1, 2, 3, 5, 10, 20, 50)
 
 BABILONG = Leg(
@@ -107,11 +111,26 @@ EXPERIMENTS = {
         for d_mem in (16, 32, 64)
     },
     **{
-        f"rmt_rewrite_{name}": Experiment(
-            REWRITE, (Leg("5", f"[{{pairs: 5, steps: 300, warmup_steps: 100, lr: {lr}}}]"),), SHORT, (*RMT, *init)
+        f"rmt_{name}": Experiment(
+            REWRITE,
+            (Leg("5", f"[{{pairs: 5, symbols: 4, steps: 300, warmup_steps: 100, lr: {lr}}}]"),),
+            SHORT,
+            (*RMT, *init),
         )
         for name, (lr, init) in TRIALS.items()
     },
+    "rmt_two_symbols": Experiment(
+        REWRITE,
+        (
+            Leg(
+                "10",
+                f"[{{pairs: 5, symbols: 4, steps: 1600, warmup_steps: 100, lr: {BEST_RATE}, "
+                f"until: {{accuracy: 0.92, over: 30}}}}, {{pairs: 10, steps: 1000, lr: {BEST_RATE}, start: last}}]",
+            ),
+        ),
+        PAIRS[:-2],
+        RMT,
+    ),
     **{
         f"babilong_{task}": Experiment(
             "babilong_cpu.yaml",
