@@ -200,6 +200,28 @@ def test_background_is_consecutive_sentences_and_facts_are_spread(book):
     assert min(places) < 0.2 and max(places) > 0.8
 
 
+def test_aligned_facts_begin_segments_of_their_own(book):
+    task = task_of(tokenizer="byte", background=book, aligned=True, facts=4, segment_tokens=60)
+    begins = Counter()
+    for n in (3, 4, 9):
+        batch = task.batch("train", n, ROWS, Difficulty.fixed(n))
+        for ids in batch.input_ids:
+            segments = [task.tokenizer.decode(part) for part in ids.split(60)]
+            facts = [re.match(r" (Mary|John|Daniel|Sandra) .*?\.", segment) for segment in segments]
+            assert sum(" to the " in segment for segment in segments) == sum(map(bool, facts)) >= 2
+            assert facts[-1] is None and re.search(r"Where is \w+\? \w+<eos>$", segments[-1])
+            begins.update(i for i, fact in enumerate(facts) if fact and n == 9)
+    assert len(begins) > 4
+    for fields, says in (
+        ({"segment_tokens": 20}, "segment_tokens=20: with data.babilong.aligned"),
+        ({"published": {"set": "facebook/babi_qa"}}, "aligned=True: published"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            task_of(**{"tokenizer": "byte", "aligned": True, "segment_tokens": 60, **fields}).batch(
+                "train", 0, ROWS, Difficulty.fixed(4)
+            )
+
+
 def test_pure_function_of_step_and_row(book):
     fields = dict(tasks=list(TASKS), background=book)
     whole = task_of(**fields).batch("train", 3, ROWS, Difficulty(4))

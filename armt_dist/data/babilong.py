@@ -9,13 +9,13 @@ as long as to fill N = n * segment_tokens exactly. Only the answer and eos are s
 
 import re
 from collections import Counter
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from random import Random
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError, Section
@@ -40,6 +40,8 @@ class BabilongConfig(Section):
 
     tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
     facts: Annotated[int, Field(ge=2, le=1000)] = 10
+    # Every fact begins a segment that holds no other: where a model from scratch learns what a fact is.
+    aligned: bool = False
     # Text files around the facts, as in text.files; None: random sentences over sixty plain words.
     background: str | list[str] | None = None
     # None: the same as in training
@@ -48,6 +50,14 @@ class BabilongConfig(Section):
     tokenizer: str = "word"
     vocabulary: Annotated[int, Field(ge=0)] = 1000
     published: PublishedConfig | None = None
+
+    @model_validator(mode="after")
+    def published_stories_are_as_they_are(self) -> "BabilongConfig":
+        if self.aligned and self.published:
+            raise ValueError(
+                "aligned=True: published stories are too long for a segment a fact; remove it or published"
+            )
+        return self
 
 
 class Background(NamedTuple):
@@ -98,7 +108,12 @@ class Babilong:
         """Tokens that the shortest story of each task fits in, whatever its words."""
         fact, question = (max(len(self.encode(" " + s)) for s in babi.sentences() if s.endswith(end)) for end in ".?")
         word = max(len(self.encode(" " + s)) for s in (*babi.PLACES, *babi.THINGS, *babi.PEOPLE, *babi.GIVERS))
-        return max(babi.PUZZLES[task].fewest for task in self.config.tasks) * fact + question + word + 1
+        count, size = max(babi.PUZZLES[task].fewest for task in self.config.tasks), self.segment_tokens
+        if self.config.aligned and fact > size:
+            raise ConfigError(
+                f"segment_tokens={size}: with data.babilong.aligned a fact of {fact} tokens must fit in one"
+            )
+        return count * (size if self.config.aligned else fact) + question + word + 1
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
@@ -137,10 +152,16 @@ class Babilong:
         count = random.randint(puzzle.fewest, max(puzzle.fewest, min(self.config.facts, puzzle.most)))
         while True:
             story = babi.tell(random, task, count)
-            if sum(len(part) for part in self.parts(story)) < tokens:
+            if self.fits(story, tokens):
                 return row, story, True
             assert count > puzzle.fewest, f"{task} does not fit in {tokens} tokens"
             count -= 1
+
+    def fits(self, story: Story, tokens: int) -> bool:
+        """Whether a sample of `tokens` holds the story; aligned: whether every fact has a segment of its own."""
+        *facts, question, answer = map(len, self.parts(story))
+        before = tokens - question - answer - 1
+        return len(facts) <= before // self.segment_tokens if self.config.aligned else sum(facts) <= before
 
     def parts(self, story: Story) -> list[np.ndarray]:
         """Token ids of each fact, the question and the answer, without eos."""
@@ -159,7 +180,8 @@ class Babilong:
         # A published BABILong sample has its background in it already.
         if self.config.published and self.config.published.set == "RMT-team/babilong":
             fill = 0
-        return np.concatenate([*scatter(facts, self.background[split], fill, random), question, answer]), len(answer)
+        spread = partial(align, segment_tokens=self.segment_tokens) if self.config.aligned else scatter
+        return np.concatenate([*spread(facts, self.background[split], fill, random), question, answer]), len(answer)
 
     def size(self, split: Split) -> int | None:
         return None if self.stories is None else len(self.stories[split])
@@ -179,13 +201,32 @@ class Babilong:
 
 def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
     """The facts in their order, each between two sentences of `fill` tokens of background; stretches of tokens."""
-    size = len(background.tokens)
+    text, ends = stretch(background, fill, random)
+    gaps = np.flatnonzero(np.append(True, ends))
+    return weave(facts, text, sorted(random.choices(gaps.tolist(), k=len(facts))))
+
+
+def align(
+    facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int
+) -> list[np.ndarray]:
+    """The facts in their order, each at the beginning of a segment of its own; the last segment has none."""
+    text, _ = stretch(background, fill, random)
+    # The question's own segment is not filled up, so it is not a whole one here.
+    segments = (fill + sum(map(len, facts))) // segment_tokens
+    begins = sorted(random.sample(range(segments), k=len(facts)))
+    before = np.cumsum([0, *map(len, facts)])[:-1]
+    return weave(facts, text, (np.array(begins) * segment_tokens - before).tolist())
+
+
+def stretch(background: Background, tokens: int, random: Random) -> Background:
+    """So many tokens from the beginning of a random sentence on; a background shorter than that is read again."""
     start = random.choice(np.flatnonzero(background.ends)) + 1
-    # A background shorter than the sample is read again from its beginning.
-    window = np.arange(start, start + fill) % size
-    text = background.tokens[window]
-    gaps = np.flatnonzero(np.append(True, background.ends[window]))
-    places = sorted(random.choices(gaps.tolist(), k=len(facts)))
+    window = np.arange(start, start + tokens) % len(background.tokens)
+    return Background(background.tokens[window], background.ends[window])
+
+
+def weave(facts: list[np.ndarray], text: np.ndarray, places: list[int]) -> list[np.ndarray]:
+    """Every fact before the token of the text at its place; ascending."""
     stretches = np.split(text, places)
     return [part for pair in zip(stretches, facts, strict=False) for part in pair] + stretches[len(facts) :]
 
