@@ -76,14 +76,20 @@ TRIALS = {
 BEST_RATE = "1.0e-3"
 SHORT = (1, 2, 3, 5, 10, 20, 50)
 
-# A fact a segment first: in free text a model from scratch says the place named last (.55) for longer than we waited.
+# A model from scratch says the place named last (.55) for longer than we waited, in free text and with a fact in every
+# segment of 16 alike. With segments of 8, hardly longer than their facts, it finds the person in 250 steps.
+CLOSE = Leg(
+    "close",
+    "[{segments: 5, at_least: 0.8, steps: 1000, warmup_steps: 100, until: {accuracy: 0.97, over: 30}}]",
+    settings=("data.babilong.aligned=true", "model.segment_tokens=8", "model.sliding_window=null"),
+)
 ALIGNED = Leg(
     "aligned",
-    "[{segments: 6, at_least: 0.5, steps: 1000, warmup_steps: 100, until: {accuracy: 0.95, over: 30}}]",
+    "[{segments: 6, at_least: 0.5, steps: 600, warmup_steps: 20, until: {accuracy: 0.97, over: 30}}]",
     128,
     ("data.babilong.aligned=true",),
 )
-FREE = Leg("8", f"[{{segments: 8, at_least: 0.4, steps: 500, {DECAY}}}]", 128)
+FREE = Leg("8", f"[{{segments: 8, at_least: 0.4, steps: 400, {DECAY}}}]", 128)
 
 # Long text: segments of 16 bytes. What RMT and no memory lack in parameters they have in wider layers.
 PLAYS = "../shared/data/plays"
@@ -143,7 +149,7 @@ EXPERIMENTS = {
     **{
         f"babilong_{task}": Experiment(
             "babilong_cpu.yaml",
-            (ALIGNED, FREE),
+            (CLOSE, ALIGNED, FREE),
             (4, 8, 16, 32, 64, 128, 256, 512),
             (f"data.babilong.tasks=[{task}]",),
             samples=128,
