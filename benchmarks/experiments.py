@@ -52,6 +52,7 @@ FEW = "{pairs: 5, symbols: 4, steps: 2500, warmup_steps: 100, until: {accuracy: 
 FEW_TO_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 120, start: last}}]")
 LONG_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 250, start: last}}]")
 LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 250, {DECAY}}}]", batch=128)
+AGAIN_20 = Leg("20_again", f"[{{pairs: 20, at_least: 0.5, steps: 300, {DECAY}}}]", batch=128)
 # Where keys repeat, more of such likeness: without its second stage one symbol still decided most errors (.80 at 20).
 ALIKE_10 = Leg(
     "10",
@@ -118,7 +119,7 @@ MEMORIES = {
 EXPERIMENTS = {
     "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
     "rewrite_no_denominator": Experiment(REWRITE, (FEW_TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
-    "rewrite_two_symbols": Experiment(REWRITE, (ALIKE_10, LONG_20), PAIRS[:-2], TWO),
+    "rewrite_two_symbols": Experiment(REWRITE, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2], TWO),
     **{
         f"remember_d_mem_{d_mem}": Experiment(
             REMEMBER, (LONG_10, LONG_20), PAIRS[:-1], (f"model.d_mem={d_mem}",), values=SYMBOLS
