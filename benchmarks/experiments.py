@@ -91,6 +91,9 @@ ALIGNED = Leg(
     ("data.babilong.aligned=true",),
 )
 FREE = Leg("8", f"[{{segments: 8, at_least: 0.4, steps: 400, {DECAY}}}]", 128)
+# QA2 goes on from QA1, as in the paper.
+CLOSE_QA1 = CLOSE._replace(name="close_qa1", settings=(*CLOSE.settings, "data.babilong.tasks=[qa1]"))
+STORIES = {"qa1": (CLOSE, ALIGNED, FREE), "qa2": (CLOSE_QA1, CLOSE, ALIGNED, FREE)}
 
 # Long text: segments of 16 bytes. What RMT and no memory lack in parameters they have in wider layers.
 PLAYS = "../shared/data/plays"
@@ -150,13 +153,13 @@ EXPERIMENTS = {
     **{
         f"babilong_{task}": Experiment(
             "babilong_cpu.yaml",
-            (CLOSE, ALIGNED, FREE),
+            legs,
             (4, 8, 16, 32, 64, 128, 256, 512),
             (f"data.babilong.tasks=[{task}]",),
             samples=128,
             unit="segments",
         )
-        for task in ("qa1", "qa2")
+        for task, legs in STORIES.items()
     },
     **{
         f"plays_{name}": Experiment(
