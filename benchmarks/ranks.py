@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -103,8 +105,8 @@ def commit() -> str:
 
 def heading(script: str) -> str:
     """Date, command, hardware and commit of a result. Of a path outside the project only its name: it says nothing."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    command = " ".join(["python", f"benchmarks/{script}", *words])
+    words = [re.sub(r"(^|=)/(\S*/)*", r"\1", word) for word in sys.argv[1:]]
+    command = shlex.join(["python", f"benchmarks/{script}", *words])
     return (
         f"{datetime.date.today()}, `OMP_NUM_THREADS=1 {command}`, {os.cpu_count()} CPU cores, gloo, "
         f"torch {torch.__version__}, commit {commit()}."
