@@ -1,5 +1,6 @@
 """Every recipe is a valid configuration, names its initialisation where it starts from nothing, and fits its task."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ from armt_dist.config import load
 from armt_dist.data import make_task
 from armt_dist.run import RunConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "launch/configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from experiments import EXPERIMENTS  # noqa: E402
+
+CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
 FULL_SIZE = {"retrieval_remember", "retrieval_rewrite", "babilong_gpt2", "pg19_llama3.2_1b_sliding", "wikitext103_gpt2"}
 
 
@@ -35,3 +40,16 @@ def test_recipe(path, tmp_path):
     assert armt.vocab_size >= len(task.tokenizer) and units == {task.unit}
     for stage in config.curriculum:
         assert task.sequence_tokens(stage.length) > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name):
+    """What benchmarks/learn.py would start hours later."""
+    experiment = EXPERIMENTS[name]
+    assert experiment.legs and experiment.lengths
+    for leg in experiment.legs:
+        settings = [s for s in (*experiment.settings, *leg.settings) if not s.startswith("ds_config.")]
+        config = load(
+            RunConfig, ROOT / "launch/configs" / experiment.recipe, [f"curriculum={leg.curriculum}", *settings]
+        )
+        assert {stage.unit for stage in config.curriculum} == {experiment.unit}
