@@ -189,12 +189,16 @@ class ScheduledLM(nn.Module):
         """The instruction that this rank came to last, for `handoff.end_when_alone`."""
         return self.trace and self.trace.at
 
+    def fit(self, piece: Piece) -> Piece:
+        """The piece in the blocks that the instructions number. Raises ConfigError as `schedule.fit`."""
+        return fitted(piece, schedule.fit(self.schedule_name, piece.grid, self.arrows))
+
     def forward(self, piece: Piece, count: bool = False, observe: Callable[[Seen], None] | None = None) -> Totals:
         """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule.
 
         `observe` is shown every cell that this rank runs forward.
         """
-        piece = fitted(piece, schedule.fit(self.schedule_name, piece.grid, self.arrows))
+        piece = self.fit(piece)
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
         outputs = self.run_layers(x, rows, piece, observe)

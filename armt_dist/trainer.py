@@ -146,7 +146,7 @@ class Trainer:
         closely = (self.progress.step + 1) % self.config.train.log_every == 0
         parts = []
         for where, batch in batches:
-            piece = self.batches.piece(batch)
+            piece = self.runner.fit(self.batches.piece(batch))
             observe = self.vitals.observer(self.progress.step + 1, where.start, piece, closely)
             totals: Totals = self.engine(piece, count=self.counts, observe=observe)
             backward(self.engine, health.weigh(totals.nll, factor))

@@ -103,6 +103,26 @@ def test_a_finished_run_is_left_as_it_is(runs):
     assert (runs / "whole/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("memory", [["model.memory_kind=rmt"], ["parallel.schedule=segment_major"]], ids=" ".join)
+def test_segment_by_segment(memory, tmp_path):
+    """The other schedule, with everything that looks at its cells, to a model that is evaluated."""
+    watched = ["digests=true", "profile=true", "train.log_every=1"]
+    few = ["curriculum=[{pairs: 5, steps: 3}]", "train.validation_steps=1", "model.base_config.n_positions=32"]
+    result = train("--ds_config", FP32, "--out", tmp_path / "run", *few, *watched, *memory)
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    assert len(steps) == 3 and all(0 < step["cell_s"] < step["step_s"] for step in steps)
+    for command in (
+        ["launch/consolidate.py", tmp_path / "run", "--out", tmp_path / "hf"],
+        ["launch/evaluate.py", "--model", tmp_path / "hf", "--lengths", "2", "--samples", "8"],
+    ):
+        result = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+
+
 MISTAKES = {
     "unknown key": (["model.d_memm=4"], "model.d_memm=4: unknown key"),
     "heads and width": (["model.n_heads=3"], "n_heads=3 does not divide d_mem=16"),
