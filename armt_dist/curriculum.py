@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from .config import ConfigError, Section, one_line
+from .data.batch import Difficulty
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -55,8 +56,13 @@ class Stage(Section):
 
     @property
     def keys(self) -> dict[str, int | None]:
-        """Fields of Difficulty beside the length."""
+        """Which keys its samples have (retrieval); None: the task's own."""
         return {"key_length": self.key_length, "symbols": self.symbols}
+
+    @property
+    def difficulty(self) -> Difficulty:
+        """Of its training samples."""
+        return Difficulty.at_least(self.length, self.at_least)._replace(**self.keys)
 
     @property
     def unit(self) -> str:

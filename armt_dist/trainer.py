@@ -17,7 +17,7 @@ from .batches import Batches, Sums
 from .build import armt_config, build_model, token_fields
 from .config import ConfigError
 from .curriculum import Progress, Stage, learning_rate, stage_over
-from .data.batch import Batch, Difficulty
+from .data.batch import Batch
 from .data.loader import make_task
 from .data.retrieval import Retrieval
 from .executor import ScheduledLM, Totals, backward, check_memory
@@ -135,8 +135,7 @@ class Trainer:
         rate = learning_rate(stage, self.progress.stage_step, self.peak_lr)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        difficulty = Difficulty.at_least(stage.length, stage.at_least)._replace(**stage.keys)
-        batches = self.batches.micro_batches("train", self.progress.batch, difficulty)
+        batches = self.batches.micro_batches("train", self.progress.batch, stage.difficulty)
         scored = torch.tensor(sum(int(b.labels.ge(0).sum()) for _, b in batches), dtype=torch.float32)
         scored = scored.to(self.device, non_blocking=True)
         dist.all_reduce(scored)
@@ -193,7 +192,7 @@ class Trainer:
         steps, size = self.config.train.validation_steps, self.task.size("validation")
         if size is not None:
             steps = min(steps, -(-size // self.sizes.global_batch))
-        difficulty = Difficulty.fixed(stage.length)._replace(**stage.keys)
+        difficulty = stage.difficulty._replace(minimum=stage.length)
         self.engine.eval()
         found = []
         for step in range(steps):

@@ -8,10 +8,10 @@ Reads results/learn_EXPERIMENT.json, writes results/NAME.md and NAME.png, and pr
 
 import argparse
 import json
-from statistics import fmean, stdev
+from statistics import fmean
 
 from experiments import EXPERIMENTS
-from ranks import RESULTS, heading
+from ranks import RESULTS, heading, mean, table
 
 from armt_dist.plots import Curve, Panel, draw
 
@@ -23,24 +23,20 @@ def main() -> None:
     args = parser.parse_args()
     first = EXPERIMENTS[args.experiments[0].partition(":")[0]]
     metric = first.metric
-    lengths, table, scores, training = None, [], [], []
+    lengths, cells, scores, training = None, [], [], []
     for word in args.experiments:
         name, _, leg = word.partition(":")
         rows = json.loads((RESULTS / f"learn_{name}.json").read_text())
         rows = [row for row in rows if row["leg"] == (leg or rows[-1]["leg"])]
         lengths = lengths or list(rows[0]["score"])
         columns = [[row["score"][n] for row in rows if n in row["score"]] for n in lengths]
-        cells = [(f"{fmean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "")) if c else "" for c in columns]
         seeds, steps = (", ".join(str(row[key]) for row in rows) for key in ("seed", "steps"))
-        table.append(
-            f"| [{name}](learn_{name}.md), leg {rows[0]['leg']} | {seeds} | {steps} | " + " | ".join(cells) + " |"
-        )
+        cells.append([f"[{name}](learn_{name}.md), leg {rows[0]['leg']}", seeds, steps, *map(mean, columns)])
         known = [(int(n), fmean(c)) for n, c in zip(lengths, columns, strict=True) if c]
         scores.append(Curve(name, *zip(*known, strict=True)))
         curve = rows[0]["curve"]
         training.append(Curve(name, curve["step"], curve["accuracy" if metric == "accuracy" else "loss"]))
-    header = ["experiment", "seeds", "steps of the leg", *lengths]
-    text = "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *table])
+    text = table(["experiment", "seeds", "steps of the leg", *lengths], cells)
     panels = [
         Panel(first.unit, metric, scores),
         Panel("step of the leg", f"training {'accuracy' if metric == 'accuracy' else 'loss'}", training, log_x=False),

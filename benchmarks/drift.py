@@ -1,6 +1,6 @@
 """What becomes of the memory far beyond training: what is read and written, and what each layer's memory is worth.
 
-    python benchmarks/drift.py NAME=HF_FOLDER [NAME=HF_FOLDER ...] [--pairs 500] [--samples 64]
+    python benchmarks/drift.py NAME=HF_FOLDER [NAME=HF_FOLDER ...] [--pairs 500] [--samples 128]
 
 For each exported retrieval model and layer: the norm of what a token reads, gamma of the keys written (1: all new to z,
 0: z is full), the norm of A, and the accuracy by pairs when that layer's memory holds nothing. Writes results/drift.md
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from ranks import RESULTS, heading
+from ranks import RESULTS, heading, table
 
 from armt_dist.data import Difficulty, make_task
 from armt_dist.evaluate import evaluate
@@ -55,20 +55,14 @@ def watch(memory, found: list[dict[str, float]]) -> None:
 
 def without(model, task, layer: int | None, pairs: list[int], samples: int) -> list[float]:
     """Accuracy by pairs with one layer's memory empty: its values are zero. None: all layers as they are."""
-    if layer is None:
-        return [row.accuracy for row in evaluate(model, task, pairs, samples, 64)]
-    weight = model.backbone.layers[layer].memory.W_mv.weight.data
-    kept = weight.clone()
-    weight.zero_()
+    emptied = [] if layer is None else [model.backbone.layers[layer].memory.W_mv.weight]
+    kept = [weight.detach().clone() for weight in emptied]
+    for weight in emptied:
+        weight.data.zero_()
     found = [row.accuracy for row in evaluate(model, task, pairs, samples, 64)]
-    weight.copy_(kept)
+    for weight, values in zip(emptied, kept, strict=True):
+        weight.data.copy_(values)
     return found
-
-
-def table(header: list, rows: list[list]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from experiments import EXPERIMENTS, Experiment, Leg
-from ranks import RESULTS, ROOT, commit, heading
+from ranks import RESULTS, ROOT, commit, heading, mean, table
 
 from armt_dist.parallel import free_port
 from armt_dist.plots import Curve, Panel, draw
@@ -99,25 +99,24 @@ def report(name: str, experiment: Experiment, found: list[dict]) -> None:
     """Table and plot: the mean over seeds, and its spread where there are several."""
     text = [f"# {name}: {experiment.metric} by length", heading("learn.py")]
     header = ["trained on at most", "seeds", "steps", "training s", *map(str, experiment.lengths)]
-    table, curves = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"], []
+    lines, curves = [], []
     for leg in experiment.legs:
         rows = [row for row in found if row["leg"] == leg.name]
         if not rows:
             continue
         columns = [[row["score"][n] for row in rows] for n in experiment.lengths]
-        cells = [f"{fmean(c):.3f}" + (f" ± {stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
         steps, seconds = (", ".join(str(row[key]) for row in rows) for key in ("steps", "training_s"))
         seeds = ", ".join(str(row["seed"]) for row in rows)
-        table.append(f"| {leg.name} | {seeds} | {steps} | {seconds} | " + " | ".join(cells) + " |")
+        lines.append([leg.name, seeds, steps, seconds, *map(mean, columns)])
         curves.append(Curve(f"trained on at most {leg.name}", list(experiment.lengths), [fmean(c) for c in columns]))
         if experiment.values:
             estimates = [held(n, fmean(c), experiment.values) for n, c in zip(experiment.lengths, columns, strict=True)]
-            cells = " | ".join(f"{estimate:.1f}" for estimate in estimates)
-            table.append(f"| pairs held after {leg.name}: n (vα - 1) / (v - 1) | | | | {cells} |")
+            name_of = f"pairs held after {leg.name}: n (vα - 1) / (v - 1)"
+            lines.append([name_of, "", "", "", *(f"{estimate:.1f}" for estimate in estimates)])
     commands = "\n".join(f"deepspeed --num_gpus 2 {row['command']}" for row in found)
     commits = ", ".join(sorted({row["commit"] for row in found}))
     spread = f"Mean ± standard deviation over seeds; up to {experiment.samples} samples a length; trained at {commits}."
-    text += ["\n".join(table), spread, f"![by length](learn_{name}.png)", f"```\n{commands}\n```"]  # fmt: skip
+    text += [table(header, lines), spread, f"![by length](learn_{name}.png)", f"```\n{commands}\n```"]  # fmt: skip
     (RESULTS / f"learn_{name}.md").write_text("\n\n".join(text) + "\n")
     (RESULTS / f"learn_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw([Panel(experiment.unit, experiment.metric, curves)], RESULTS / f"learn_{name}.png", name)

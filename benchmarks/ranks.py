@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 
@@ -101,6 +102,18 @@ def commit() -> str:
     """The short name of what is checked out."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def table(header: list, rows: list[list]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def mean(values: list[float]) -> str:
+    """Mean, and the standard deviation where there are several values; nothing where there is none."""
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{spread}" if values else ""
 
 
 def heading(script: str) -> str:
