@@ -43,6 +43,7 @@ TO_40 = Leg(
     f"{{pairs: 40, at_least: 0.3, steps: 120, lr: 5.0e-4, {DECAY}}}]",
     batch=96,
 )
+AGAIN_40 = Leg("40_again", f"[{{pairs: 40, at_least: 0.8, steps: 200, lr: 5.0e-4, {DECAY}}}]", batch=96)
 TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DECAY}}}]", batch=24)
 
 # Keys of two symbols. Among 16 of them a model finds one symbol of the key and stays there (.94 at up to 5 pairs: few
@@ -136,7 +137,12 @@ MEMORIES = {
 
 EXPERIMENTS = {
     "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
-    "rewrite_no_denominator": Experiment(REWRITE, (FEW_TO_10, TO_40), PAIRS, ("model.use_denom=false",)),
+    **{
+        f"rewrite_no_denominator{name}": Experiment(
+            REWRITE, (FEW_TO_10, TO_40, AGAIN_40), PAIRS, ("model.use_denom=false", *settings)
+        )
+        for name, settings in {"": (), "_2_memory_tokens": ("model.num_mem_tokens=2",)}.items()
+    },
     "rewrite_two_symbols": Experiment(REWRITE, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2], TWO),
     **{
         f"remember_d_mem_{d_mem}": Experiment(
