@@ -79,9 +79,12 @@ BEST_RATE, BEST_INIT = "1.0e-3", ()
 
 def rmt_leg(name: str, few: int, alike: int, free: int, warmup: int) -> Leg:
     """The stages of ALIKE_10 with so many steps each."""
-    stages = f"{{pairs: 5, symbols: 4, steps: {few}, warmup_steps: {warmup}, lr: {BEST_RATE}}}", *(
-        f"{{pairs: 10, {stage}, steps: {steps}, lr: {BEST_RATE}, start: last}}"
-        for stage, steps in (("symbols: 4, at_least: 0.3", alike), ("symbols: 16", free))
+    stages = (
+        f"{{pairs: 5, symbols: 4, steps: {few}, warmup_steps: {warmup}, lr: {BEST_RATE}}}",
+        *(
+            f"{{pairs: 10, {stage}, steps: {steps}, lr: {BEST_RATE}, start: last}}"
+            for stage, steps in (("symbols: 4, at_least: 0.3", alike), ("symbols: 16", free))
+        ),
     )
     return Leg(name, f"[{', '.join(stages)}]")
 
