@@ -45,18 +45,6 @@ TO_40 = Leg(
 )
 TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DECAY}}}]", batch=24)
 
-# Without the denominator. 200 steps more gave nothing (.70 at 500 pairs instead of .77): the loss was 0 before.
-AGAIN_40 = Leg("40_again", f"[{{pairs: 40, at_least: 0.8, steps: 200, lr: 5.0e-4, {DECAY}}}]", batch=96)
-NO_DENOMINATOR = {
-    "": ((FEW_TO_10, TO_40), ()),
-    "_2_memory_tokens": ((FEW_TO_10, TO_40, AGAIN_40), ("model.num_mem_tokens=2",)),
-    "_d_mem_32": ((FEW_TO_10, TO_40), ("model.d_mem=32",)),
-    "_dropout": (
-        (FEW_TO_10, TO_40, AGAIN_40),
-        ("model.base_config.embd_pdrop=0.1", "model.base_config.resid_pdrop=0.1"),
-    ),
-}
-
 # Keys of two symbols. Among 16 of them a model finds one symbol of the key and stays there (.94 at up to 5 pairs: few
 # share it); among 4 it finds both, and sooner.
 TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
@@ -71,6 +59,18 @@ ALIKE_10 = Leg(
     f"[{FEW}, {{pairs: 10, symbols: 4, at_least: 0.3, steps: 200, start: last}}, "
     "{pairs: 10, steps: 250, start: last}]",
 )
+
+# Without the denominator. 200 steps more gave nothing (.70 at 500 pairs instead of .77): the loss was 0 before.
+AGAIN_40 = Leg("40_again", f"[{{pairs: 40, at_least: 0.8, steps: 200, lr: 5.0e-4, {DECAY}}}]", batch=96)
+NO_DENOMINATOR = {
+    "": ((FEW_TO_10, TO_40), ()),
+    "_2_memory_tokens": ((FEW_TO_10, TO_40, AGAIN_40), ("model.num_mem_tokens=2",)),
+    "_d_mem_32": ((FEW_TO_10, TO_40), ("model.d_mem=32",)),
+    "_dropout": (
+        (FEW_TO_10, TO_40, AGAIN_40),
+        ("model.base_config.embd_pdrop=0.1", "model.base_config.resid_pdrop=0.1"),
+    ),
+}
 
 # RMT on the same samples: a rate and an initialisation of its own, chosen by trials of 300 steps (ARMT has clicked by
 # then), then as many steps as ARMT's leg 10 needed (773, seed 0), and four times as many.
