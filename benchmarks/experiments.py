@@ -62,12 +62,13 @@ ALIKE_10 = Leg(
 
 # Without the denominator. 200 steps more gave nothing (.70 at 500 pairs instead of .77): the loss was 0 before.
 AGAIN_40 = Leg("40_again", f"[{{pairs: 40, at_least: 0.8, steps: 200, lr: 5.0e-4, {DECAY}}}]", batch=96)
+ONCE_MORE_40 = AGAIN_40._replace(name="40_once_more")
 NO_DENOMINATOR = {
     "": ((FEW_TO_10, TO_40), ()),
     "_2_memory_tokens": ((FEW_TO_10, TO_40, AGAIN_40), ("model.num_mem_tokens=2",)),
     "_d_mem_32": ((FEW_TO_10, TO_40), ("model.d_mem=32",)),
     "_dropout": (
-        (FEW_TO_10, TO_40, AGAIN_40),
+        (FEW_TO_10, TO_40, AGAIN_40, ONCE_MORE_40),
         ("model.base_config.embd_pdrop=0.1", "model.base_config.resid_pdrop=0.1"),
     ),
 }
