@@ -2,8 +2,8 @@
 
     python benchmarks/drift.py NAME=HF_FOLDER [NAME=HF_FOLDER ...] [--pairs 500] [--samples 128]
 
-For each exported retrieval model and layer: the norm of what a token reads, gamma of the keys written (1: all new to z,
-0: z is full), the norm of A, and the accuracy by pairs when that layer's memory holds nothing. Writes results/drift.md
+For each exported retrieval model and layer: the norm of what the key's tokens read, and the others (which need nothing of
+the memory), gamma of the keys written (1: all new to z, 0: z is full), the norm of A, and the accuracy by pairs when that layer's memory holds nothing. Writes results/drift.md
 and drift.png, prints one JSON line last.
 """
 
@@ -19,7 +19,7 @@ from armt_dist.evaluate import evaluate
 from armt_dist.exported import load_model, read_task
 from armt_dist.plots import Curve, Panel, draw
 
-MEASURES = ("norm of reads", "gamma", "norm of A")
+MEASURES = ("reads at the key", "reads elsewhere", "gamma", "norm of A")
 
 
 @torch.inference_mode()
@@ -28,7 +28,7 @@ def drift(model, task, pairs: int, samples: int) -> list[list[dict[str, float]]]
     batch = task.batch("validation", 0, range(samples), Difficulty.fixed(pairs))
     states, found = model.initial_states(samples), [[] for _ in model.backbone.layers]
     for layer, of_layer in zip(model.backbone.layers, found, strict=True):
-        watch(layer.memory, of_layer)
+        watch(layer.memory, of_layer, task.config.key_length)
     for ids in batch.input_ids.split(model.config.segment_tokens, dim=1):
         _, states = model.segment(ids.to(model.device), states)
         for state, of_layer in zip(states, found, strict=True):
@@ -36,13 +36,14 @@ def drift(model, task, pairs: int, samples: int) -> list[list[dict[str, float]]]
     return found
 
 
-def watch(memory, found: list[dict[str, float]]) -> None:
-    """Keep what the layer's memory reads and writes."""
+def watch(memory, found: list[dict[str, float]], key: int) -> None:
+    """Keep what the layer's memory reads and writes; the first `key` tokens of a segment are its key."""
     read, write = memory.read, memory.write
 
     def reads(x, state):
         y = read(x, state)
-        found.append({"norm of reads": (y - x).norm(dim=-1).mean().item()})
+        norm = (y - x).norm(dim=-1).mean(0)
+        found.append({"reads at the key": norm[:key].mean().item(), "reads elsewhere": norm[key:].mean().item()})
         return y
 
     def writes(m, state, context=None):
