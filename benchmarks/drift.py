@@ -2,8 +2,8 @@
 
     python benchmarks/drift.py NAME=HF_FOLDER [NAME=HF_FOLDER ...] [--pairs 500] [--samples 128]
 
-For each exported retrieval model and layer: the norm of what the tokens of the key read, and the others (who need nothing
-of the memory), gamma of the keys written (1: all new to z, 0: z is full), the norm of A, and the accuracy by pairs when
+For each exported retrieval model and layer: the norm of what the tokens of a key read, and the others (they need
+nothing there), gamma of the keys written (1: all new to z, 0: z is full), the norm of A, and the accuracy by pairs when
 that layer's memory holds nothing. Writes results/drift.md and drift.png, prints one JSON line last.
 """
 
