@@ -1,6 +1,6 @@
 """What the recipes learn, through the product's own commands: train in legs, export, evaluate by length; seeds kept.
 
-    OMP_NUM_THREADS=1 python benchmarks/learn.py rewrite [--seeds 0 1 2] [--ranks 2] [--work FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/learn.py rewrite [--seeds 0 1 2] [--ranks 2] [--work FOLDER] [--until LEG]
 
 The experiments are those of experiments.py. Every leg's export is evaluated. Results go to results/learn_NAME.json, .md
 and .png, with the commands; folders that are there already are not made again. Prints one JSON line last.
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--until", help="the last leg to train (default: all)")
     parser.add_argument("--work", type=Path, help="folder of the runs (default: a temporary one)")
     args = parser.parse_args()
     experiment, found = EXPERIMENTS[args.name], []
@@ -145,6 +146,8 @@ def main() -> None:
                 )
                 # After each: the next may be cut short.
                 report(args.name, experiment, found)
+                if row["leg"] == args.until:
+                    break
     print(json.dumps({"benchmark": "learn", "name": args.name, "rows": found}))
 
 
