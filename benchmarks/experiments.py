@@ -60,7 +60,7 @@ ALIKE_10 = Leg(
     "{pairs: 10, steps: 250, start: last}]",
 )
 
-# Without the denominator, in search of length. More training at 40 pairs helps only where dropout keeps the loss above 0.
+# Without the denominator, in search of length. More training at 40 pairs helps where dropout keeps the loss above 0.
 AGAIN_40 = Leg("40_again", f"[{{pairs: 40, at_least: 0.8, steps: 200, lr: 5.0e-4, {DECAY}}}]", batch=96)
 ONCE_MORE_40 = AGAIN_40._replace(name="40_once_more")
 NO_DENOMINATOR = {
