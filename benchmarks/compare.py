@@ -11,6 +11,7 @@ import json
 from statistics import fmean
 
 from experiments import EXPERIMENTS
+from learn import held
 from ranks import RESULTS, heading, mean, table
 
 from armt_dist.plots import Curve, Panel, draw
@@ -32,6 +33,9 @@ def main() -> None:
         columns = [[row["score"][n] for row in rows if n in row["score"]] for n in lengths]
         seeds, steps = (", ".join(str(row[key]) for row in rows) for key in ("seed", "steps"))
         cells.append([f"[{name}](learn_{name}.md), leg {rows[0]['leg']}", seeds, steps, *map(mean, columns)])
+        if first.values and all(columns):
+            estimates = (held(int(n), fmean(c), first.values) for n, c in zip(lengths, columns, strict=True))
+            cells.append(["pairs held: n (vα - 1) / (v - 1)", "", "", *(f"{pairs:.1f}" for pairs in estimates)])
         known = [(int(n), fmean(c)) for n, c in zip(lengths, columns, strict=True) if c]
         scores.append(Curve(name, *zip(*known, strict=True)))
         curve = rows[0]["curve"]
