@@ -1,7 +1,7 @@
 """Experiments of learn.py beside each other: one leg of each by length, and its training.
 
     python benchmarks/compare.py capacity remember_d_mem_16 remember_d_mem_32 remember_d_mem_64
-    python benchmarks/compare.py rmt rewrite_two_symbols:10 rmt_two_symbols     # the leg 10; left out: the last one
+    python benchmarks/compare.py rmt rewrite_two_symbols:10 rmt_two_symbols     # leg 10; left out: the last leg
 
 Reads results/learn_EXPERIMENT.json, writes results/NAME.md and NAME.png, and prints the table.
 """
@@ -32,14 +32,15 @@ def main() -> None:
         lengths = lengths or list(rows[0]["score"])
         columns = [[row["score"][n] for row in rows if n in row["score"]] for n in lengths]
         seeds, steps = (", ".join(str(row[key]) for row in rows) for key in ("seed", "steps"))
-        cells.append([f"[{name}](learn_{name}.md), leg {rows[0]['leg']}", seeds, steps, *map(mean, columns)])
+        label = f"{name}, leg {rows[0]['leg']}"
+        cells.append([f"[{label}](learn_{name}.md)", seeds, steps, *map(mean, columns)])
         if first.values and all(columns):
             estimates = (held(int(n), fmean(c), first.values) for n, c in zip(lengths, columns, strict=True))
             cells.append(["pairs held: n (vα - 1) / (v - 1)", "", "", *(f"{pairs:.1f}" for pairs in estimates)])
         known = [(int(n), fmean(c)) for n, c in zip(lengths, columns, strict=True) if c]
-        scores.append(Curve(name, *zip(*known, strict=True)))
+        scores.append(Curve(label, *zip(*known, strict=True)))
         curve = rows[0]["curve"]
-        training.append(Curve(name, curve["step"], curve["accuracy" if metric == "accuracy" else "loss"]))
+        training.append(Curve(label, curve["step"], curve["accuracy" if metric == "accuracy" else "loss"]))
     text = table(["experiment", "seeds", "steps of the leg", *lengths], cells)
     panels = [
         Panel(first.unit, metric, scores),
