@@ -168,6 +168,7 @@ EXPERIMENTS = {
         for name, (legs, settings) in NO_DENOMINATOR.items()
     },
     "rewrite_two_symbols": Experiment(REWRITE, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2], TWO),
+    "remember_two_symbols": Experiment(REMEMBER, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2]),
     **{
         f"remember_d_mem_{d_mem}": Experiment(
             REMEMBER, (LONG_10, LONG_20), PAIRS[:-1], (f"model.d_mem={d_mem}",), values=SYMBOLS
