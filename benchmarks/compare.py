@@ -35,8 +35,8 @@ def main() -> None:
         label = f"{name}, leg {rows[0]['leg']}"
         cells.append([f"[{label}](learn_{name}.md)", seeds, steps, *map(mean, columns)])
         if first.values and all(columns):
-            estimates = (held(int(n), fmean(c), first.values) for n, c in zip(lengths, columns, strict=True))
-            cells.append(["pairs held: n (vα - 1) / (v - 1)", "", "", *(f"{pairs:.1f}" for pairs in estimates)])
+            estimates = held([int(n) for n in lengths], columns, first.values)
+            cells.append(["pairs held: n (vα - 1) / (v - 1)", "", "", *estimates])
         known = [(int(n), fmean(c)) for n, c in zip(lengths, columns, strict=True) if c]
         scores.append(Curve(label, *zip(*known, strict=True)))
         curve = rows[0]["curve"]

@@ -86,7 +86,7 @@ TRIALS = {
     "lr_3.0e-3": ("3.0e-3", ()),
     "default_init": ("1.0e-3", ("model.init=null",)),
 }
-BEST_RATE, BEST_INIT = "1.0e-3", ()
+BEST_RATE = "1.0e-3"
 
 
 def rmt_leg(name: str, few: int, alike: int, free: int, warmup: int) -> Leg:
@@ -184,7 +184,7 @@ EXPERIMENTS = {
         )
         for name, (lr, init) in TRIALS.items()
     },
-    "rmt_two_symbols": Experiment(REWRITE, (AS_MANY, FOUR_TIMES), SHORT, (*RMT, *BEST_INIT)),
+    "rmt_two_symbols": Experiment(REWRITE, (AS_MANY, FOUR_TIMES), SHORT, RMT),
     **{
         f"babilong_{task}": Experiment(
             "babilong_cpu.yaml",

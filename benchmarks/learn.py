@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -93,9 +93,9 @@ def curve(steps: list[dict]) -> dict[str, list[float]]:
     return {"step": [piece[-1]["step"] for piece in pieces], **means}
 
 
-def held(pairs: int, accuracy: float, values: int) -> float:
+def held(lengths: Sequence[int], columns: list[list[float]], values: int) -> list[str]:
     """Pairs in the memory by the paper's estimate, the others being guessed among `values` ones (ARMT paper)."""
-    return pairs * (values * accuracy - 1) / (values - 1)
+    return [f"{n * (values * fmean(c) - 1) / (values - 1):.1f}" for n, c in zip(lengths, columns, strict=True)]
 
 
 def report(name: str, experiment: Experiment, found: list[dict]) -> None:
@@ -113,9 +113,8 @@ def report(name: str, experiment: Experiment, found: list[dict]) -> None:
         lines.append([leg.name, seeds, steps, seconds, *map(mean, columns)])
         curves.append(Curve(f"trained on at most {leg.name}", list(experiment.lengths), [fmean(c) for c in columns]))
         if experiment.values:
-            estimates = [held(n, fmean(c), experiment.values) for n, c in zip(experiment.lengths, columns, strict=True)]
             name_of = f"pairs held after {leg.name}: n (vα - 1) / (v - 1)"
-            lines.append([name_of, "", "", "", *(f"{estimate:.1f}" for estimate in estimates)])
+            lines.append([name_of, "", "", "", *held(experiment.lengths, columns, experiment.values)])
     commands = "\n".join(f"deepspeed --num_gpus 2 {row['command']}" for row in found)
     commits = ", ".join(sorted({row["commit"] for row in found}))
     spread = f"Mean ± standard deviation over seeds; up to {experiment.samples} samples a length; trained at {commits}."
@@ -134,6 +133,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of the runs (default: a temporary one)")
     args = parser.parse_args()
     experiment, found = EXPERIMENTS[args.name], []
+    names = [leg.name for leg in experiment.legs]
+    if args.until not in (None, *names):
+        parser.error(f"--until {args.until}: no such leg of {args.name}; one of {', '.join(names)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as scratch:
         work = (args.work or Path(scratch)).resolve() / args.name
