@@ -145,20 +145,17 @@ TEXT = (
     "ds_config.optimizer.params.weight_decay=0.01",
 )
 WIDER = "model.base_config.intermediate_size=523"
-READ = f"steps: 400, warmup_steps: 40, lr: 2.0e-3, {DECAY}"
+READ = {
+    "": f"steps: 400, warmup_steps: 40, lr: 2.0e-3, {DECAY}",
+    "_again": f"steps: 800, warmup_steps: 40, lr: 2.0e-3, {DECAY}",
+}
+EIGHT = tuple(Leg(f"8{again}", f"[{{segments: 8, at_least: 1.0, {read}}}]", 32) for again, read in READ.items())
+# As many tokens a step, one segment each.
+SINGLE = tuple(Leg(f"1{again}", f"[{{segments: 1, {read}}}]", 256) for again, read in READ.items())
 MEMORIES = {
-    "armt": (Leg("8", f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32), (), ()),
-    "rmt": (
-        Leg("8", f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32),
-        ("model.memory_kind=rmt", WIDER),
-        (),
-    ),
-    # As many tokens a step, one segment each.
-    "none": (
-        Leg("1", f"[{{segments: 1, {READ}}}]", 256),
-        ("model.memory_kind=rmt", WIDER),
-        ("--zero-memory",),
-    ),
+    "armt": (EIGHT, (), ()),
+    "rmt": (EIGHT, ("model.memory_kind=rmt", WIDER), ()),
+    "none": (SINGLE, ("model.memory_kind=rmt", WIDER), ("--zero-memory",)),
 }
 
 EXPERIMENTS = {
@@ -199,7 +196,7 @@ EXPERIMENTS = {
     **{
         f"plays_{name}": Experiment(
             "plays_short_segments_cpu.yaml",
-            (leg,),
+            legs,
             (1, 4, 16),
             (*TEXT, *settings),
             samples=1024,
@@ -207,6 +204,6 @@ EXPERIMENTS = {
             metric="bits_per_byte",
             evaluation=evaluation,
         )
-        for name, (leg, settings, evaluation) in MEMORIES.items()
+        for name, (legs, settings, evaluation) in MEMORIES.items()
     },
 }
