@@ -149,7 +149,7 @@ TEXT = (
 WIDER = "model.base_config.intermediate_size=523"
 READ = {
     "": f"steps: 400, warmup_steps: 40, lr: 2.0e-3, {DECAY}",
-    "_again": f"steps: 800, warmup_steps: 40, lr: 2.0e-3, {DECAY}",
+    "_again": f"steps: 500, warmup_steps: 40, lr: 2.0e-3, {DECAY}",
 }
 EIGHT = tuple(Leg(f"8{again}", f"[{{segments: 8, at_least: 1.0, {read}}}]", 32) for again, read in READ.items())
 # As many tokens a step, one segment each.
