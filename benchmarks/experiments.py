@@ -148,9 +148,11 @@ TEXT = (
 )
 WIDER = "model.base_config.intermediate_size=523"
 READ = f"steps: 400, warmup_steps: 40, lr: 2.0e-3, {DECAY}"
-EIGHT = tuple(Leg(name, f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32) for name in ("8", "8_again"))
+# Twice, the second time on other samples.
+AGAIN = {"": (), "_again": ("data.seed=1",)}
+EIGHT = tuple(Leg(f"8{n}", f"[{{segments: 8, at_least: 1.0, {READ}}}]", 32, other) for n, other in AGAIN.items())
 # As many tokens a step, one segment each.
-SINGLE = tuple(Leg(name, f"[{{segments: 1, {READ}}}]", 256) for name in ("1", "1_again"))
+SINGLE = tuple(Leg(f"1{n}", f"[{{segments: 1, {READ}}}]", 256, other) for n, other in AGAIN.items())
 MEMORIES = {
     "armt": (EIGHT, (), ()),
     "rmt": (EIGHT, ("model.memory_kind=rmt", WIDER), ()),
