@@ -8,12 +8,17 @@ from typing import NamedTuple
 
 
 class Leg(NamedTuple):
-    """One run: its name, its curriculum, its batch, and what else it sets."""
+    """One run: its name, its curriculum (None: the recipe's), its batch, and what else it sets."""
 
     name: str
-    curriculum: str
+    curriculum: str | None = None
     batch: int = 256
     settings: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`settings` and the curriculum, as arguments of launch/train.py."""
+        return (*([f"curriculum={self.curriculum}"] if self.curriculum else []), *self.settings)
 
 
 class Experiment(NamedTuple):
@@ -49,7 +54,6 @@ TO_120 = Leg("120", f"[{{pairs: 120, at_least: 0.3, steps: 100, lr: 5.0e-4, {DEC
 # share it); among 4 it finds both, and sooner.
 TWO = ("data.retrieval.key_length=2", "model.d_mem=32")
 FEW = "{pairs: 5, symbols: 4, steps: 2500, warmup_steps: 100, until: {accuracy: 0.92, over: 30}}"
-QUICK = Leg("10", f"[{FEW.replace('2500', '700')}, {{pairs: 10, at_least: 0.3, steps: 240, start: last, {DECAY}}}]")
 FEW_TO_10 = Leg("10", f"[{FEW}, {{pairs: 10, steps: 120, start: last}}]")
 LONG_20 = Leg("20", f"[{{pairs: 20, at_least: 0.3, steps: 250, {DECAY}}}]", batch=128)
 AGAIN_20 = Leg("20_again", f"[{{pairs: 20, at_least: 0.5, steps: 300, {DECAY}}}]", batch=128)
@@ -160,7 +164,7 @@ MEMORIES = {
 }
 
 EXPERIMENTS = {
-    "quickstart": Experiment("default.yaml", (QUICK,), PAIRS[:4]),
+    "quickstart": Experiment("default.yaml", (Leg("10"),), PAIRS[:4]),
     "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
     **{
         f"rewrite_no_denominator{name}": Experiment(REWRITE, legs, PAIRS, ("model.use_denom=false", *settings))

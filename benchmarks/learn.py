@@ -41,7 +41,7 @@ def call(command: list[str], log: Path) -> float:
 
 def train_command(experiment: Experiment, leg: Leg, base: Path | None, run: Path, seed: int, ranks: int) -> list[str]:
     """The training command of one leg."""
-    settings, of_a_new_model = [*experiment.settings, *leg.settings], "model.base_config."
+    settings, of_a_new_model = [*experiment.settings, *leg.overrides], "model.base_config."
     if base is not None:
         settings = [setting for setting in settings if not setting.startswith(of_a_new_model)]
         settings = [f"model.base={base}", "model.base_config=null", "model.init=null", *settings]
@@ -50,7 +50,7 @@ def train_command(experiment: Experiment, leg: Leg, base: Path | None, run: Path
         *("launch/train.py", "--ds_config", "ds_configs/zero3_fp32.json"),
         *("--config", f"launch/configs/{experiment.recipe}", "--out", str(run)),
         *(f"train.seed={seed}", f"data.seed={seed}", f"ds_config.train_batch_size={leg.batch}"),
-        *(f"curriculum={leg.curriculum}", *settings),
+        *settings,
     ]
 
 

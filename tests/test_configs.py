@@ -48,8 +48,6 @@ def test_experiment(name):
     experiment = EXPERIMENTS[name]
     assert experiment.legs and experiment.lengths
     for leg in experiment.legs:
-        settings = [s for s in (*experiment.settings, *leg.settings) if not s.startswith("ds_config.")]
-        config = load(
-            RunConfig, ROOT / "launch/configs" / experiment.recipe, [f"curriculum={leg.curriculum}", *settings]
-        )
+        settings = [s for s in (*experiment.settings, *leg.overrides) if not s.startswith("ds_config.")]
+        config = load(RunConfig, ROOT / "launch/configs" / experiment.recipe, settings)
         assert {stage.unit for stage in config.curriculum} == {experiment.unit}
