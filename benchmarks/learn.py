@@ -94,8 +94,11 @@ def curve(steps: list[dict]) -> dict[str, list[float]]:
 
 
 def held(lengths: Sequence[int], columns: list[list[float]], values: int) -> list[str]:
-    """Pairs in the memory by the paper's estimate, the others being guessed among `values` ones (ARMT paper)."""
-    return [f"{n * (values * fmean(c) - 1) / (values - 1):.1f}" for n, c in zip(lengths, columns, strict=True)]
+    """Pairs in the memory by the paper's estimate, the others being guessed among `values` ones (ARMT paper).
+
+    Below the accuracy of a guess there are none.
+    """
+    return [f"{max(0.0, n * (values * fmean(c) - 1) / (values - 1)):.1f}" for n, c in zip(lengths, columns, strict=True)]
 
 
 def report(name: str, experiment: Experiment, found: list[dict]) -> None:
