@@ -98,7 +98,9 @@ def held(lengths: Sequence[int], columns: list[list[float]], values: int) -> lis
 
     Below the accuracy of a guess there are none.
     """
-    return [f"{max(0.0, n * (values * fmean(c) - 1) / (values - 1)):.1f}" for n, c in zip(lengths, columns, strict=True)]
+    return [
+        f"{max(0.0, n * (values * fmean(c) - 1) / (values - 1)):.1f}" for n, c in zip(lengths, columns, strict=True)
+    ]
 
 
 def report(name: str, experiment: Experiment, found: list[dict]) -> None:
