@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.17,<6",
+        "transformers>=5.18,<6",
         # transformers loads a model partitioned through it
         "accelerate>=1.10,<2",
         "datasets>=4,<6",
@@ -34,6 +34,7 @@ setup(
         "pydantic>=2.9,<3",
         "pyyaml>=6",
         "numpy>=2",
+        "packaging>=24",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "tqdm>=4.66",

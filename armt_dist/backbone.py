@@ -3,10 +3,13 @@
 Shapes: B batch, N positions of a segment row (tokens and memory), D model width.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 
@@ -33,46 +36,53 @@ class Family(NamedTuple):
     call: Callable[[nn.Module, Tensor, Context], Tensor]
 
 
-def call_llama(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """[B, N, D] -> [B, N, D]."""
-    return layer(
-        x,
-        attention_mask=context.mask,
-        position_ids=context.position_ids,
-        position_embeddings=context.rotary,
-        past_key_values=context.cache,
-        use_cache=context.cache is not None,
-    )
-
-
-def call_gpt_neox(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """[B, N, D] -> [B, N, D]."""
-    return layer(
-        x,
-        attention_mask=context.mask,
-        position_ids=context.position_ids,
-        position_embeddings=context.rotary,
-        layer_past=context.cache,
-        use_cache=context.cache is not None,
-    )
+def call_rotary(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """A layer that turns its queries and keys by `position_embeddings`. [B, N, D] -> [B, N, D]."""
+    named = {"attention_mask": context.mask, "position_embeddings": context.rotary, **cache_of(layer, context)}
+    check_named(type(layer), *named)
+    return layer(x, position_ids=context.position_ids, use_cache=context.cache is not None, **named)
 
 
 def call_gpt2(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """[B, N, D] -> [B, N, D]."""
-    return layer(
-        x,
-        past_key_values=context.cache,
-        attention_mask=context.mask,
-        use_cache=context.cache is not None,
-        position_ids=context.position_ids,
-    )
+    """A layer whose positions are in `x` already. [B, N, D] -> [B, N, D]."""
+    named = {"attention_mask": context.mask, **cache_of(layer, context)}
+    check_named(type(layer), *named)
+    return layer(x, position_ids=context.position_ids, use_cache=context.cache is not None, **named)
 
 
-LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_llama)
+# What decoder layers call their cache: GPT-NeoX's, the others' since transformers 5.24, and before.
+CACHES_OF_LAYERS = ("layer_past", "cache", "past_key_values")
+
+
+def cache_of(layer: nn.Module, context: Context) -> dict[str, Any]:
+    """The segment's keys and values under the name by which `layer` takes them."""
+    known = named_parameters(type(layer))
+    # The first one where there is none: `check_named` then says that it is missing.
+    return {next((name for name in CACHES_OF_LAYERS if name in known), CACHES_OF_LAYERS[0]): context.cache}
+
+
+@cache
+def named_parameters(kind: type[nn.Module]) -> frozenset[str]:
+    """The parameters that `kind.forward` names; what it only collects in **kwargs may be ignored."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@cache
+def check_named(kind: type[nn.Module], *names: str) -> None:
+    """Raises TypeError where a decoder layer would swallow one of `names` in its **kwargs, and be silently wrong."""
+    for name in names:
+        if name not in named_parameters(kind):
+            raise TypeError(
+                f"{kind.__name__}.forward of transformers {transformers.__version__} has no parameter {name!r}: it was "
+                "renamed; install a version that armt_dist was tested with"
+            )
+
+
+LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_rotary)
 FAMILIES = {
     "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2),
     "gpt_neox": Family(
-        "gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_gpt_neox
+        "gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_rotary
     ),
     "llama": LLAMA,
     "mistral": LLAMA,

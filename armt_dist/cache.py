@@ -1,14 +1,22 @@
-"""What generation carries from token to token: keys and values of the open segment, memory of the closed ones."""
+"""What generation carries from token to token: keys and values of the open segment, memory of the closed ones.
+
+Shapes: B batch, N tokens, V vocabulary.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import ModelOutput
 
 
 class ARMTCacheLayer(DynamicLayer):
     """Keys and values of the open segment, and the memory of the closed ones."""
+
+    # What was written to memory cannot be taken back, so assisted generation is refused (read since transformers 5.24).
+    is_croppable = False
 
     def __init__(self, state: tuple):
         super().__init__()
@@ -51,12 +59,12 @@ class ARMTCache(Cache):
         self.open_tokens = 0
 
     def count(self, tokens: int) -> None:
-        """`tokens` more were read into the open segment."""
+        """Note that `tokens` more were read into the open segment."""
         self.tokens += tokens
         self.open_tokens += tokens
 
     def close(self) -> None:
-        """The open segment was written to memory."""
+        """Forget the open segment, which was written to memory."""
         self.open_tokens = 0
         for layer in self.layers:
             layer.drop_segment()
@@ -68,3 +76,49 @@ class ARMTCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.tokens = self.open_tokens = 0
+
+
+# What transformers calls the cache: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def the_cache(cache: ARMTCache | None, past_key_values: ARMTCache | None) -> ARMTCache | None:
+    """The one that was passed, under whichever name. TypeError for two, and for one that is not an ARMT's."""
+    given = [one for one in (cache, past_key_values) if one is not None]
+    if len(given) > 1:
+        raise TypeError("cache and past_key_values are two names of one argument; pass one of them")
+    for one in given:
+        # Not isinstance: an exported folder has a class of its own.
+        if not hasattr(one, "open_tokens"):
+            raise TypeError(f"cache={type(one).__name__}: expected the ARMTCache that a forward with use_cache returns")
+    return given[0] if given else None
+
+
+@dataclass
+class ARMTOutput(ModelOutput):
+    """What `ARMTForCausalLM.forward` returns, with the cache under the name of transformers 5.24 and the one before.
+
+    loss: mean over scored tokens, float scalar, where labels were given. logits: [B, N, V] in the model's dtype.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: ARMTCache | None = None
+
+    @property
+    def past_key_values(self) -> ARMTCache | None:
+        """The cache under its older name."""
+        return self.cache
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__("cache" if key in CACHE_NAMES else key)
+
+    def __getitem__(self, key):
+        return super().__getitem__("cache" if key in CACHE_NAMES else key)
+
+    def get(self, key, default=None):
+        """As dict.get, under both names."""
+        try:
+            return self[key]
+        except KeyError:
+            return default

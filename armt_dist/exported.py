@@ -45,6 +45,26 @@ def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
     return model.to(where).eval()
 
 
+def self_check(model: ARMTForCausalLM) -> None:
+    """Run `model.check()`. Raises ConfigError where generation with this transformers would be wrong."""
+    try:
+        model.check()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(one_line(error, 600)) from None
+
+
+def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
+    """A tiny random model of the same family and memory: what of `check` depends on code, not on weights."""
+    base = config.base_config
+    width = 8 * base.num_attention_heads * config.n_heads
+    names = type(base).attribute_map
+    small = {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 16}
+    fields = base.to_dict() | {names.get(name, name): value for name, value in small.items()}
+    fields |= {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id", "layer_types") if name in fields}
+    own = {name: getattr(config, name) for name in ARMTConfig.__annotations__ if name != "base_config"}
+    return ARMTForCausalLM(ARMTConfig(base_config=fields, **own)).eval()
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device called `name`; None: a GPU where there is one. Raises ConfigError for one that is not there."""
     try:

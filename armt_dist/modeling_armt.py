@@ -1,5 +1,5 @@
 """ARMT as an ordinary Hugging Face causal LM: the plain loops over segments and layers, which are the oracle of
-every faster path, and `generate()` with constant memory.
+every faster path.
 
 Shapes: B batch, S segments, T tokens of a segment, M memory tokens, D model width, V vocabulary, L layers,
         H + T + M = N positions of a segment's row, H of them before the tokens: sinks (ARMT), memory (RMT).
@@ -12,14 +12,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .backbone import Backbone, Context, backbone_of, causal_mask
-from .cache import ARMTCache
+from .cache import ARMTCache, ARMTOutput, the_cache
 from .configuration_armt import ARMTConfig
+from .generation import ARMTGenerationMixin, check_others
 from .memory import MEMORIES, apply
 from .rmt import LAST_LAYER, Rows, enter
+from .tested import warn_if_untested
 from .window import Border, WindowedMemory, reach
 
 
@@ -79,7 +80,7 @@ def one_cell(layer: ARMTLayer, x: Tensor, state: tuple, context: Context) -> tup
     return y, apply(state, update)
 
 
-class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
+class ARMTForCausalLM(PreTrainedModel, ARMTGenerationMixin):
     """An associative recurrent memory transformer around any supported causal LM.
 
     `base`: a loaded causal LM to wrap; initialising the memory is then the caller's, as its parameters may be
@@ -137,6 +138,7 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As PreTrainedModel.from_pretrained, whose loading makes every parameter trainable again."""
+        warn_if_untested()
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
@@ -248,33 +250,44 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: ARMTCache | None = None,
+        cache: ARMTCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        past_key_values: ARMTCache | None = None,
+        **others,
+    ) -> ARMTOutput | tuple:
         """input_ids, attention_mask, labels [B, N] -> loss (labels given) and logits [B, N, V].
 
         labels equal input_ids with -100 where the target is not scored; they are shifted here, over the whole
         sequence, so the first token of every segment but the first is scored by the segment before it.
+        num_items_in_batch: what the sum of losses is divided by; None: the number of scored targets.
+        cache, or by its older name past_key_values: what a forward with use_cache=True returned.
+        others: `position_ids` and `cache_position` that say what holds anyway; any other keyword is a TypeError.
         """
+        cache = the_cache(cache, past_key_values)
+        check_others(others, input_ids.shape[1], cache.get_seq_length() if cache else 0, attention_mask)
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         if attention_mask is not None and bool((attention_mask[:, 0] < attention_mask.amax(1)).any()):
             raise ValueError("attention_mask: padding on the left would shift the segments; pad on the right")
-        if use_cache and past_key_values is None:
-            past_key_values = ARMTCache(self.initial_states(input_ids.shape[0]))
-        if past_key_values is not None:
+        if use_cache and cache is None:
+            cache = ARMTCache(self.initial_states(input_ids.shape[0]))
+        if cache is not None:
             if attention_mask is not None:
                 raise ValueError("attention_mask with padding: segments would shift; batch prompts of equal length")
-            hidden = self.extend(input_ids, past_key_values)
+            hidden = self.extend(input_ids, cache)
         else:
             hidden = self.read_segments(input_ids, attention_mask)
         logits = self.backbone.head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        output = ARMTOutput(loss=loss, logits=logits, cache=cache)
+        return output if return_dict in (None, True) else output.to_tuple()
 
     def read_segments(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Segment by segment, layer by layer. [B, N] -> normed hidden states [B, N, D]."""
@@ -288,62 +301,6 @@ class ARMTForCausalLM(PreTrainedModel, GenerationMixin):
             h, states = self.segment(ids, states, mask)
             hidden.append(h)
         return torch.cat(hidden, dim=1)
-
-    # --- generation: keys and values of the open segment, memory of the closed ones ------------------------------
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = ARMTCache(self.initial_states(batch_size * beams))
-
-    def extend(self, input_ids: Tensor, cache: ARMTCache) -> Tensor:
-        """Read tokens after those that `cache` has seen. [B, N] -> normed hidden states [B, N, D].
-
-        A full segment is closed only when a token after it arrives, as in `read_segments`.
-        """
-        hidden = []
-        while input_ids.shape[1]:
-            if cache.open_tokens == self.config.segment_tokens:
-                self.close_segment(cache)
-            chunk, input_ids = input_ids.tensor_split([self.config.segment_tokens - cache.open_tokens], dim=1)
-            x = self.backbone.embed(chunk)
-            if not cache.open_tokens:
-                head, _ = self.rows_around(cache.layers[0].state, len(x))
-                x = torch.cat([head.to(x.dtype), x], dim=1)
-            x = self.pass_layers(x, cache)[:, -chunk.shape[1] :]
-            cache.count(chunk.shape[1])
-            hidden.append(self.backbone.norm(x))
-        return torch.cat(hidden, dim=1)
-
-    def close_segment(self, cache: ARMTCache) -> None:
-        """Let the memory rows read the open segment, write what they found, and forget its keys and values."""
-        first = cache.layers[0]
-        _, rows = self.rows_around(first.state, len(first.state[0]))
-        x = self.pass_layers(rows.to(self.get_input_embeddings().weight.dtype), cache, write=True)
-        if self.carries_rows:
-            first.state = Rows.of(self.backbone.norm(x), self.config.num_mem_tokens)
-        cache.close()
-
-    def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
-        """The next rows x [B, n, D] of the open segment through all layers; with `write` they are the memory's."""
-        config = self.config
-        start = config.head_rows + cache.open_tokens if cache.open_tokens else 0
-        end = start + x.shape[1]
-        tokens = cache.open_tokens if write else end - config.head_rows
-        positions = self.position_ids(tokens, x.device)[:, start:end]
-        x = self.backbone.place(x, positions)
-        keys = torch.ones(1, end, dtype=torch.bool, device=x.device)
-        mask = causal_mask(x.shape[1], keys, x.dtype, x.shape[1] if write and config.sliding_window else 0)
-        context = Context(mask, positions, self.backbone.rotary(x, positions))
-        if config.sliding_window:
-            border = self.border(tokens, x.device)
-            context = context._replace(border=border._replace(reach=border.reach[start:end]))
-        for layer, slot in zip(self.backbone.layers, cache.layers, strict=True):
-            own = layer.memory.open(context._replace(cache=slot), slot.state)
-            x = layer.call(layer.layer, layer.memory.read(x, slot.state), own)
-            if write:
-                slot.state = apply(slot.state, layer.memory.write(x, slot.state, own))
-        return x
 
 
 ARMTConfig.register_for_auto_class()

@@ -20,6 +20,10 @@ import torch.distributed as dist
 from .allocator import keep_freed_memory
 from .config import ConfigError, one_line
 
+# torch 2.13 renamed the two collectives and warns of their old names.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Ranks(NamedTuple):
     """Who this process is. `local_*` count the ranks on this node; `launcher` is the name of what started it."""
@@ -196,6 +200,9 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             f"{socket.gethostname()} could not meet the others within {timeout_s:g} s ({one_line(error)}); "
             "check that rank 0 runs there, that the port is free and reachable, and GLOO_/NCCL_SOCKET_IFNAME"
         ) from None
+    # DeepSpeed 0.19.8 keeps the functions it calls here, under the names that torch 2.13 warns of.
+    backend = deepspeed.comm.comm.cdb
+    backend.all_gather_function, backend.reduce_scatter_function = all_gather_single, reduce_scatter_single
     return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
 
 

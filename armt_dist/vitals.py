@@ -13,6 +13,7 @@ from .bptt import Seen
 from .digest import Digests
 from .executor import Piece, ScheduledLM
 from .health import SmallestRead
+from .parallel import all_gather_single
 from .schedule import Grid, Op
 from .timeline import Event
 from .traffic import Traffic
@@ -99,5 +100,5 @@ def gather(own: Sequence[float], device: torch.device) -> list[list[float]]:
     """Each number of all ranks, by rank. Collective; waits for the device."""
     row = torch.tensor(own, dtype=torch.float64, device=device)
     table = row.new_empty(dist.get_world_size() * len(row))
-    dist.all_gather_into_tensor(table, row)
+    all_gather_single(table, row)
     return table.view(-1, len(row)).T.tolist()

@@ -11,12 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import run_main  # noqa: E402
+from armt_dist.config import ConfigError, one_line, run_main  # noqa: E402
+from armt_dist.versions import check_versions  # noqa: E402
 
 EXAMPLES = """examples:
   python launch/consolidate.py runs/default --out runs/default/export
   python launch/consolidate.py runs/default --tag latest --dtype bfloat16 --out model
   python launch/consolidate.py runs/default/checkpoints/step_00000700 --out model --max-shard-size 1GB
+  python launch/consolidate.py --refresh model     # this version's modelling code into a folder written before
 """
 NEXT = """wrote {out} ({size:.4g} MB) from {checkpoint}; next:
   python launch/evaluate.py --model {out}
@@ -29,23 +31,60 @@ def arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, help="run folder of launch/train.py, or one checkpoint in it")
-    add("--out", type=Path, required=True, help="folder to write; must not exist or be empty")
+    add("run", type=Path, nargs="?", help="run folder of launch/train.py, or one checkpoint in it")
+    add("--out", type=Path, help="folder to write; must not exist or be empty")
     add("--tag", help="checkpoint: latest, best or a folder's name (default: best where there is one, else latest)")
     add("--dtype", default="float32", help="of the weights: float32 (default) or bfloat16")
     add("--max-shard-size", default="5GB", help="of one file (default %(default)s)")
-    return parser.parse_args()
+    add("--refresh", type=Path, metavar="FOLDER", help="put this version's code into an exported folder, nothing else")
+    add("--no-self-check", action="store_true", help="do not compare cached with uncached logits of a small twin")
+    add("--strict-versions", action="store_true", help="end where a package is outside its tested range")
+    args = parser.parse_args()
+    if args.refresh is None and (args.run is None or args.out is None):
+        parser.error("give a run and --out, or --refresh FOLDER")
+    if args.refresh is not None and (args.run is not None or args.out is not None):
+        parser.error("--refresh takes no run and no --out")
+    return args
+
+
+def refresh(folder: Path) -> None:
+    """Bring the code of an exported folder up to date. Raises ConfigError where that cannot be done."""
+    from armt_dist import exported_code
+
+    try:
+        changed = exported_code.refresh(folder)
+    except ValueError as error:
+        raise ConfigError(one_line(error, 400)) from None
+    except OSError as error:
+        raise ConfigError(f"refresh={folder}: cannot be written ({one_line(error)})") from None
+    print(f"{folder}: replaced {', '.join(changed)}" if changed else f"{folder}: its code is this version's already")
+
+
+def check_code(folder: Path) -> None:
+    """Run the self-check on a small model of the kind in `folder`. Raises ConfigError where it fails."""
+    from armt_dist.configuration_armt import ARMTConfig
+    from armt_dist.exported import self_check, small_twin
+
+    self_check(small_twin(ARMTConfig.from_pretrained(folder)))
 
 
 def main() -> None:
     args = arguments()
+    check_versions(args.strict_versions)
     # Slow to import; --help should not wait for it.
     from transformers.utils import logging
 
     from armt_dist.export import export
 
     logging.set_verbosity_error()
+    if args.refresh is not None:
+        refresh(args.refresh)
+        if not args.no_self_check:
+            check_code(args.refresh)
+        return
     found = export(args.run, args.out, args.tag, args.dtype, args.max_shard_size)
+    if not args.no_self_check:
+        check_code(args.out)
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors")) / 1e6
     print(NEXT.format(out=args.out, size=size, checkpoint=found.checkpoint))
 

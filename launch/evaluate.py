@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from armt_dist.config import ConfigError, run_main  # noqa: E402
+from armt_dist.versions import check_versions  # noqa: E402
 
 EXAMPLES = """examples:
   python launch/evaluate.py --model model
@@ -44,6 +45,8 @@ def arguments() -> argparse.Namespace:
     add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
     add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
+    add("--no-self-check", action="store_true", help="do not compare cached with uncached logits first")
+    add("--strict-versions", action="store_true", help="end where a package is outside its tested range")
     add("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     return parser.parse_args()
 
@@ -72,12 +75,14 @@ def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
 
 def main() -> None:
     args = arguments()
+    check_versions(args.strict_versions)
     # Slow to import; --help should not wait for it.
     from transformers.utils import logging
 
     from armt_dist.data import make_task
     from armt_dist.evaluate import check, evaluate
-    from armt_dist.exported import default_lengths, load_model, read_task
+    from armt_dist.exported import default_lengths, load_model, read_task, self_check
+    from armt_dist.exported_code import REFRESH, is_stale
     from armt_dist.plots import heat_map, plot, table
 
     logging.set_verbosity_error()
@@ -86,6 +91,11 @@ def main() -> None:
         raise ConfigError(f"batch={args.batch}: must be at least 1")
     out = args.out or args.model / ("evaluation_zero_memory" if args.zero_memory else "evaluation")
     model = load_model(args.model, args.device)
+    if is_stale(args.model):
+        print(f"note: the code in {args.model} is not this version's, which evaluates it; bring it up to date with\n"
+              f"  {REFRESH.format(folder=args.model)}", file=sys.stderr)  # fmt: skip
+    if not args.no_self_check:
+        self_check(model)
     data = read_task(args.model, args.task, args.data)
     parts = {name: make_task(part, model.config.segment_tokens, model.config.vocab_size, args.batch)
              for name, part in one_by_one(data).items()}  # fmt: skip

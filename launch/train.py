@@ -13,17 +13,15 @@ without finite numbers, 2 a mistake in the configuration, 75 stopped by SIGUSR1 
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# DeepSpeed calls what torch 2.13 deprecates, on every rank.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 from armt_dist import parallel  # noqa: E402
 from armt_dist.config import load, run_main  # noqa: E402
 from armt_dist.determinism import make_deterministic  # noqa: E402
+from armt_dist.versions import check_versions  # noqa: E402
 
 DS_CONFIG = "ds_config."
 
@@ -39,6 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="run folder; left out: runs/NAME OF THE CONFIG")
     parser.add_argument("--resume", default="auto", help="auto (default): the newest checkpoint, if any; never; a tag")
+    parser.add_argument("--strict-versions", action="store_true", help="end if a package is outside its range")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the YAML config")
     return parser.parse_intermixed_args(arguments)
@@ -47,6 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> int:
     args = parse(sys.argv[1:])
     ranks = parallel.discover()
+    check_versions(args.strict_versions, speaks=ranks.rank == 0)
     from armt_dist.engine import read_ds_config
     from armt_dist.run import RunConfig
 

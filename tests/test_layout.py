@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "armt_dist"
 # Each module may import those on lines above its own.
 ORDER = """
 config
+versions
+exported_code
 schedule
 timeline
 verify
@@ -20,7 +22,8 @@ hardware
 planner
 rmt
 memory backbone
-window cache configuration_armt
+window cache configuration_armt tested
+generation
 modeling_armt
 reference offload watchdog determinism allocator
 bptt parallel loss
@@ -42,8 +45,18 @@ trainer
 """
 LEVEL = {module: level for level, line in enumerate(ORDER.split("\n")) for module in line.split()}
 # Folders written by save_pretrained carry these; they are loaded where armt_dist is not installed.
-EXPORTED = ("rmt", "memory", "backbone", "window", "cache", "configuration_armt", "modeling_armt")
-WITHOUT_TORCH = ("config", "schedule", "timeline", "verify", "simulator", "sizes", "hardware", "planner")
+EXPORTED = (
+    "rmt",
+    "memory",
+    "backbone",
+    "window",
+    "cache",
+    "configuration_armt",
+    "tested",
+    "generation",
+    "modeling_armt",
+)
+WITHOUT_TORCH = ("config", "versions", "schedule", "timeline", "verify", "simulator", "sizes", "hardware", "planner")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
