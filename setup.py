@@ -1,8 +1,8 @@
 """Installation of armt_dist.
 
-The ranges are those that fit together: tested with torch 2.13.0, deepspeed 0.19.8, transformers 5.23 on Python 3.11,
-and with torch 2.11 and transformers 5.17 on Python 3.12. On a machine without CUDA install torch's CPU build first
-(launch/install.sh does), or pip takes several GB of CUDA wheels.
+Both ends of the ranges were tested: docs/versions.md says when and with what. launch/install.sh installs the versions
+of constraints.txt. On a machine without CUDA install torch's CPU build first (launch/install.sh does), or pip takes
+several GB of CUDA wheels.
 """
 
 import re
@@ -23,14 +23,14 @@ setup(
     packages=find_packages(include=["armt_dist", "armt_dist.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.18,<6",
         # transformers loads a model partitioned through it
         "accelerate>=1.10,<2",
         "datasets>=4,<6",
-        "safetensors>=0.5",
-        "tokenizers>=0.22",
+        "safetensors>=0.8",
+        "tokenizers>=0.23.1",
         "pydantic>=2.9,<3",
         "pyyaml>=6",
         "numpy>=2",

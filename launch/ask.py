@@ -20,7 +20,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2, help="tokens to generate")
     parser.add_argument("question")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
     refresh = REFRESH.format(folder=args.model)
     if not hasattr(model, "check"):
@@ -30,6 +29,7 @@ def main() -> int:
     if is_stale(Path(args.model)):
         print(f"note: the code in {args.model} is not this version's; bring it up to date with {refresh}",
               file=sys.stderr)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     inputs = tokenizer(args.question, return_tensors="pt", add_special_tokens=False)
     answer = model.generate(inputs["input_ids"], max_new_tokens=args.tokens, do_sample=False)
     print(f"{args.question} -> {tokenizer.decode(answer[0, inputs['input_ids'].shape[1] :])}")

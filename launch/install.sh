@@ -1,27 +1,55 @@
 #!/usr/bin/env bash
-# Install armt_dist into .venv, made if there is none:  bash launch/install.sh [extras, for example test]
-# Without a CUDA driver torch comes as its CPU build where one is to be had.
+# Install armt_dist and the tested versions of what it needs (constraints.txt) into .venv, which is made if need be.
+#
+#   bash launch/install.sh [--newest] [extras, for example test]
+#
+# --newest   the newest versions that setup.py allows instead of the tested ones
+# PYTHON     the Python that .venv is made with (python3)
+# TORCH      the version of torch, if .venv has none yet (2.13.0). A torch that is there already stays; without a CUDA
+#            driver it comes as its CPU build where one is to be had.
+# VENV, CONSTRAINTS    other places than .venv and constraints.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extras=${1:+[$1]}
-python=${PYTHON:-python3}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+newest='' extras=''
+for argument in "$@"; do
+    case $argument in
+        --newest) newest=yes ;;
+        -*) echo "error: install.sh $argument: unknown option; known: --newest" >&2 && exit 2 ;;
+        *) extras=$argument ;;
+    esac
+done
+venv=${VENV:-.venv} constraints=${CONSTRAINTS:-constraints.txt}
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 
-# Nothing to do while what was installed is what setup.py asks for.
-stamp=.venv/.armt_dist-${1:-base}
-wanted=$(cksum setup.py launch/install.sh)
+# Nothing to do while what was installed is what is asked for.
+stamp=$venv/.armt_dist-${extras:-base}
+wanted="$newest $(cksum setup.py launch/install.sh "$constraints")"
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then
-    # A CPU build is named by its version on some indexes and has an index of its own; CUDA wheels are the last resort.
-    pip install -q torch==2.13.0+cpu 2>/dev/null ||
-        pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
-        pip install -q torch==2.13.0
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    torch=torch==${TORCH:-2.13.0}
+    if command -v nvidia-smi >/dev/null; then
+        pip install -q "$torch"
+    else
+        # A CPU build is named by its version on some indexes and has an index of its own; CUDA wheels come last.
+        pip install -q "$torch+cpu" 2>/dev/null ||
+            pip install -q "$torch" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
+            pip install -q "$torch"
+    fi
+fi
+if [ -n "$newest" ]; then
+    # torch stays as it is: a newer one would be another build.
+    constraints=$(mktemp)
+    trap 'rm -f "$constraints"' EXIT
+    "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$constraints"
+    set -- --upgrade --upgrade-strategy eager
+else
+    set --
 fi
 # DeepSpeed compiles its extensions when they are first used, not now.
-pip install -q setuptools wheel ninja
-DS_BUILD_OPS=0 pip install -q --no-build-isolation -e ".$extras"
+pip install -q -c "$constraints" setuptools wheel ninja
+DS_BUILD_OPS=0 pip install -q --no-build-isolation -c "$constraints" "$@" -e ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"
