@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs):
     whole, stopped = curve(runs / "whole"), curve(runs / "stopped")
     assert len(whole) == 24 + 5, "24 steps; validations after 7, 12, 14, 21, 24"
     assert stopped == whole
+
+
+def test_no_deprecation_reaches_the_terminal(runs):
+    log = (runs / "whole.log").read_text()
+    assert "step" in log and not re.search("deprecat|FutureWarning", log, re.IGNORECASE)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(runs):
