@@ -37,7 +37,7 @@ setup(
         "packaging>=24",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",
         "psutil>=5.9",
     ],
     extras_require={
