@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from .config import ConfigError, one_line, run_main
-from .configuration_armt import ARMTConfig
-from .modeling_armt import ARMTForCausalLM
+from .model.configuration_armt import ARMTConfig
+from .model.modeling_armt import ARMTForCausalLM
 
 # The authors' names -> ours, tried in order.
 RENAMES = (

@@ -30,10 +30,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.executor import ScheduledLM, cut
-from armt_dist.modeling_armt import ARMTForCausalLM
-from armt_dist.schedule import Grid
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime.executor import ScheduledLM, cut
+from armt_dist.schedule.program import Grid
 
 PLAIN, VARIANTS = "plain", ("store", "rebuild", "recompute")
 SEGMENT_TOKENS, VOCABULARY, LAYERS = 128, 1024, 8

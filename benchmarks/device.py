@@ -16,11 +16,11 @@ from statistics import median
 
 import torch
 
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.executor import Piece, ScheduledLM, Totals, cut
-from armt_dist.loss import token_nll
-from armt_dist.modeling_armt import ARMTForCausalLM
-from armt_dist.schedule import Grid
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime.executor import Piece, ScheduledLM, Totals, cut
+from armt_dist.runtime.loss import token_nll
+from armt_dist.schedule.program import Grid
 
 LLAMA_1B = dict(
     model_type="llama",

@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from ranks import ROOT, model_bytes, spawn, tiny_engine
 
-from armt_dist import checkpoint
+from armt_dist.checkpoint import folder as checkpoint
 
 # ranks.py has put tests/ on the path.
 from faults import start  # isort: skip
@@ -125,8 +125,8 @@ def stop(folder: Path, limit_s: float = 20.0) -> dict:
 
 def measure_cost(ranks, layout, folder: Path) -> dict | None:
     """Rank 0: seconds of a step, of a save, of the pause of a save in the background, and until that is whole."""
-    from armt_dist import executor
-    from armt_dist.saver import Saver
+    from armt_dist.checkpoint.save import Saver
+    from armt_dist.runtime import executor
 
     runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, 8, 128, width=256)
     savers = {name: Saver(engine, folder / name, name == "background", print) for name in ("waiting", "background")}
@@ -156,7 +156,7 @@ def measure_cost(ranks, layout, folder: Path) -> dict | None:
 
 def cost(folder: Path) -> dict:
     """As fractions of a step."""
-    from armt_dist.executor import ParallelConfig
+    from armt_dist.runtime.executor import ParallelConfig
 
     found = spawn(WORLD, measure_cost, ParallelConfig(), folder, timeout_s=500)[0]
     ratios = {name: round(found[name] / found["step"], 3) for name in ("waiting", "background")}

@@ -16,10 +16,10 @@ import psutil
 from ranks import RESULTS, heading
 
 from armt_dist.config import build
-from armt_dist.data.loader import DataConfig, make_task
-from armt_dist.evaluate import evaluate
-from armt_dist.exported import load_model
-from armt_dist.plots import Curve, Panel, draw
+from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.evaluation.evaluate import evaluate
+from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
+from armt_dist.evaluation.exported import load_model
 
 
 def main() -> None:

@@ -28,11 +28,13 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
     `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would, apart from
     those in `zero`. `wrap` may put another module in the runner's place.
     """
-    from armt_dist import build, engine, executor, handoff, parallel
     from armt_dist.config import build as section
-    from armt_dist.schedule import Grid
+    from armt_dist.distributed import rendezvous
+    from armt_dist.runtime import executor, handoff
+    from armt_dist.schedule.program import Grid
+    from armt_dist.zero3 import engine, partitioned_model
 
-    mesh = parallel.mesh(ranks, layout.sp)
+    mesh = rendezvous.mesh(ranks, layout.sp)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **(zero or {})}
     ds = {"train_micro_batch_size_per_gpu": layout.chunks, "zero_optimization": zero}
     prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
@@ -45,10 +47,10 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
         "num_key_value_heads": 4,
         "vocab_size": 64,
     }
-    config = section(build.ModelConfig, {"base_config": base, "num_mem_tokens": 2, "d_mem": 8})
-    armt = build.armt_config(config, {}, segment_tokens)
-    model = build.build_model(config, armt, prepared.ds_config, seed=0)
-    link = handoff.Wire(*parallel.ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
+    config = section(partitioned_model.ModelConfig, {"base_config": base, "num_mem_tokens": 2, "d_mem": 8})
+    armt = partitioned_model.armt_config(config, {}, segment_tokens)
+    model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
+    link = handoff.Wire(*rendezvous.ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
     runner = executor.ScheduledLM(model, states="recompute", link=link)
     if wrap is not None:
         runner = wrap(runner)
@@ -80,7 +82,7 @@ def sleeping_cell(memory, num_mem_tokens: int, row_s: float, x, state, context):
 
     Hidden states and memory state still depend on what comes in, so gradients flow along both arrows.
     """
-    from armt_dist.memory import Update
+    from armt_dist.model.memory import Update
 
     seconds = row_s * len(x)
     time.sleep(seconds)

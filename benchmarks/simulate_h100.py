@@ -12,10 +12,10 @@ import math
 from pathlib import Path
 
 from armt_dist.config import ConfigError
-from armt_dist.hardware import H100
-from armt_dist.planner import choose, plan
-from armt_dist.simulator import simulate_step
-from armt_dist.sizes import MODELS, Work
+from armt_dist.schedule.hardware import H100
+from armt_dist.schedule.model_sizes import MODELS, Work
+from armt_dist.schedule.planner import choose, plan
+from armt_dist.schedule.simulator import simulate_step
 
 GPUS = (8, 64, 512, 4096)
 TOKENS = tuple(2**n for n in range(17, 25))

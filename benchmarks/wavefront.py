@@ -16,8 +16,8 @@ from statistics import fmean
 import torch
 from ranks import RESULTS, emulate, heading, model_bytes, spawn, tiny_engine
 
-from armt_dist.schedule import Grid, efficiency_bound
-from armt_dist.simulator import Costs, simulate_step
+from armt_dist.schedule.program import Grid, efficiency_bound
+from armt_dist.schedule.simulator import Costs, simulate_step
 
 TITLE = "# The wavefront against its bound"
 LAYERS, STEPS, WARM_UP = 16, 5, 2
@@ -32,8 +32,9 @@ HEADER = (
 
 def measure(ranks, layout, cell_s: float) -> list[tuple]:
     """Per measured step: all ranks' events; this rank's bytes gathered and reduced over the model's, CPU seconds."""
-    from armt_dist import executor, trace
-    from armt_dist.traffic import Traffic
+    from armt_dist.monitoring import profile
+    from armt_dist.runtime import executor
+    from armt_dist.zero3.collective_bytes import Traffic
 
     torch.manual_seed(ranks.rank)
     runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, LAYERS, SEGMENT_TOKENS)
@@ -46,7 +47,7 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
         executor.backward(engine, totals.nll * ranks.world_size / tokens.numel())
         after, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time() - cpu_s
         engine.step()
-        events = trace.collect(runner.trace)
+        events = profile.collect(runner.trace)
         if step >= WARM_UP:
             moved = ((b - a) / model_bytes(runner) for a, b in zip(before, after, strict=True))
             found.append((events, *moved, cpu_s))
@@ -55,7 +56,7 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
 
 def row(layout, cell_s: float, steps: list[tuple]) -> dict:
     """One line of the table: means over the measured steps."""
-    from armt_dist import trace
+    from armt_dist.monitoring import profile
 
     grid = Grid(layout.sp * layout.rounds, LAYERS, layout.sp, layout.rounds, layout.chunks)
     simulated = simulate_step("wavefront", grid, Costs(cell_s * layout.chunks))
@@ -64,7 +65,7 @@ def row(layout, cell_s: float, steps: list[tuple]) -> dict:
     makespans, parts = [], []
     for events, *_ in steps:
         makespans.append(max(e.end_s for e in events) - min(e.start_s for e in events))
-        parts += [trace.summary([e for e in events if e.rank == rank]) for rank in range(layout.sp)]
+        parts += [profile.summary([e for e in events if e.rank == rank]) for rank in range(layout.sp)]
     makespan_s, bound = fmean(makespans), efficiency_bound(grid)
     return {
         "sp": layout.sp,
@@ -94,8 +95,8 @@ def line(r: dict) -> str:
 
 
 def main() -> None:
-    from armt_dist import trace
-    from armt_dist.executor import ParallelConfig
+    from armt_dist.monitoring import profile
+    from armt_dist.runtime.executor import ParallelConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sp", type=int, nargs="+", default=[2, 4, 8])
@@ -111,7 +112,7 @@ def main() -> None:
         rows.append(row(layout, args.cell_ms / 1e3, steps))
         print(line(rows[-1]), flush=True)
         if args.profile and (rounds, chunks) == (1, 1):
-            trace.write(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
+            profile.write(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
         # After each row: the next may be cut short.
         text = "\n".join([HEADER, *map(line, rows)])
         (RESULTS / "wavefront.md").write_text(f"{TITLE}\n\n{heading('wavefront.py')}\n\n{text}\n")

@@ -33,7 +33,7 @@ class SegmentMajor(nn.Module):
 
     def forward(self, tokens):
         """The summed loss of tokens [B, S·T]."""
-        from armt_dist.modeling_armt import one_cell
+        from armt_dist.model.modeling_armt import one_cell
 
         states, hidden = self.model.initial_states(len(tokens)), []
         for ids in tokens.split(SEGMENT_TOKENS, dim=1):
@@ -49,9 +49,9 @@ class SegmentMajor(nn.Module):
 
 def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
     """(S, gathered, reduced, loss) for each number of segments S."""
-    from armt_dist import executor
-    from armt_dist.executor import ParallelConfig
-    from armt_dist.traffic import Traffic
+    from armt_dist.runtime import executor
+    from armt_dist.runtime.executor import ParallelConfig
+    from armt_dist.zero3.collective_bytes import Traffic
 
     wrap = (lambda runner: SegmentMajor(runner.model, runner.loss_head)) if plain else None
     runner, engine, armt, grid, _ = tiny_engine(

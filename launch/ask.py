@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from armt_dist.exported_code import REFRESH, is_stale  # noqa: E402
+from armt_dist.checkpoint.exported_code import REFRESH, is_stale
 
 
 def main() -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import ConfigError, one_line, run_main  # noqa: E402
-from armt_dist.versions import check_versions  # noqa: E402
+from armt_dist.config import ConfigError, one_line, run_main
+from armt_dist.versions import check_versions
 
 EXAMPLES = """examples:
   python launch/consolidate.py runs/default --out runs/default/export
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
 
 def refresh(folder: Path) -> None:
     """Bring the code of an exported folder up to date. Raises ConfigError where that cannot be done."""
-    from armt_dist import exported_code
+    from armt_dist.checkpoint import exported_code
 
     try:
         changed = exported_code.refresh(folder)
@@ -62,8 +62,8 @@ def refresh(folder: Path) -> None:
 
 def check_code(folder: Path) -> None:
     """Run the self-check on a small model of the kind in `folder`. Raises ConfigError where it fails."""
-    from armt_dist.configuration_armt import ARMTConfig
-    from armt_dist.exported import self_check, small_twin
+    from armt_dist.evaluation.exported import self_check, small_twin
+    from armt_dist.model.configuration_armt import ARMTConfig
 
     self_check(small_twin(ARMTConfig.from_pretrained(folder)))
 
@@ -74,7 +74,7 @@ def main() -> None:
     # Slow to import; --help should not wait for it.
     from transformers.utils import logging
 
-    from armt_dist.export import export
+    from armt_dist.checkpoint.export import export
 
     logging.set_verbosity_error()
     if args.refresh is not None:

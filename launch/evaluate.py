@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from armt_dist.data.loader import DataConfig
+    from armt_dist.data.tasks import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import ConfigError, run_main  # noqa: E402
-from armt_dist.versions import check_versions  # noqa: E402
+from armt_dist.config import ConfigError, run_main
+from armt_dist.versions import check_versions
 
 EXAMPLES = """examples:
   python launch/evaluate.py --model model
@@ -64,7 +64,7 @@ def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
     """What is evaluated apart, by name: each task of BABILong, or the whole."""
     if data.task != "babilong":
         return {data.task: data}
-    from armt_dist.data.babilong import BabilongConfig
+    from armt_dist.data.babilong.task import BabilongConfig
 
     section = data.babilong or BabilongConfig()
     return {
@@ -79,11 +79,11 @@ def main() -> None:
     # Slow to import; --help should not wait for it.
     from transformers.utils import logging
 
-    from armt_dist.data import make_task
-    from armt_dist.evaluate import check, evaluate
-    from armt_dist.exported import default_lengths, load_model, read_task, self_check
-    from armt_dist.exported_code import REFRESH, is_stale
-    from armt_dist.plots import heat_map, plot, table
+    from armt_dist.checkpoint.exported_code import REFRESH, is_stale
+    from armt_dist.data.tasks import make_task
+    from armt_dist.evaluation.evaluate import check, evaluate
+    from armt_dist.evaluation.evaluation_report import heat_map, plot, table
+    from armt_dist.evaluation.exported import default_lengths, load_model, read_task, self_check
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 from armt_dist.config import ConfigError, run_main
-from armt_dist.hardware import H100
-from armt_dist.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
-from armt_dist.schedule import warning
-from armt_dist.simulator import simulate_step
-from armt_dist.sizes import MODELS, Model, Work, from_hf
-from armt_dist.timeline import plot, show
+from armt_dist.schedule.hardware import H100
+from armt_dist.schedule.model_sizes import MODELS, Model, Work, from_hf
+from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
+from armt_dist.schedule.program import warning
+from armt_dist.schedule.simulator import simulate_step
+from armt_dist.schedule.timeline import plot, show
 
 EXAMPLES = """examples:
   python launch/plan.py --model llama-1b --gpus 8 --sequence-tokens 131072

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from armt_dist import parallel  # noqa: E402
-from armt_dist.config import ConfigError, run_main  # noqa: E402
-from armt_dist.preflight import GIB, MIB, Limits, examine, judge, report  # noqa: E402
+from armt_dist.config import ConfigError, run_main
+from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed.preflight import GIB, MIB, Limits, examine, judge, report
 
 # By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
 # one kind agree within a few percent; CPUs are shared, only a broken one is told apart.

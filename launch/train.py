@@ -18,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist import parallel  # noqa: E402
-from armt_dist.config import load, run_main  # noqa: E402
-from armt_dist.determinism import make_deterministic  # noqa: E402
-from armt_dist.versions import check_versions  # noqa: E402
+from armt_dist.config import load, run_main
+from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed.determinism import make_deterministic
+from armt_dist.versions import check_versions
 
 DS_CONFIG = "ds_config."
 
@@ -47,8 +47,8 @@ def main() -> int:
     args = parse(sys.argv[1:])
     ranks = parallel.discover()
     check_versions(args.strict_versions, speaks=ranks.rank == 0)
-    from armt_dist.engine import read_ds_config
-    from armt_dist.run import RunConfig
+    from armt_dist.training.run_config import RunConfig
+    from armt_dist.zero3.engine import read_ds_config
 
     of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
     config = load(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
@@ -57,7 +57,7 @@ def main() -> int:
         make_deterministic()
     device = parallel.start(ranks, config.parallel.timeout_s)
     # DeepSpeed picks its accelerator when it is first imported, so nothing that imports it comes before `start`.
-    from armt_dist.trainer import Trainer
+    from armt_dist.training.trainer import Trainer
 
     try:
         out = args.out or Path("runs") / args.config.stem

@@ -64,7 +64,7 @@ def patch(owner: type, name: str, make: Callable) -> None:
 
 def clock() -> None:
     """Keep `Now`."""
-    from armt_dist.trainer import Trainer
+    from armt_dist.training.trainer import Trainer
 
     def make(original):
         def train_step(trainer, *args):
@@ -81,7 +81,7 @@ def clock() -> None:
 
 def nan(plant: Plant) -> None:
     """The rank's embedded batch is NaN."""
-    from armt_dist.modeling_armt import ARMTForCausalLM
+    from armt_dist.model.modeling_armt import ARMTForCausalLM
 
     def make(original):
         return lambda *args: original(*args) * (float("nan") if plant.here() else 1)
@@ -91,7 +91,7 @@ def nan(plant: Plant) -> None:
 
 def loss(plant: Plant) -> None:
     """The rank's summed loss is `size` more, its gradients are what they were."""
-    from armt_dist.executor import ScheduledLM
+    from armt_dist.runtime.executor import ScheduledLM
 
     def make(original):
         def sum_up(*args):
@@ -105,7 +105,7 @@ def loss(plant: Plant) -> None:
 
 def slow(plant: Plant) -> None:
     """Every cell of the rank takes `size` seconds more."""
-    from armt_dist.modeling_armt import ARMTLayer
+    from armt_dist.model.modeling_armt import ARMTLayer
 
     def make(original):
         def cell(*args):
@@ -119,7 +119,7 @@ def slow(plant: Plant) -> None:
 
 def write(plant: Plant) -> None:
     """In one segment and layer `size` more is written to the memory; for one micro-batch, block and chunk a step."""
-    from armt_dist.modeling_armt import ARMTLayer
+    from armt_dist.model.modeling_armt import ARMTLayer
 
     layers, calls = {}, Counter()
 
@@ -141,7 +141,7 @@ def write(plant: Plant) -> None:
 
 def without(plant: Plant) -> None:
     """The data never had the global batch of `step`: the next one takes its place. Of several name the last first."""
-    from armt_dist.batches import Batches
+    from armt_dist.training.global_batch import Batches
 
     def make(original):
         def micro_batches(batches, split, step, difficulty):
@@ -157,7 +157,7 @@ PLANTS = {"nan": nan, "loss": loss, "slow": slow, "write": write, "without": wit
 
 def start(world: int, arguments: Sequence, plants: Sequence[Plant] = (), **environ: str) -> list[subprocess.Popen]:
     """The ranks of one run of the training command; stdout and stderr are pipes of text."""
-    from armt_dist.parallel import free_port
+    from armt_dist.distributed.rendezvous import free_port
 
     port = str(free_port())
     command = [sys.executable, __file__, *map(str, plants), "--", *map(str, arguments)]

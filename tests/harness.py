@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Container
 
-from armt_dist import parallel
+from armt_dist.distributed import rendezvous as parallel
 
 
 def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from armt_dist.config import ConfigError, build
-from armt_dist.data import IGNORE, DataConfig, Difficulty, babi, make_task, published
+from armt_dist.data.babilong import published
+from armt_dist.data.babilong import stories as babi
+from armt_dist.data.task import IGNORE, Difficulty
+from armt_dist.data.tasks import DataConfig, make_task
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 ROWS = range(8)

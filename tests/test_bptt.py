@@ -4,12 +4,12 @@ import pytest
 import torch
 from golden import CASES, TOLERANCES, assert_close, assert_gradients, golden_gradients, load_case, load_model
 
-from armt_dist import executor
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.executor import ScheduledLM, cut
-from armt_dist.memory import apply
-from armt_dist.modeling_armt import ARMTForCausalLM
-from armt_dist.schedule import Grid
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.memory import apply
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime import executor
+from armt_dist.runtime.executor import ScheduledLM, cut
+from armt_dist.schedule.program import Grid
 
 GRID = Grid(segments=1, layers=1)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from harness import spawn
 
-from armt_dist import checkpoint
-from armt_dist.checkpoint import CheckpointError
-from armt_dist.saver import Writer
+from armt_dist.checkpoint import folder as checkpoint
+from armt_dist.checkpoint.folder import CheckpointError
+from armt_dist.checkpoint.save import Writer
 
 TAGS = ("step_00000002", "step_00000004")
 

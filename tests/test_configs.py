@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from armt_dist import build
 from armt_dist.config import load
-from armt_dist.data import make_task
-from armt_dist.run import RunConfig
+from armt_dist.data.tasks import make_task
+from armt_dist.training.run_config import RunConfig
+from armt_dist.zero3 import partitioned_model as build
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from experiments import EXPERIMENTS  # noqa: E402
+from experiments import EXPERIMENTS
 
 CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
 FULL_SIZE = {"retrieval_remember", "retrieval_rewrite", "babilong_gpt2", "pg19_llama3.2_1b_sliding", "wikitext103_gpt2"}

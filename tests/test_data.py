@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from armt_dist.config import ConfigError, build
-from armt_dist.data import IGNORE, DataConfig, Difficulty, make_task
-from armt_dist.data.tokenizer import byte_tokenizer, encode, word_tokenizer
+from armt_dist.data.task import IGNORE, Difficulty
+from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.tokenizers import byte_tokenizer, encode, word_tokenizer
 
 ROWS = range(8)
 
@@ -394,7 +395,7 @@ def test_unreadable_text(tmp_path, content, message):
 
 
 def test_vanished_file(tmp_path):
-    from armt_dist.data.files import read
+    from armt_dist.data.text.files import read
 
     with pytest.raises(ConfigError, match=r"gone\.txt: No such file or directory; restore"):
         read(tmp_path / "gone.txt")

@@ -8,9 +8,9 @@ import torch
 from harness import spawn
 from safetensors.torch import load_file
 
-from armt_dist import engine as engines
 from armt_dist.config import ConfigError
-from armt_dist.schedule import Grid
+from armt_dist.schedule.program import Grid
+from armt_dist.zero3 import engine as engines
 
 CPU = torch.device("cpu")
 # Everything is released after use, so that nothing works only because a parameter happened to be whole.
@@ -19,14 +19,15 @@ ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 def engine_on(folder, world, **ds_config):
     """An engine on an imported model. Returns it with its runner and configuration."""
-    from armt_dist import build, executor
     from armt_dist.config import build as section
+    from armt_dist.runtime import executor
+    from armt_dist.zero3 import partitioned_model
 
     ds = {"train_batch_size": 2, "zero_optimization": ZERO, **ds_config}
     prepared = engines.prepare(ds, world, world, CPU)
-    config = section(build.ModelConfig, {"base": str(folder)})
-    armt = build.armt_config(config, {}, None)
-    model = build.build_model(config, armt, prepared.ds_config, seed=0)
+    config = section(partitioned_model.ModelConfig, {"base": str(folder)})
+    armt = partitioned_model.armt_config(config, {}, None)
+    model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
     runner = executor.ScheduledLM(model, states="rebuild")
     grid = Grid(segments=1, layers=armt.num_hidden_layers)
     return engines.start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid
@@ -34,7 +35,7 @@ def engine_on(folder, world, **ds_config):
 
 def step(engine, armt, grid, ranks, io, labels, drop_full_masks=False):
     """Forward and backward of one batch of two rows, spread over the ranks. Returns the global mean loss."""
-    from armt_dist import executor
+    from armt_dist.runtime import executor
 
     shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     rows = slice(ranks.rank * 2 // ranks.world_size, (ranks.rank + 1) * 2 // ranks.world_size)

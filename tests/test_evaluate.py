@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from armt_dist.checkpoint.export import TASK_FILE
 from armt_dist.config import build
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.data import DataConfig, Difficulty, make_task
-from armt_dist.data.tokenizer import byte_tokenizer
-from armt_dist.evaluate import evaluate, score, scored_bytes
-from armt_dist.export import TASK_FILE
-from armt_dist.exported import default_lengths, load_model, read_task
-from armt_dist.modeling_armt import ARMTForCausalLM
+from armt_dist.data.task import Difficulty
+from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.tokenizers import byte_tokenizer
+from armt_dist.evaluation.evaluate import evaluate, score, scored_bytes
+from armt_dist.evaluation.exported import default_lengths, load_model, read_task
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.modeling_armt import ARMTForCausalLM
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("To be, or not to be.", "Whether 'tis nobler — in the mind", "to suffer the slings and arrows of fortune")
@@ -158,7 +159,7 @@ def test_zero_memory_reads_every_segment_alone():
 @pytest.mark.parametrize("piece", [5, 7, 16384])
 def test_bytes_are_counted_piece_by_piece(monkeypatch, piece):
     """No piece ends in the middle of a character."""
-    monkeypatch.setattr("armt_dist.evaluate.DECODED", piece)
+    monkeypatch.setattr("armt_dist.evaluation.evaluate.DECODED", piece)
     tokenizer, text = byte_tokenizer(), "".join(TEXTS) + "—\U0001f600é" * 9
     labels = torch.tensor([[-100, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
     assert scored_bytes(tokenizer, labels) == len(text.encode())
@@ -169,8 +170,8 @@ import sys
 import psutil, torch
 sys.path.insert(0, "tests")
 from test_evaluate import make_model
-from armt_dist.data import Batch
-from armt_dist.evaluate import score
+from armt_dist.data.task import Batch
+from armt_dist.evaluation.evaluate import score
 
 torch.set_num_threads(1)
 model = make_model(50, 16)

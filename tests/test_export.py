@@ -12,10 +12,10 @@ import torch
 from harness import spawn
 from safetensors.torch import load_file
 
+from armt_dist.checkpoint.export import PREFIX, export, skeleton
+from armt_dist.checkpoint.zero_shards import open_checkpoint
 from armt_dist.config import ConfigError
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.export import PREFIX, export, skeleton
-from armt_dist.zero_shards import open_checkpoint
+from armt_dist.model.configuration_armt import ARMTConfig
 
 ROOT = Path(__file__).parents[1]
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8}
@@ -55,8 +55,8 @@ torch.save(logits, sys.argv[2])
 def train(ranks, root, names):
     """A run of two steps for each of `names`. Returns the trained models' logits."""
     from armt_dist.config import build
-    from armt_dist.run import RunConfig
-    from armt_dist.trainer import Trainer
+    from armt_dist.training.run_config import RunConfig
+    from armt_dist.training.trainer import Trainer
 
     logits = {}
     for name in names:
@@ -129,7 +129,7 @@ def test_master_weights_are_exported_bit_for_bit(trained, tmp_path):
 
 
 def test_folder_is_as_save_pretrained_writes_it(trained, tmp_path):
-    from armt_dist.modeling_armt import ARMTForCausalLM
+    from armt_dist.model.modeling_armt import ARMTForCausalLM
 
     run = trained[0] / "gpt2_tied_frozen"
     export(run, tmp_path / "out")
@@ -223,7 +223,7 @@ def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("armt_dist.export.write_shard", full)
+    monkeypatch.setattr("armt_dist.checkpoint.export.write_shard", full)
     with pytest.raises(ConfigError, match="out=.*cannot be written .*No space left"):
         export(trained[0] / "gpt2_untied", tmp_path / "new" / "out")
     assert not list((tmp_path / "new").iterdir())
@@ -275,7 +275,7 @@ def test_commands_in_a_row(trained, tmp_path, monkeypatch, capsys):
 PEAK = """
 import sys, threading, time
 from pathlib import Path
-from armt_dist.export import export
+from armt_dist.checkpoint.export import export
 
 def anonymous_mb():
     # Pages of mapped files are the kernel's to take back; these are not.

@@ -13,9 +13,12 @@ from golden import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from armt_dist import build, checkpoint, engine, reference
+from armt_dist import reference
+from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.config import ConfigError, load
-from armt_dist.run import RunConfig
+from armt_dist.training.run_config import RunConfig
+from armt_dist.zero3 import engine
+from armt_dist.zero3 import partitioned_model as build
 
 ROOT = Path(__file__).parents[1]
 CASE = GOLDEN / "armt_v2_gpt2_freezemem"

@@ -11,9 +11,9 @@ from golden import TOLERANCES, assert_close
 from test_bptt import small_model
 from transformers import DynamicCache, GenerationMixin, TextStreamer, Trainer, TrainingArguments
 
-from armt_dist import backbone, generation, tested
-from armt_dist.generation import CACHE_NAME
-from armt_dist.modeling_armt import ARMTCache
+from armt_dist.model import backbone, generation, tested
+from armt_dist.model.generation import CACHE_NAME
+from armt_dist.model.modeling_armt import ARMTCache
 
 SEGMENT = 8
 FAMILIES = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import ROOT, log_of, processes_of
 
-from armt_dist import parallel
+from armt_dist.distributed import rendezvous as parallel
 
 # A step takes some 50 ms, so that what is sent to the run after a few steps comes well before the last.
 STEPS = 100

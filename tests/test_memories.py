@@ -8,10 +8,10 @@ from harness import spawn
 from test_bptt import GRID, oracle, random_batch, scheduled_loss, shifted, small_model
 
 from armt_dist.config import ConfigError
-from armt_dist.executor import ParallelConfig, check_memory
-from armt_dist.memory import AssociativeMemory
-from armt_dist.modeling_armt import ARMTForCausalLM
-from armt_dist.schedule import default
+from armt_dist.model.memory import AssociativeMemory
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime.executor import ParallelConfig, check_memory
+from armt_dist.schedule.program import default
 
 SEGMENT = 8
 
@@ -165,8 +165,9 @@ def train(ranks, folders):
     """Losses and final weights of each run, every rank with its rows."""
     import deepspeed
 
-    from armt_dist import build, engine, executor
     from armt_dist.config import build as section
+    from armt_dist.runtime import executor
+    from armt_dist.zero3 import engine, partitioned_model
 
     found, device = {}, torch.device("cpu")
     for name, (_, schedule_name) in RUNS.items():
@@ -174,9 +175,9 @@ def train(ranks, folders):
         ds = {"train_batch_size": 4, "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": ADAMW}}
         ds["gradient_clipping"] = CLIP
         prepared = engine.prepare(ds, ranks.world_size, ranks.world_size, device)
-        config = section(build.ModelConfig, {"base": str(folders / name)})
-        armt = build.armt_config(config, {}, None)
-        model = build.build_model(config, armt, prepared.ds_config, seed=0)
+        config = section(partitioned_model.ModelConfig, {"base": str(folders / name)})
+        armt = partitioned_model.armt_config(config, {}, None)
+        model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
         runner = executor.ScheduledLM(model, schedule_name=schedule_name)
         grid = GRID._replace(layers=armt.num_hidden_layers, chunks=2)
         trained, losses = engine.start_engine(runner, prepared.ds_config, grid, device), []

@@ -28,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from armt_dist import reference
-from armt_dist.backbone import FAMILIES
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.modeling_armt import ARMTForCausalLM, segment_lengths
+from armt_dist.model.backbone import FAMILIES
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.modeling_armt import ARMTForCausalLM, segment_lengths
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from harness import spawn
 
-from armt_dist import parallel
 from armt_dist.config import ConfigError
+from armt_dist.distributed import rendezvous as parallel
 
 TORCHRUN = dict(RANK="5", WORLD_SIZE="16", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="8")
 DEEPSPEED = dict(RANK="5", WORLD_SIZE="16", LOCAL_RANK="1", LOCAL_SIZE="2", CROSS_SIZE="8")
@@ -170,7 +170,8 @@ def test_harness_reports_the_failing_rank_and_leaves_nobody_waiting(function, ti
 
 
 SCRIPT = """
-from armt_dist import config, parallel
+from armt_dist import config
+from armt_dist.distributed import rendezvous as parallel
 config.RANK_0_SPEAKS_S = 0
 ranks = parallel.discover()
 config.run_main(lambda: parallel.start(ranks, timeout_s=2) and None, ranks.rank)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from armt_dist.config import ConfigError
-from armt_dist.hardware import H100
-from armt_dist.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
-from armt_dist.schedule import Grid, Op, backward, build, wavefront
-from armt_dist.simulator import simulate_step
-from armt_dist.sizes import MODELS, Work, from_hf
+from armt_dist.schedule.hardware import H100
+from armt_dist.schedule.model_sizes import MODELS, Work, from_hf
+from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
+from armt_dist.schedule.program import Grid, Op, backward, build, wavefront
+from armt_dist.schedule.simulator import simulate_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]

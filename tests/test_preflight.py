@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from harness import spawn
 
-from armt_dist import preflight
-from armt_dist.preflight import GIB, MIB, Facts, Limits, judge, link_turn, report
+from armt_dist.distributed import preflight
+from armt_dist.distributed.preflight import GIB, MIB, Facts, Limits, judge, link_turn, report
 
 LIMITS = Limits(gpus=1, folder_bytes=GIB, clock_s=5.0, slow=1.5)
 FIT = Facts(

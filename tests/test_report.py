@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from armt_dist import report
 from armt_dist.config import ConfigError
-from armt_dist.plateau import OVER, Plateau
+from armt_dist.evaluation import run_report as report
+from armt_dist.monitoring.plateau import OVER, Plateau
 
 
 def watched(accuracy, steps=OVER):

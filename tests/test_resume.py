@@ -11,7 +11,7 @@ import torch
 from faults import Plant, start
 from test_train import FP32, curve, train
 
-from armt_dist import checkpoint
+from armt_dist.checkpoint import folder as checkpoint
 
 # Frozen memory projections: parameters that no optimizer knows.
 SETTINGS = [

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armt_dist.config import ConfigError
-from armt_dist.schedule import (
+from armt_dist.schedule.checker import ScheduleError
+from armt_dist.schedule.program import (
     ARMT_ARROWS,
     RMT_ARROWS,
     Grid,
@@ -28,9 +29,8 @@ from armt_dist.schedule import (
     warning,
     wavefront,
 )
-from armt_dist.simulator import Costs, simulate, simulate_step
-from armt_dist.timeline import plot, show
-from armt_dist.verify import ScheduleError
+from armt_dist.schedule.simulator import Costs, simulate, simulate_step
+from armt_dist.schedule.timeline import plot, show
 
 FAULTY = Grid(segments=7, layers=2, sp=3, rounds=2, chunks=2)
 
@@ -343,5 +343,5 @@ def test_png_timeline(tmp_path):
 
 
 def test_schedules_need_neither_torch_nor_matplotlib():
-    code = "import armt_dist.simulator, sys; sys.exit(bool({'torch', 'matplotlib', 'deepspeed'} & set(sys.modules)))"
+    code = "import armt_dist.schedule.simulator, sys; sys.exit(bool({'torch', 'matplotlib', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from armt_dist import checkpoint
+from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.config import ConfigError, load
-from armt_dist.curriculum import Progress, Stage, learning_rate, stage_over
-from armt_dist.parallel import free_port
+from armt_dist.distributed.rendezvous import free_port
+from armt_dist.training.curriculum import Progress, Stage, learning_rate, stage_over
 
 ROOT = Path(__file__).parents[1]
 FP32 = ROOT / "ds_configs/zero3_fp32.json"
@@ -186,7 +186,7 @@ def test_a_stage_ends_by_steps_by_accuracy_or_by_patience():
 
 
 def test_overrides_reach_into_lists(tmp_path):
-    from armt_dist.run import RunConfig
+    from armt_dist.training.run_config import RunConfig
 
     default = ROOT / "launch/configs/default.yaml"
     config = load(RunConfig, default, ["curriculum.1.pairs=7", "train.seed=3", "model.d_mem=8"])

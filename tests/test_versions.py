@@ -16,11 +16,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from test_bptt import small_model
 
-from armt_dist import exported_code, tested, versions
+from armt_dist import versions
+from armt_dist.checkpoint import exported_code
 from armt_dist.config import ConfigError
-from armt_dist.configuration_armt import ARMTConfig
-from armt_dist.data.tokenizer import character_tokenizer
-from armt_dist.exported import small_twin
+from armt_dist.data.tokenizers import character_tokenizer
+from armt_dist.evaluation.exported import small_twin
+from armt_dist.model import tested
+from armt_dist.model.configuration_armt import ARMTConfig
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("gpt2", "gpt_neox", "llama")

@@ -14,8 +14,8 @@ import torch
 from harness import spawn
 from test_bptt import oracle, random_batch, shifted, small_model
 
-from armt_dist import parallel
-from armt_dist.schedule import Grid
+from armt_dist.distributed import rendezvous as parallel
+from armt_dist.schedule.program import Grid
 
 CPU = torch.device("cpu")
 STATES = ("store", "rebuild", "recompute")
@@ -44,17 +44,18 @@ def batch_for(seed):
 
 def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, **ds_config):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
-    from armt_dist import build, engine, executor, handoff
     from armt_dist.config import build as section
+    from armt_dist.runtime import executor, handoff
+    from armt_dist.zero3 import engine, partitioned_model
 
     sp, rounds, chunks = layout
     mesh = parallel.mesh(ranks, sp)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     ds = {"train_batch_size": rows, "zero_optimization": zero, **ds_config}
     prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
-    config = section(build.ModelConfig, {"base": str(folder)})
-    armt = build.armt_config(config, {}, None)
-    model = build.build_model(config, armt, prepared.ds_config, seed=0)
+    config = section(partitioned_model.ModelConfig, {"base": str(folder)})
+    armt = partitioned_model.armt_config(config, {}, None)
+    model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
     link = handoff.Wire(*parallel.ring(mesh, timeout_s), CPU) if sp > 1 else None
     runner = executor.ScheduledLM(model, states=states, offload=offload, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
@@ -63,7 +64,7 @@ def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, o
 
 def step(parts, ranks, ids, labels, mask):
     """Forward and backward of a global batch, its rows spread over accumulation steps and dp ranks. The mean loss."""
-    from armt_dist import executor
+    from armt_dist.runtime import executor
 
     engine, _, armt, grid, mesh = parts
     accumulation = engine.gradient_accumulation_steps()
@@ -130,8 +131,8 @@ def run_adamw(ranks, folder):
     often a layer was released after a backward."""
     import deepspeed
 
-    from armt_dist import executor
-    from armt_dist.modeling_armt import ARMTLayer
+    from armt_dist.model.modeling_armt import ARMTLayer
+    from armt_dist.runtime import executor
 
     if ranks.world_size not in ADAMW:
         return None
@@ -266,7 +267,7 @@ def lose_rank_1(rank, port, folder, how, log):
     os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     ranks = parallel.Ranks(rank, 3, rank, 3, "environment")
     parallel.start(ranks, LOST_TIMEOUT_S)
-    from armt_dist import handoff
+    from armt_dist.runtime import handoff
 
     parts = engine_on(folder, ranks, (3, 1, 1), timeout_s=LOST_TIMEOUT_S)
     link, send = parts[1].link, parts[1].link.send

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import ConfigError, Section
-from .batch import IGNORE, Batch, Difficulty, Run, Split, Stateless, row_words
-from .tokenizer import character_tokenizer
+from .task import IGNORE, Batch, Difficulty, Run, Split, Stateless, row_words
+from .tokenizers import character_tokenizer
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 SEP, GEN, EOS, PAD = ":?|_"

@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints, exports, and the code that exports carry."""

@@ -1,0 +1,125 @@
+"""The parameters in a ZeRO-3 checkpoint folder: for each, the ranks' pieces of it, mapped from disk and not yet read.
+
+DeepSpeed's own reader (`zero_to_fp32`) runs whatever code a checkpoint was pickled with, and reads the frozen
+parameters of all ranks into memory. Here files are opened with torch's restricted unpickler, and bytes move only when
+a piece is used. Needs neither deepspeed nor a process group.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, one_line
+
+# Rank r of a checkpoint: fp32 master weights with the optimizer's states, and everything else.
+OPTIMIZER, MODEL = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+class Parameter(NamedTuple):
+    """One parameter: its pieces, flat and without ZeRO's padding, follow each other in the whole tensor."""
+
+    shape: torch.Size
+    pieces: tuple[Tensor, ...]
+
+
+class Inert:
+    """Stands for an object of DeepSpeed's that nothing here needs."""
+
+
+# What DeepSpeed puts beside tensors, and what takes its place.
+KNOWN_OBJECTS = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds files of a ZeRO checkpoint."""
+    return any(folder.glob(OPTIMIZER.format("*"))) or any(folder.glob(MODEL.format("*")))
+
+
+def open_checkpoint(folder: Path) -> dict[str, Parameter]:
+    """Every parameter, trained and frozen, under the name that it had in the engine.
+
+    Raises ConfigError for a file that is missing, truncated or not of a ZeRO-3 checkpoint.
+    """
+    first = open_file(folder, OPTIMIZER, 0)["optimizer_state_dict"]
+    stage, world = first.get("zero_stage"), first.get("partition_count")
+    if stage != 3:
+        raise ConfigError(f"checkpoint={folder}: of ZeRO stage {stage}; only stage 3 can be exported")
+    ranks = [first, *(open_file(folder, OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
+    models = [open_file(folder, MODEL, 0)]
+    trained = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
+    frozen = models[0].get("frozen_param_shapes") or {}
+    if frozen:
+        models += [open_file(folder, MODEL, rank) for rank in range(1, world)]
+    try:
+        parameters = dict(trained_parameters(trained, [rank["fp32_flat_groups"] for rank in ranks]))
+        for name, shape in frozen.items():
+            parameters[name] = join(shape, [[model["frozen_param_fragments"][name]] for model in models])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"checkpoint={folder}: its files do not fit together ({one_line(error)})") from None
+    return parameters
+
+
+def open_file(folder: Path, pattern: str, rank: int) -> dict:
+    """One file of one rank, its tensors mapped. Raises ConfigError naming it."""
+    path = next(folder.glob(pattern.format(rank)), None)
+    if path is None:
+        raise ConfigError(
+            f"checkpoint={folder}: {pattern.format(rank).lstrip('*')} of rank {rank} is missing; "
+            "restore it or choose another --tag"
+        )
+    try:
+        with torch.serialization.safe_globals(KNOWN_OBJECTS):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        required = "optimizer_state_dict" if pattern is OPTIMIZER else "param_shapes"
+        if required not in content:
+            raise ValueError(f"no {required} in it")
+        return content
+    # The restricted unpickler raises many classes on damaged input.
+    except Exception as error:
+        raise ConfigError(
+            f"checkpoint={path}: truncated or not a DeepSpeed file ({one_line(error)}); choose another --tag"
+        ) from None
+
+
+def trained_parameters(shapes: dict[str, torch.Size], groups: list[list[Tensor]]) -> Iterator[tuple[str, Parameter]]:
+    """The parameters lie one after the other in each rank's flat groups, each cut into equal parts over the ranks.
+
+    Raises ValueError where the groups are longer or shorter than the parameters.
+    """
+    world, start = len(groups), 0
+    for name, shape in shapes.items():
+        part = -(-shape.numel() // world)
+        yield name, join(shape, [list(stretch(flat, start, part)) for flat in groups])
+        start += part
+    for rank, flat in enumerate(groups):
+        held = sum(group.numel() for group in flat)
+        if held != start:
+            raise ValueError(f"rank {rank} holds {held} values, the parameters have {start}")
+
+
+def stretch(groups: list[Tensor], start: int, count: int) -> Iterator[Tensor]:
+    """Views of values `start` to `start + count` of the concatenated flat `groups`."""
+    for group in groups:
+        taken = group[max(start, 0) : max(start + count, 0)]
+        if len(taken):
+            yield taken
+        start -= len(group)
+
+
+def join(shape: torch.Size, by_rank: list[list[Tensor]]) -> Parameter:
+    """The parts of all ranks without the padding at the end. Raises ValueError where they are too short."""
+    left, pieces = shape.numel(), []
+    for piece in (piece.flatten() for parts in by_rank for piece in parts):
+        if left:
+            pieces.append(piece[:left])
+            left -= len(pieces[-1])
+    if left:
+        raise ValueError(f"{left} values of a parameter of shape {list(shape)} are missing")
+    return Parameter(torch.Size(shape), tuple(pieces))

@@ -1,0 +1,1 @@
+"""BABILong: facts of bAbI stories hidden in long text."""

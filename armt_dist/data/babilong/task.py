@@ -1,0 +1,261 @@
+"""BABILong (arXiv 2402.10790): the facts of a bAbI story scattered in a long text, the question at the end.
+
+    input   ... some sentences . Mary moved to the garden. more sentences ... Where is Mary? garden <eos>
+    label   .   .    .         . .    .     .  .   .       .    .         ... .     .  garden <eos>  .
+
+Facts keep their order; the text between them is consecutive sentences of the background from a random place on, and
+as long as to fill N = n * segment_tokens exactly. Only the answer and eos are scored (`.` is not).
+"""
+
+import re
+from collections import Counter
+from functools import cached_property, lru_cache, partial
+from random import Random
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from ...config import ConfigError, Section
+from ..task import IGNORE, SPLITS, Batch, Difficulty, Run, Split, row_words
+from ..text.files import find, read
+from ..text.pieces import Order, excerpt
+from ..tokenizers import WORD, encode, load_tokenizer, word_tokenizer
+from . import published
+from . import stories as babi
+from .published import PublishedConfig
+from .stories import Story
+
+FILLER = (
+    "a about after again air all always among and around because before below between by clouds cold day down early "
+    "evening every far field from great hill in it long morning much never night of old on over rain river road sea "
+    "slowly small snow some stone summer sun that then they through tree under very was water were wind winter with"
+)
+FILLER_SENTENCES = 4000
+
+
+class BabilongConfig(Section):
+    """`tasks` are drawn uniformly; a story has up to `facts` facts. Evaluate one task at a time."""
+
+    tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
+    facts: Annotated[int, Field(ge=2, le=1000)] = 10
+    # Every fact begins a segment that holds no other: where a model from scratch learns what a fact is.
+    aligned: bool = False
+    # Text files around the facts, as in text.files; None: random sentences over sixty plain words.
+    background: str | list[str] | None = None
+    # None: the same as in training
+    validation_background: str | list[str] | None = None
+    # word (bAbI's words and the `vocabulary` commonest of the background), byte, or a Hugging Face name or folder
+    tokenizer: str = "word"
+    vocabulary: Annotated[int, Field(ge=0)] = 1000
+    published: PublishedConfig | None = None
+
+    @model_validator(mode="after")
+    def published_stories_are_as_they_are(self) -> "BabilongConfig":
+        if self.aligned and self.published:
+            raise ValueError(
+                "aligned=True: published stories are too long for a segment a fact; remove it or published"
+            )
+        return self
+
+
+class Background(NamedTuple):
+    """Token ids int32 [n] of running text, and which of them close a sentence, bool [n]."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+
+
+class Babilong:
+    """The task `babilong`; `n` counts segments."""
+
+    measure = "accuracy"
+    unit = "segments"
+
+    def __init__(self, config: BabilongConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+        if run.segment_tokens is None:
+            raise ConfigError("segment_tokens=None: task=babilong counts its length in segments; give segment_tokens")
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer={config.tokenizer}: it has no eos token to end an answer; use another")
+        self.config = config
+        self.run = run
+        self.segment_tokens = run.segment_tokens
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.encode = lru_cache(maxsize=4096)(lambda text: encode(tokenizer, text))
+        self.stories = {split: self.load(split) for split in SPLITS} if config.published else None
+        training = read_background(config.background, tokenizer)
+        other = config.validation_background
+        validation = training if other is None else read_background(other, tokenizer)
+        self.background = {"train": training, "validation": validation}
+
+    def load(self, split: Split) -> list[Story]:
+        return [story for task in self.config.tasks for story in published.load(self.config.published, task, split)]
+
+    def sequence_tokens(self, n: int) -> int:
+        tokens = n * self.segment_tokens
+        if self.stories is None and tokens < self.fewest_tokens:
+            least = -(-self.fewest_tokens // self.segment_tokens)
+            raise ConfigError(
+                f"segments={n} of {self.segment_tokens} tokens cannot hold the facts and question of "
+                f"{', '.join(self.config.tasks)}; use at least {least}"
+            )
+        return tokens
+
+    @cached_property
+    def fewest_tokens(self) -> int:
+        """Tokens that the shortest story of each task fits in, whatever its words."""
+        fact, question = (max(len(self.encode(" " + s)) for s in babi.sentences() if s.endswith(end)) for end in ".?")
+        word = max(len(self.encode(" " + s)) for s in (*babi.PLACES, *babi.THINGS, *babi.PEOPLE, *babi.GIVERS))
+        count, size = max(babi.PUZZLES[task].fewest for task in self.config.tasks), self.segment_tokens
+        if self.config.aligned and fact > size:
+            raise ConfigError(
+                f"segment_tokens={size}: with data.babilong.aligned a fact of {fact} tokens must fit in one"
+            )
+        return count * (size if self.config.aligned else fact) + question + word + 1
+
+    def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
+        input_ids = np.full((len(rows), tokens), self.pad, dtype=np.int64)
+        labels = np.full((len(rows), tokens), IGNORE, dtype=np.int64)
+        mask = np.ones((len(rows), tokens), dtype=np.int64)
+        numbers = []
+        words = row_words(self.run.seed, split, step, rows, 1)[:, 0]
+        for i, (row, word) in enumerate(zip(rows, words, strict=True)):
+            random = Random(int(word))
+            number, story, scored = self.choose(split, step, row, random, tokens)
+            ids, answer = self.lay_out(story, split, random, tokens)
+            end = len(ids)
+            input_ids[i, :end] = ids
+            mask[i, end:] = 0
+            if scored:
+                labels[i, end - answer - 1 : end - 1] = ids[-answer:]
+            numbers.append(number)
+        attention_mask = None if mask.all() else torch.from_numpy(mask)
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, numbers)
+
+    @property
+    def pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def choose(self, split: Split, step: int, row: int, random: Random, tokens: int) -> tuple[int, Story, bool]:
+        """Sample number, story that fits in `tokens`, and whether it counts."""
+        if self.stories is not None:
+            stories = self.stories[split]
+            assert self.run.global_batch is not None, "published samples are counted: make_task needs global_batch"
+            number, scored = Order(len(stories), self.run.seed, split, self.run.global_batch).number(step, row)
+            return number, stories[number], scored
+        task = random.choice(self.config.tasks)
+        puzzle = babi.PUZZLES[task]
+        count = random.randint(puzzle.fewest, max(puzzle.fewest, min(self.config.facts, puzzle.most)))
+        while True:
+            story = babi.tell(random, task, count)
+            if self.fits(story, tokens):
+                return row, story, True
+            assert count > puzzle.fewest, f"{task} does not fit in {tokens} tokens"
+            count -= 1
+
+    def fits(self, story: Story, tokens: int) -> bool:
+        """Whether a sample of `tokens` holds the story; aligned: whether every fact has a segment of its own."""
+        *facts, question, answer = map(len, self.parts(story))
+        before = tokens - question - answer - 1
+        return len(facts) <= before // self.segment_tokens if self.config.aligned else sum(facts) <= before
+
+    def parts(self, story: Story) -> list[np.ndarray]:
+        """Token ids of each fact, the question and the answer, without eos."""
+        return [self.encode(" " + text) for text in (*story.facts, story.question, story.answer)]
+
+    def lay_out(self, story: Story, split: Split, random: Random, tokens: int) -> tuple[np.ndarray, int]:
+        """Token ids of a sample, and how many of them, at the end, are the answer and eos."""
+        *facts, question, answer = self.parts(story)
+        answer = np.append(answer, self.tokenizer.eos_token_id)
+        fill = tokens - sum(map(len, facts)) - len(question) - len(answer)
+        if fill < 0:
+            raise ConfigError(
+                f"segments={tokens // self.segment_tokens} of {self.segment_tokens} tokens: a published sample has "
+                f"{tokens - fill}; use at least {-(-(tokens - fill) // self.segment_tokens)}"
+            )
+        # A published BABILong sample has its background in it already.
+        if self.config.published and self.config.published.set == "RMT-team/babilong":
+            fill = 0
+        spread = partial(align, segment_tokens=self.segment_tokens) if self.config.aligned else scatter
+        return np.concatenate([*spread(facts, self.background[split], fill, random), question, answer]), len(answer)
+
+    def size(self, split: Split) -> int | None:
+        return None if self.stories is None else len(self.stories[split])
+
+    def show(self, batch: Batch, row: int = 0) -> str:
+        mask = batch.attention_mask
+        return excerpt(
+            self.tokenizer.decode(batch.input_ids[row] if mask is None else batch.input_ids[row][mask[row] > 0])
+        )
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        assert not state, f"a task without a state was given one: {sorted(state)}"
+
+
+def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
+    """The facts in their order, each between two sentences of `fill` tokens of background; stretches of tokens."""
+    text, ends = stretch(background, fill, random)
+    gaps = np.flatnonzero(np.append(True, ends))
+    return weave(facts, text, sorted(random.choices(gaps.tolist(), k=len(facts))))
+
+
+def align(
+    facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int
+) -> list[np.ndarray]:
+    """The facts in their order, each at the beginning of a segment of its own; the last segment has none."""
+    text, _ = stretch(background, fill, random)
+    # The question's own segment is not filled up, so it is not a whole one here.
+    segments = (fill + sum(map(len, facts))) // segment_tokens
+    begins = sorted(random.sample(range(segments), k=len(facts)))
+    before = np.cumsum([0, *map(len, facts)])[:-1]
+    return weave(facts, text, (np.array(begins) * segment_tokens - before).tolist())
+
+
+def stretch(background: Background, tokens: int, random: Random) -> Background:
+    """So many tokens from the beginning of a random sentence on; a background shorter than that is read again."""
+    start = random.choice(np.flatnonzero(background.ends)) + 1
+    window = np.arange(start, start + tokens) % len(background.tokens)
+    return Background(background.tokens[window], background.ends[window])
+
+
+def weave(facts: list[np.ndarray], text: np.ndarray, places: list[int]) -> list[np.ndarray]:
+    """Every fact before the token of the text at its place; ascending."""
+    stretches = np.split(text, places)
+    return [part for pair in zip(stretches, facts, strict=False) for part in pair] + stretches[len(facts) :]
+
+
+def make_tokenizer(config: BabilongConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the section; `word` is the same on every rank: it depends on the files alone."""
+    if config.tokenizer != "word":
+        return load_tokenizer(config.tokenizer)
+    own = {word for sentence in babi.sentences() for word in re.findall(WORD, sentence)}
+    counts = Counter(word for text in texts(config.background) for word in re.findall(WORD, text) if word not in own)
+    common = sorted(counts, key=lambda word: (-counts[word], word))[: config.vocabulary]
+    return word_tokenizer([*sorted(own), *common])
+
+
+def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenizerBase) -> Background:
+    sentences = [
+        " " + " ".join(s.split()) for text in texts(files) for s in re.findall(r"[^.!?]*[.!?]+|[^.!?]+$", text)
+    ]
+    ids = [encode(tokenizer, sentence) for sentence in sentences if len(sentence) > 1]
+    ends = np.zeros(sum(map(len, ids)), dtype=bool)
+    ends[np.cumsum([len(sentence) for sentence in ids]) - 1] = True
+    return Background(np.concatenate(ids), ends)
+
+
+def texts(files: str | list[str] | None) -> list[str]:
+    """The background files' texts; for None, one text of random sentences, the same every time."""
+    if files is not None:
+        return [read(path, "background") for path in find(files, "background")]
+    random = Random(0)
+    sentences = (random.choices(FILLER.split(), k=random.randint(4, 9)) for _ in range(FILLER_SENTENCES))
+    return [" ".join(" ".join(words).capitalize() + "." for words in sentences)]

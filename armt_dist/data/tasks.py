@@ -1,0 +1,85 @@
+"""The data section of the run configuration, and the task it describes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from ..config import ConfigError, Section, build
+from . import retrieval
+from .babilong import task as babilong
+from .babilong.task import Babilong, BabilongConfig
+from .retrieval import Retrieval, RetrievalConfig
+from .task import Run, Task
+from .text.task import Text, TextConfig
+from .tokenizers import load_tokenizer
+
+
+class Kind(NamedTuple):
+    """One task: the section that configures it, its tokenizer, and the task itself."""
+
+    section: str
+    tokenizer: Callable[[Section], PreTrainedTokenizerBase]
+    build: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
+
+
+KINDS = {
+    "rewrite": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=False)),
+    "remember": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=True)),
+    "text": Kind("text", lambda config: load_tokenizer(config.tokenizer), Text),
+    "babilong": Kind("babilong", babilong.make_tokenizer, Babilong),
+}
+
+
+class DataConfig(Section):
+    """`task` and its own section; the section of another task is an error, not ignored."""
+
+    task: Literal["rewrite", "remember", "text", "babilong"] = "rewrite"
+    seed: Annotated[int, Field(ge=0)] = 42
+    retrieval: RetrievalConfig | None = None
+    text: TextConfig | None = None
+    babilong: BabilongConfig | None = None
+
+    @model_validator(mode="after")
+    def sections_fit_the_task(self) -> "DataConfig":
+        own = KINDS[self.task].section
+        for section in sorted({kind.section for kind in KINDS.values()} - {own}):
+            if getattr(self, section) is not None:
+                raise ValueError(f"{section} does not belong to task={self.task}; remove it or change task")
+        return self
+
+    @property
+    def section(self) -> Section:
+        """The section of the task, its defaults where it was left out."""
+        name = KINDS[self.task].section
+        given = getattr(self, name)
+        return given if given is not None else build(SCHEMAS[name], {})
+
+
+SCHEMAS = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}
+
+
+def make_task(
+    config: DataConfig,
+    segment_tokens: int | None = None,
+    vocab_size: int | None = None,
+    global_batch: int | None = None,
+) -> Task:
+    """The task that `config` describes.
+
+    `segment_tokens`: tokens of a segment; retrieval fixes it by its key and value lengths (None, or equal to that).
+    `vocab_size`: rows of the model's embedding, None where there is no model yet.
+    `global_batch`: rows of a step over all ranks and accumulation steps, needed where samples are counted (text).
+    Raises ConfigError where these do not fit, or where the data cannot be read.
+    """
+    kind = KINDS[config.task]
+    tokenizer = kind.tokenizer(config.section)
+    # Before any text is read: that may take minutes.
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: the tokenizer of task={config.task} has {len(tokenizer)} tokens; "
+            f"enlarge the embedding to at least {len(tokenizer)} or use another tokenizer"
+        )
+    return kind.build(config.section, tokenizer, Run(config.seed, segment_tokens, global_batch))

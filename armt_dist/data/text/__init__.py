@@ -1,0 +1,1 @@
+"""Long text from files or a `datasets` name."""

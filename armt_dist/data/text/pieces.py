@@ -1,0 +1,99 @@
+"""Long texts as training samples: pieces of equal length, and which of them a step takes.
+
+Shapes: b rows asked for, N tokens of a sequence.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..task import IGNORE, Batch, Split, generator
+
+
+class Piece(NamedTuple):
+    """A stretch of one text, int32 [at most sequence_tokens], and whether it counts in the loss."""
+
+    id: int
+    tokens: np.ndarray
+    scored: bool = True
+
+
+def cut(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[np.ndarray, int]]:
+    """Tokens of each text -> pieces of `length`, and how many tokens of the last text read are not used yet.
+
+    A piece never crosses a text, and the last one of a text is shorter; with `pack` texts are joined first, and only
+    the very last piece is shorter. A lone last token predicts nothing: dropped.
+    """
+    rest = np.empty(0, dtype=np.int32)
+    for text in texts:
+        tokens = np.concatenate([rest, text]) if len(rest) else text
+        usable = len(tokens) // length * length if pack else len(tokens)
+        for start in range(0, usable - 1, length):
+            end = min(start + length, usable)
+            yield tokens[start:end], len(tokens) - end
+        rest = tokens[usable:]
+    if len(rest) > 1:
+        yield rest, 0
+
+
+def collate(pieces: Iterable[Piece], tokens: int, pad: int) -> Batch:
+    """Pieces of at most N = `tokens` as a Batch: padded at the end with `pad`, masked, every real token but the
+    first predicted."""
+    pieces = list(pieces)
+    input_ids = np.full((len(pieces), tokens), pad, dtype=np.int64)
+    labels = np.full((len(pieces), tokens), IGNORE, dtype=np.int64)
+    mask = np.zeros((len(pieces), tokens), dtype=np.int64)
+    for row, piece in enumerate(pieces):
+        n = len(piece.tokens)
+        input_ids[row, :n] = piece.tokens
+        mask[row, :n] = 1
+        if piece.scored:
+            labels[row, : n - 1] = piece.tokens[1:]
+    attention_mask = None if mask.all() else torch.from_numpy(mask)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, [piece.id for piece in pieces])
+
+
+class Order(NamedTuple):
+    """Which of `size` samples is row i of step k.
+
+    Training walks through a new permutation each epoch. Validation takes them in order; rows beyond the last sample
+    repeat earlier ones unscored, so ceil(size / global_batch) steps score each sample once. Then it starts again.
+    """
+
+    size: int
+    seed: int
+    split: Split
+    global_batch: int
+
+    def number(self, step: int, row: int) -> tuple[int, bool]:
+        """Sample number, and whether it is to be scored."""
+        assert row < self.global_batch, f"row {row} of a global batch of {self.global_batch}"
+        if self.split == "validation":
+            position = step % -(-self.size // self.global_batch) * self.global_batch + row
+            return position % self.size, position < self.size
+        epoch, position = divmod(step * self.global_batch + row, self.size)
+        return int(permutation(self.size, self.seed, epoch)[position]), True
+
+
+@lru_cache(maxsize=4)
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return generator("epoch", seed, "train", epoch).permutation(size)
+
+
+class Corpus(NamedTuple):
+    """Pieces held in memory, 4 bytes a token on every rank."""
+
+    pieces: list[np.ndarray]
+    order: Order
+
+    def take(self, step: int, rows: range) -> list[Piece]:
+        numbers = [self.order.number(step, row) for row in rows]
+        return [Piece(number, self.pieces[number], scored) for number, scored in numbers]
+
+
+def excerpt(text: str, shown: int = 400) -> str:
+    """A text for a person: of a long one, `shown` characters of each end."""
+    return text if len(text) <= 2 * shown else f"{text[:shown]}\n…\n{text[-shown:]}"

@@ -1,0 +1,141 @@
+"""Text from the `datasets` library, read once from front to back and resumed at the exact token."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import datasets
+import numpy as np
+from pydantic import Field
+
+from ...config import ConfigError, Section, one_line
+from .pieces import Piece
+
+if TYPE_CHECKING:
+    import datasets
+
+
+Encode = Callable[[str], np.ndarray]
+Cut = Callable[[Iterable[np.ndarray]], Iterator[tuple[np.ndarray, int]]]
+
+
+class Position(NamedTuple):
+    """A token of a stream: the state of the data set before its text, and the tokens of that text before it."""
+
+    epoch: int
+    texts: dict | None
+    offset: int
+
+
+START = {"next_step": 0, "position": Position(0, None, 0)._asdict()}
+
+
+class DatasetConfig(Section):
+    """Arguments of `datasets.load_dataset`; `name` json, text or parquet with `data_files` reads local files."""
+
+    name: str
+    config: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    column: str = "text"
+    # False: the whole split is tokenised into memory and shuffled, as local files are.
+    streaming: bool = True
+    validation_split: str | None = None
+    validation_texts: Annotated[int, Field(ge=1)] = 64
+
+
+def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
+    """The split as a stream. Raises ConfigError naming the data set, the split or the column that is not there."""
+    # Its import takes a second that a task without a data set should not pay.
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(
+            config.name, config.config, data_files=config.data_files, split=split, streaming=True
+        )
+        first = next(iter(stream), None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = one_line(error, limit=300)
+        raise ConfigError(f"dataset.name={config.name} (split {split}): cannot be read: {reason}") from None
+    if first is None:
+        raise ConfigError(f"dataset.name={config.name}: split {split} is empty; choose another")
+    if not isinstance(first.get(config.column), str):
+        text = [name for name, value in first.items() if isinstance(value, str)]
+        raise ConfigError(
+            f"dataset.column={config.column}: no such text column; there are: {', '.join(text) or 'none'}"
+        )
+    return stream
+
+
+def reading(texts: Iterable[dict], config: DatasetConfig) -> Iterator[dict]:
+    """The rows of a stream. Raises ConfigError where it can no longer be read: a file has gone, or a line is broken."""
+    import datasets
+
+    try:
+        yield from texts
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"dataset.name={config.name} (split {config.split}): cannot be read on: {one_line(error, limit=300)}; "
+            "the same command goes on from the last checkpoint once it can"
+        ) from None
+
+
+class Stream:
+    """Pieces of a stream in its own order: row i of step k is piece k * global_batch + i, epoch after epoch.
+
+    Every rank reads the whole stream and keeps its rows, so that any other world size goes on at the same place.
+    Steps are meant to come in order; a later one is reached by reading on, an earlier one by starting again.
+    There is no shuffle buffer: its content would be lost on resume. Shuffle the data set beforehand.
+    """
+
+    def __init__(self, config: DatasetConfig, encode: Encode, cut: Cut, global_batch: int) -> None:
+        self.config = config
+        self.encode = encode
+        self.cut = cut
+        self.global_batch = global_batch
+        self.source = open_texts(config, config.split)
+        self.load_state_dict(START)
+
+    def take(self, step: int, rows: range) -> list[Piece]:
+        assert rows.stop <= self.global_batch, f"rows={rows} of a global batch of {self.global_batch}"
+        if step < self.next_step and (step < self.next_step - 1 or not self.current):
+            self.load_state_dict(START)
+        while self.next_step <= step:
+            self.current = [next(self.pieces) for _ in range(self.global_batch)]
+            self.next_step += 1
+        return [Piece(step * self.global_batch + row, self.current[row]) for row in rows]
+
+    def read(self) -> Iterator[np.ndarray]:
+        """Pieces without end from `self.position` on, which is moved behind each piece before it is given away."""
+        while True:
+            fresh = self.position.texts is None
+            for piece, unused in self.cut(self.read_epoch()):
+                self.position = self.reading._replace(offset=self.reading.offset - unused)
+                fresh = False
+                yield piece
+            if fresh:
+                raise ConfigError(f"dataset.column={self.config.column}: no text of two tokens or more in the split")
+            self.position = Position(self.position.epoch + 1, None, 0)
+
+    def read_epoch(self) -> Iterator[np.ndarray]:
+        """Tokens of each text from `self.position` on. `self.reading` is the end of the text given last."""
+        epoch, state, offset = self.position
+        # A copy, because a data set never forgets the state that it once loaded.
+        texts = copy.deepcopy(self.source)
+        texts.set_epoch(epoch)
+        if state is not None:
+            texts.load_state_dict(state)
+        for example in reading(texts, self.config):
+            tokens = self.encode(example[self.config.column])
+            self.reading = Position(epoch, state, len(tokens))
+            yield tokens[offset:]
+            state, offset = texts.state_dict(), 0
+
+    def state_dict(self) -> dict:
+        return {"next_step": self.next_step, "position": self.position._asdict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.next_step = state["next_step"]
+        self.position = Position(**state["position"])
+        self.current: list[np.ndarray] = []
+        self.pieces = self.read()

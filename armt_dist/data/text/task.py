@@ -1,0 +1,156 @@
+"""Language modelling on long texts: local files or a data set, cut into sequences of `sequence_tokens`.
+
+    input   T h e   k i n g <pad> <pad>
+    label   h e   k i n g .   .     .        (`.` not scored; a sequence never crosses a text)
+    mask    1 1 1 1 1 1 1 1   0     0
+
+Shapes: b rows, N tokens of a sequence; with a curriculum, N = n * segment_tokens <= sequence_tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from ...config import ConfigError, Section
+from ..task import Batch, Difficulty, Run, Split, row_words
+from ..tokenizers import encode
+from .files import find, read, split_files
+from .pieces import Corpus, Order, Piece, collate, cut, excerpt
+from .stream import DatasetConfig, Stream, open_texts
+
+
+class TextConfig(Section):
+    """Give `files` or `dataset`. Each entry of `files` is a file, a folder or a glob."""
+
+    files: str | list[str] | None = None
+    validation_files: str | list[str] | None = None
+    # Held out by whole files where `validation_files` is not given; 0: no validation.
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dataset: DatasetConfig | None = None
+    # Join texts before cutting: for data sets of short rows (wikitext), which would be mostly padding.
+    pack: bool = False
+    # byte, or the name or folder of a Hugging Face tokenizer
+    tokenizer: str = "byte"
+    sequence_tokens: Annotated[int, Field(ge=2)] = 8192
+
+    @model_validator(mode="after")
+    def one_source(self) -> "TextConfig":
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("give one of text.files and text.dataset")
+        if self.dataset is not None and self.validation_files is not None:
+            raise ValueError("validation_files belongs to text.files; with a dataset set dataset.validation_split")
+        return self
+
+
+class Text:
+    """The task `text`; `n` counts segments, and a shorter n takes a random window of the piece in training."""
+
+    measure = "perplexity"
+    unit = "segments"
+
+    def __init__(self, config: TextConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+        assert run.global_batch is not None, "task=text counts its samples: make_task needs global_batch"
+        self.config = config
+        self.run = run
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.sequence = config.sequence_tokens
+        self.segment_tokens = run.segment_tokens or self.sequence
+        if self.sequence % self.segment_tokens:
+            raise ConfigError(
+                f"segment_tokens={self.segment_tokens} does not divide sequence_tokens={self.sequence}; "
+                f"try {nearest_divisor(self.sequence, self.segment_tokens)}"
+            )
+        self.sources = self.open_files() if config.files is not None else self.open_dataset(config.dataset)
+
+    def open_files(self) -> dict[Split, Corpus]:
+        named = self.config.validation_files
+        held_out = None if named is None else find(named, "validation_files")
+        training, validation = split_files(find(self.config.files), held_out, self.config.validation_fraction)
+        sources = {"train": self.corpus("train", map(read, training))}
+        if validation:
+            sources["validation"] = self.corpus("validation", map(read, validation))
+        return sources
+
+    def open_dataset(self, config: DatasetConfig) -> dict[Split, Corpus | Stream]:
+        if config.streaming:
+            sources = {"train": Stream(config, self.encode_text, self.cut, self.run.global_batch)}
+        else:
+            texts = open_texts(config, config.split)
+            sources = {"train": self.corpus("train", (row[config.column] for row in texts))}
+        if config.validation_split is not None:
+            texts = open_texts(config, config.validation_split).take(config.validation_texts)
+            sources["validation"] = self.corpus("validation", (row[config.column] for row in texts))
+        return sources
+
+    def corpus(self, split: Split, texts: Iterable[str]) -> Corpus:
+        pieces = [piece for piece, _ in self.cut(map(self.encode_text, texts))]
+        if not pieces:
+            raise ConfigError(f"text: no text of two tokens or more for {split}; give longer texts")
+        return Corpus(pieces, Order(len(pieces), self.run.seed, split, self.run.global_batch))
+
+    def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+        return cut(texts, self.sequence, self.config.pack)
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """int32 tokens of a whole text, closed by eos where the tokenizer has one."""
+        eos = self.tokenizer.eos_token_id
+        tokens = encode(self.tokenizer, text)
+        return tokens if eos is None else np.append(tokens, np.int32(eos))
+
+    def sequence_tokens(self, n: int) -> int:
+        if n * self.segment_tokens > self.sequence:
+            raise ConfigError(
+                f"segments={n} of {self.segment_tokens} tokens exceed sequence_tokens={self.sequence}; "
+                f"use at most {self.sequence // self.segment_tokens} or raise text.sequence_tokens"
+            )
+        return n * self.segment_tokens
+
+    def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        if split not in self.sources:
+            raise ConfigError(
+                "text.validation_fraction=0 or no dataset.validation_split: there is nothing to validate on; "
+                "set one of them or train without validation"
+            )
+        tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
+        pieces = self.sources[split].take(step, rows)
+        words = row_words(self.run.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
+        windows = [window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
+        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        return collate(windows, tokens, pad)
+
+    def size(self, split: Split) -> int | None:
+        source = self.sources.get(split)
+        if source is None:
+            return 0
+        return len(source.pieces) if isinstance(source, Corpus) else None
+
+    def show(self, batch: Batch, row: int = 0) -> str:
+        real = (
+            batch.input_ids[row]
+            if batch.attention_mask is None
+            else batch.input_ids[row][batch.attention_mask[row] > 0]
+        )
+        return excerpt(self.tokenizer.decode(real))
+
+    def state_dict(self) -> dict:
+        return {name: source.state_dict() for name, source in self.sources.items() if isinstance(source, Stream)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, source_state in state.items():
+            self.sources[name].load_state_dict(source_state)
+
+
+def window(piece: Piece, tokens: int, word: int) -> Piece:
+    """`tokens` tokens of a piece, from a start that the random `word` chooses; all of a shorter piece."""
+    start = word % (max(0, len(piece.tokens) - tokens) + 1)
+    return piece._replace(tokens=piece.tokens[start : start + tokens])
+
+
+def nearest_divisor(total: int, wanted: int) -> int:
+    """The divisor of `total` closest to `wanted`."""
+    divisors = [d for i in range(1, int(total**0.5) + 1) if total % i == 0 for d in (i, total // i)]
+    return min(divisors, key=lambda d: abs(d - wanted))

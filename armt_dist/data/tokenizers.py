@@ -1,0 +1,76 @@
+"""Tokenizers of the tasks, each an ordinary Hugging Face fast tokenizer.
+
+`save_pretrained` writes a folder that AutoTokenizer reads without network and without this package.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from ..config import ConfigError, one_line
+from ..model.configuration_armt import ARMTConfig
+
+# Hugging Face looks into a folder's configuration before its tokenizer. Without this it would ask a person whether to
+# run the code in the folder of a model that we exported.
+AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
+# A word or a punctuation mark.
+WORD = r"\w+|[^\w\s]"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """`byte`, or the name or folder of a Hugging Face tokenizer. Raises ConfigError where there is none."""
+    if name == "byte":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = one_line(error, limit=160)
+        raise ConfigError(f"tokenizer={name}: cannot be loaded ({reason}); give byte, a folder or a name") from None
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """UTF-8 bytes as tokens 0..255, then <bos> 256, <eos> 257, <pad> 258.
+
+    A byte-level BPE without merges, so that decode(encode(text)) == text for any text.
+    """
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return wrap(tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def character_tokenizer(characters: str, special: dict[str, str]) -> PreTrainedTokenizerFast:
+    """One token per character, ids in order; white space in a text is ignored, an unknown character is an error.
+
+    `special` maps roles such as ``eos_token`` to one of the characters.
+    """
+    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return wrap(tokenizer, **special)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """<pad> 0, <eos> 1, <unk> 2, then the given words and punctuation marks; for small vocabularies."""
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    return wrap(tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    """A `tokenizers` tokenizer as a Hugging Face one that never changes white space when it decodes."""
+    tokens = {role: AddedToken(token, special=True, normalized=False) for role, token in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Token ids int32 [n] of plain text: nothing added, and a special token spelled out in it stays text."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return np.array(ids, dtype=np.int32)

@@ -1,0 +1,275 @@
+"""Is every node fit for the job? Facts and short measurements of each, compared, before an hour is burnt.
+
+`examine` measures, on one rank per node or more; `judge` is pure: facts in, one sentence per fault out.
+"""
+
+import contextlib
+import os
+import platform
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from .rendezvous import Ranks
+
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic")
+REPEATS = 10
+MIB, GIB = 2**20, 2**30
+
+
+class Limits(NamedTuple):
+    """What `judge` accepts. `slow` is a multiple of the median node's time."""
+
+    gpus: int
+    folder_bytes: float
+    clock_s: float
+    slow: float
+
+
+class Facts(NamedTuple):
+    """What one rank found out about its node. Durations are the best of several: a short disturbance is no fault.
+
+    `folder_fault` is None where the shared folder works, `compute_s` that of the node's slowest device, `send_s` the
+    time to hand the payload to the next rank, `reduce_s` that of an all-reduce of it.
+    """
+
+    node: str
+    versions: dict[str, str]
+    gpus: tuple[str, ...]
+    free_host_bytes: int
+    free_gpu_bytes: int
+    clock_s: float
+    folder_fault: str | None
+    folder_free_bytes: int
+    compute_s: float
+    reduce_s: float
+    send_s: float
+
+
+def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int) -> list[Facts]:
+    """Collective: the facts of all ranks, in rank order, on every rank. Leaves no file in `folder`."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    fault, free = try_folder(ranks, folder)
+    payload = torch.zeros(payload_bytes // 4, device=device)
+    dist.barrier()
+    facts = Facts(
+        clock_s=time.time(),
+        node=node if ranks.local_world_size == 1 else f"{node}:{ranks.local_rank}",
+        versions=versions(),
+        gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
+        free_host_bytes=psutil.virtual_memory().available,
+        free_gpu_bytes=min((torch.cuda.mem_get_info(i)[0] for i in gpus), default=0),
+        folder_fault=fault,
+        folder_free_bytes=free,
+        compute_s=max(compute_s(torch.device("cuda", i)) for i in gpus) if gpus else compute_s(device),
+        reduce_s=best_s(lambda: dist.all_reduce(payload), device),
+        send_s=send_s(ranks, payload),
+    )
+    everyone = [None] * ranks.world_size
+    dist.all_gather_object(everyone, facts)
+    return everyone
+
+
+def versions() -> dict[str, str]:
+    """Of everything that, where two ranks differ in it, changes a collective or a number."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def try_folder(ranks: Ranks, folder: Path) -> tuple[str | None, int]:
+    """Collective: write, sync and rename a file, then look for everyone's. Returns (fault or None, free bytes)."""
+    fault, free = None, 0
+    own = folder / f".preflight.{ranks.rank}"
+    part = folder / f"{own.name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = psutil.disk_usage(str(folder)).free
+        with part.open("wb") as file:
+            file.write(bytes(MIB))
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(own)
+    except OSError as error:
+        fault = f"cannot write to {folder} ({error.strerror}); make room, or choose a folder that this node can write"
+    faults = [None] * ranks.world_size
+    dist.all_gather_object(faults, fault)
+    unseen = invisible(folder, [rank for rank in range(ranks.world_size) if faults[rank] is None])
+    if fault is None and unseen:
+        fault = f"does not see what rank {unseen[0]} wrote to {folder}; choose a folder that all nodes share"
+    dist.barrier()
+    for leftover in (own, part):
+        leftover.unlink(missing_ok=True)
+    return fault, free
+
+
+def invisible(folder: Path, ranks: list[int]) -> list[int]:
+    """Those of `ranks` whose file is not there; asked again for a while, because network file systems cache."""
+    unseen = ranks
+    for _ in range(10):
+        present = set(os.listdir(folder)) if folder.is_dir() else set()
+        unseen = [rank for rank in ranks if f".preflight.{rank}" not in present]
+        if not unseen:
+            break
+        time.sleep(0.3)
+    return unseen
+
+
+def best_s(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several runs of `work`, in seconds, after one to warm up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def compute_s(device: torch.device) -> float:
+    """A matrix product: large enough to heat a GPU, small enough not to be interrupted on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return best_s(lambda: a @ a, device)
+
+
+def send_s(ranks: Ranks, payload: torch.Tensor) -> float:
+    """Collective: hand the payload to the next rank of the ring and wait for its answer. 0 for a single rank.
+
+    The links take turns, so that no rank serves two at once and a slow node slows its own two links only.
+    """
+    rank, world = ranks.rank, ranks.world_size
+    answer = payload[:1].clone()
+    duration = 0.0
+
+    def send() -> None:
+        dist.send(payload, (rank + 1) % world)
+        dist.recv(answer, (rank + 1) % world)
+
+    def receive() -> None:
+        dist.recv(payload, (rank - 1) % world)
+        dist.send(answer, (rank - 1) % world)
+
+    for turn in range(3 if world > 1 else 0):
+        dist.barrier()
+        if link_turn(rank, world) == turn:
+            duration = best_s(send, payload.device)
+        elif link_turn((rank - 1) % world, world) == turn:
+            best_s(receive, payload.device)
+    return duration
+
+
+def link_turn(link: int, world: int) -> int:
+    """When link `link` -> `link + 1` is measured: even and odd ones, and that which closes an odd ring."""
+    return 2 if world % 2 and link == world - 1 else link % 2
+
+
+def judge(facts: list[Facts], limits: Limits) -> list[str]:
+    """One sentence for each fault, each beginning with the node's name; empty where all are fit."""
+    faults = [f"{fact.node}: {fact.folder_fault}" for fact in facts if fact.folder_fault]
+    faults += [
+        f"{fact.node}: shows {len(fact.gpus)} GPUs of {limits.gpus}; check its driver and the container's GPU option"
+        for fact in facts
+        if len(fact.gpus) < limits.gpus
+    ]
+    faults += [
+        f"{fact.node}: {fact.folder_free_bytes / GIB:.1f} GiB free in the run's folder, "
+        f"{limits.folder_bytes / GIB:.1f} wanted; make room"
+        for fact in facts
+        if fact.folder_free_bytes < limits.folder_bytes and not fact.folder_fault
+    ]
+    return faults + odd_ones(facts) + weak_ones(facts, limits) + slow_ones(facts, limits.slow)
+
+
+def odd_ones(facts: list[Facts]) -> list[str]:
+    """Nodes whose versions or GPUs are not those of the majority."""
+    table = [{**fact.versions, "GPUs": ", ".join(fact.gpus) or "none"} for fact in facts]
+    faults = []
+    for name in dict.fromkeys(name for row in table for name in row):
+        values = [row.get(name, "none") for row in table]
+        usual = Counter(values).most_common(1)[0][0]
+        faults += [
+            f"{fact.node}: {name}={value}, the other nodes have {usual}; make them the same or exclude it"
+            for fact, value in zip(facts, values, strict=True)
+            if value != usual
+        ]
+    return faults
+
+
+def weak_ones(facts: list[Facts], limits: Limits) -> list[str]:
+    """Nodes with a wrong clock, or whose memory somebody else holds."""
+    clock_s, host, gpu = (
+        statistics.median(getattr(fact, field) for fact in facts)
+        for field in ("clock_s", "free_host_bytes", "free_gpu_bytes")
+    )
+    faults = []
+    for fact in facts:
+        if abs(fact.clock_s - clock_s) > limits.clock_s:
+            faults.append(f"{fact.node}: clock is off by {fact.clock_s - clock_s:+.1f} s; check its time service")
+        if fact.free_host_bytes < host / 2:
+            faults.append(
+                f"{fact.node}: {fact.free_host_bytes / GIB:.1f} GiB of host memory free, median {host / GIB:.1f}"
+            )
+        if fact.free_gpu_bytes < gpu * 0.9:
+            faults.append(
+                f"{fact.node}: a GPU has {fact.free_gpu_bytes / GIB:.1f} GiB free, median {gpu / GIB:.1f}; "
+                "look for processes left over"
+            )
+    return faults
+
+
+def slow_ones(facts: list[Facts], slow: float) -> list[str]:
+    """Nodes that compute slowly, and nodes both of whose links are slow; a single slow link is named by its ends.
+
+    The lower median: of four links, one bad node slows two.
+    """
+    compute_s = slow * statistics.median_low(fact.compute_s for fact in facts)
+    send_s = slow * statistics.median_low(fact.send_s for fact in facts)
+    faults = [
+        f"{fact.node}: slow, computes in {fact.compute_s * 1e3:.2f} ms, limit {compute_s * 1e3:.2f}; exclude it"
+        for fact in facts
+        if fact.compute_s > compute_s
+    ]
+    links = [fact.send_s > send_s for fact in facts]
+    blamed = [links[i] and links[i - 1] for i in range(len(facts))]
+    for i, fact in enumerate(facts):
+        after = (i + 1) % len(facts)
+        if blamed[i]:
+            faults.append(f"{fact.node}: slow links, {fact.send_s * 1e3:.2f} ms, limit {send_s * 1e3:.2f}; exclude it")
+        elif links[i] and not blamed[after]:
+            faults.append(
+                f"{fact.node}: slow link to {facts[after].node}, {fact.send_s * 1e3:.2f} ms, limit {send_s * 1e3:.2f}"
+            )
+    return faults
+
+
+def report(facts: list[Facts], payload_bytes: int) -> str:
+    """A line per node, then what an all-reduce reaches (bus bandwidth: 2 (n - 1) / n of the payload per second)."""
+    lines = [f"{'node':<12} {'GPUs':>4} {'host GiB':>9} {'GPU GiB':>8} {'compute ms':>11} {'link GB/s':>10}"]
+    for fact in facts:
+        link = f"{payload_bytes / fact.send_s / 1e9:.2f}" if fact.send_s else "-"
+        lines.append(
+            f"{fact.node:<12} {len(fact.gpus):>4} {fact.free_host_bytes / GIB:>9.1f} {fact.free_gpu_bytes / GIB:>8.1f} "
+            f"{fact.compute_s * 1e3:>11.3f} {link:>10}"
+        )
+    n, reduce_s = len(facts), max(fact.reduce_s for fact in facts)
+    lines.append(
+        f"all-reduce of {payload_bytes / MIB:g} MiB over {n} ranks: {reduce_s * 1e3:.2f} ms, "
+        f"bus {2 * (n - 1) / n * payload_bytes / reduce_s / 1e9:.2f} GB/s"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""An exported model and the task that it was trained on, read back from its folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.export import TASK_FILE
+from ..config import ConfigError, Section, assign, build, one_line
+from ..data.task import Task
+from ..data.tasks import KINDS, DataConfig
+from ..model.configuration_armt import ARMTConfig
+from ..model.modeling_armt import ARMTForCausalLM
+
+# Tried where no lengths are given; those that the task does not have are left out.
+LENGTHS = {"pairs": (5, 10, 20, 50), "segments": (1, 2, 4, 8, 16, 32, 64)}
+
+
+class EvaluationData(Section):
+    """What ``data.key=value`` is checked against."""
+
+    data: DataConfig = DataConfig()
+
+
+def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
+    """The exported model in `folder`, by our own classes. Raises ConfigError where it is none or not whole."""
+    where = choose_device(device)
+    if not (folder / "config.json").is_file():
+        hint = "export it with launch/consolidate.py" if (folder / "checkpoints").is_dir() else "give an exported model"
+        raise ConfigError(f"model={folder}: no config.json in it; {hint}")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != ARMTConfig.model_type:
+            raise ConfigError(f"model={folder}: of type {kind}; give an ARMT that launch/consolidate.py wrote")
+        model, loading = ARMTForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except ConfigError:
+        raise
+    # Damaged files raise whatever their readers raise.
+    except Exception as error:
+        raise ConfigError(f"model={folder}: cannot be loaded ({one_line(error, 400)}); export it again") from None
+    # Hugging Face only warns, and goes on with random values.
+    for name in (*loading["missing_keys"], *loading["unexpected_keys"]):
+        raise ConfigError(f"model={folder}: {name} is not both in config.json and in the weights; export it again")
+    return model.to(where).eval()
+
+
+def self_check(model: ARMTForCausalLM) -> None:
+    """Run `model.check()`. Raises ConfigError where generation with this transformers would be wrong."""
+    try:
+        model.check()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(one_line(error, 600)) from None
+
+
+def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
+    """A tiny random model of the same family and memory: what of `check` depends on code, not on weights."""
+    base = config.base_config
+    width = 8 * base.num_attention_heads * config.n_heads
+    names = type(base).attribute_map
+    small = {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 16}
+    fields = base.to_dict() | {names.get(name, name): value for name, value in small.items()}
+    fields |= {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id", "layer_types") if name in fields}
+    own = {name: getattr(config, name) for name in ARMTConfig.__annotations__ if name != "base_config"}
+    return ARMTForCausalLM(ARMTConfig(base_config=fields, **own)).eval()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; None: a GPU where there is one. Raises ConfigError for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {one_line(error)}; for example cpu or cuda:0") from None
+
+
+def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataConfig:
+    """The task that the model was trained on, or `name`, changed by ``data.key=value`` overrides.
+
+    Raises ConfigError where none is known and for overrides that do not fit.
+    """
+    saved = read_settings(folder)
+    if not saved and name is None:
+        raise ConfigError(f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(KINDS)}")
+    name = name or saved.get("task", DataConfig().task)
+    if name not in KINDS:
+        raise ConfigError(f"task={name}: no such task; one of {', '.join(KINDS)}")
+    section = KINDS[name].section
+    settings = dict(saved.get(section) or {})
+    if section != "retrieval":
+        # The name or folder that training used may not be there any more; its tokenizer is.
+        settings["tokenizer"] = str(folder)
+    tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
+    for override in overrides:
+        assign(tree, override)
+    return build(EvaluationData, tree).data
+
+
+def read_settings(folder: Path) -> dict:
+    """The data section that training used; empty where the folder has none. Raises ConfigError for a damaged file."""
+    path = folder / TASK_FILE
+    try:
+        return json.loads(path.read_text())["data"] if path.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model={path}: not readable ({one_line(error)}); export the model again") from None
+
+
+def default_lengths(task: Task) -> list[int]:
+    """Those of LENGTHS that the task has."""
+    lengths = []
+    for n in LENGTHS[task.unit]:
+        try:
+            task.sequence_tokens(n)
+            lengths.append(n)
+        except ConfigError:
+            continue
+    return lengths

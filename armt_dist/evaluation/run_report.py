@@ -1,0 +1,127 @@
+"""A run for people: `report.md` and `report.png` in its folder.
+
+    python -m armt_dist.report runs/NAME
+
+Written at the end of a run; the command writes it at any time, also for a run that goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from ..config import ConfigError, one_line, read_yaml, run_main
+from .evaluation_report import Curve, Panel, draw
+
+# Metric -> axis label; those that a run has are drawn.
+DRAWN = {"loss": "loss, nats a token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
+# Points of a curve: a step each would be noise.
+POINTS = 200
+
+
+def write(run: Path) -> Path:
+    """`report.md` of the run in folder `run`. Raises ConfigError where there is nothing to report."""
+    records = read_records(run / "metrics.jsonl")
+    training = [r for r in records if r["kind"] == "train"]
+    validation = [r for r in records if r["kind"] == "validation"]
+    if not training:
+        raise ConfigError(f"run={run}: metrics.jsonl has no step yet; train first")
+    config = read_yaml(run / "config.yaml")
+    panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
+    try:
+        draw(panels, run / "report.png", run.name)
+        (run / "report.md").write_text("\n\n".join(sections(run, config, training, validation)) + "\n")
+    except OSError as error:
+        raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
+    return run / "report.md"
+
+
+def read_records(path: Path) -> list[dict]:
+    """The complete lines of metrics.jsonl. Raises ConfigError where there is none."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run={path.parent}: no readable metrics.jsonl ({one_line(error)})") from None
+
+
+def panel(name: str, label: str, training: Sequence[dict], validation: Sequence[dict]) -> Panel:
+    """One metric over the steps, in training as means of neighbouring steps."""
+    size = max(1, len(training) // POINTS)
+    groups = [training[i : i + size] for i in range(0, len(training), size)]
+    means = [fmean(r[name] or 0.0 for r in group) for group in groups]
+    curves = [Curve("training", [group[-1]["step"] for group in groups], means)]
+    if validation and name in validation[-1]:
+        curves.append(Curve("validation", [r["step"] for r in validation], [r[name] for r in validation]))
+    return Panel("step", label, curves, log_x=False)
+
+
+def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[str]:
+    """The parts of the report."""
+    last = training[-1]
+    facts = read_json(run / "environment.json")
+    yield f"# {run.name}"
+    yield (
+        f"{last['step']} steps, {last['tokens']:,} tokens, {sum(r['step_s'] for r in training) / 60:.1f} min of "
+        f"training; task {config.get('data', {}).get('task')}, seed {config.get('train', {}).get('seed')}, commit "
+        f"{str(facts.get('commit'))[:12]}, torch {facts.get('torch')}, DeepSpeed {facts.get('deepspeed')}."
+    )
+    yield "![curves](report.png)"
+    yield "## Stages\n\n" + table(stages(config, training, validation))
+    yield from evaluations(run)
+    yield "## Configuration\n\n```yaml\n" + yaml.safe_dump({k: config[k] for k in config if k != "curriculum"}) + "```"
+
+
+def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[dict]:
+    """One row for each stage that was begun."""
+    curriculum = config.get("curriculum", [])
+    for number in sorted({r["stage"] for r in training}):
+        steps = [r for r in training if r["stage"] == number]
+        shown = curriculum[number] if number < len(curriculum) else {}
+        unit = "pairs" if shown.get("pairs") else "segments"
+        of_stage = [r for r in validation if steps[0]["step"] <= r["step"] <= steps[-1]["step"]]
+        row = {"stage": number, unit: shown.get(unit), "steps": f"{steps[0]['step']} to {steps[-1]['step']}"}
+        row["loss, last 10 steps"] = f"{fmean(r['loss'] or 0.0 for r in steps[-10:]):.4f}"
+        for name in ("loss", "accuracy"):
+            if of_stage and name in of_stage[-1]:
+                row[f"validation {name}"] = f"{of_stage[-1][name]:.4f}"
+        yield row
+
+
+def evaluations(run: Path) -> Iterable[str]:
+    """The results of launch/evaluate.py below the run folder."""
+    for path in sorted(run.rglob("evaluation.json")):
+        folder = path.parent.relative_to(run)
+        rows = read_json(path).get("rows", [])
+        shown = [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows]
+        picture = f"![{folder}]({folder}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
+        yield f"## Evaluation {folder}\n\n{picture}{table(shown)}"
+
+
+def table(rows: Iterable[dict]) -> str:
+    """Markdown; the columns of all rows in order of appearance."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    print(f"wrote {write(parser.parse_args().run)}")

@@ -1,0 +1,1 @@
+"""The model as an export carries it: torch and transformers only."""

@@ -1,0 +1,191 @@
+"""The configuration of an ARMT model: a Hugging Face base configuration plus memory and segments."""
+
+from typing import get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .backbone import family_of
+from .memory import MEMORIES
+from .rmt import LAST_LAYER
+
+MATHS = ("default", "paper")
+ALIGNMENTS = ("left", "right", "center")
+WINDOW_POSITIONS = ("relative", "restart")
+# Least values; None passes where it is allowed.
+LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
+LEAST |= {"sliding_window": 1, "k2": 1}
+KNOWN = {
+    "memory_kind": MEMORIES,
+    "maths": MATHS,
+    "segment_alignment": ALIGNMENTS,
+    "window_positions": WINDOW_POSITIONS,
+}
+# Fields that one kind of memory has.
+ONLY = dict.fromkeys(("sink", "sliding_window", "freeze_mem", "wrap_pos"), "armt") | {"k2": "rmt"}
+
+
+def build_base_config(model_type: str | None = None, **fields) -> PreTrainedConfig:
+    """A base configuration from its fields. Raises ValueError in one line, whatever Hugging Face's own checks raise."""
+    family_of(model_type)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:
+        # Their strict dataclasses raise several classes, some not ValueErrors, with messages of several lines.
+        raise ValueError(f"base_config: {' '.join(str(error).split())}") from error
+
+
+class ARMTConfig(PreTrainedConfig):
+    """Configuration of `ARMTForCausalLM`.
+
+    base_config: configuration (or dict with `model_type`) of the wrapped causal LM, of a family in
+        `backbone.FAMILIES`. A sliding window that is narrower than a segment row is refused.
+    segment_tokens: T, real tokens of a segment. num_mem_tokens: M, learned rows appended to every segment.
+    d_mem, nu, n_heads, maths, use_denom, correction, gating: see `memory.AssociativeMemory`.
+    freeze_mem: the memory projections W_m* get no gradient (as in the authors' code).
+    wrap_pos (GPT-2): memory tokens take the last M rows of the position table instead of continuing the segment's
+        positions; `base_config.n_positions` counts those rows.
+    sink: learned rows before the tokens of every segment (ARMT).
+    sliding_window: a token sees as many tokens before it across the border of its segment, at most segment_tokens; see
+        `window`. None: none.
+    window_positions: "relative", tokens on both sides of a border are as far apart as they are in the text; "restart",
+        as the authors' code has it: all segments but the first start at the same position, so that from the third one
+        on the window lies over the segment.
+    detach_window: no gradient flows through the window (as in the authors' code).
+    k2 (RMT): the memory rows that enter every k2-th segment pass no gradient on; None: gradients flow to the start.
+    segment_alignment: where a length that T does not divide leaves the short segment: left (last), right (first),
+        center (all of nearly equal length).
+
+    Raises ValueError, in one line naming the field, for values that do not fit.
+    """
+
+    model_type = "armt"
+    sub_configs = {"base_config": AutoConfig}
+
+    base_config: dict | PreTrainedConfig | None = None
+    memory_kind: str = "armt"
+    segment_tokens: int = 512
+    num_mem_tokens: int = 16
+    d_mem: int = 64
+    nu: int = 3
+    n_heads: int = 1
+    maths: str = "default"
+    use_denom: bool = True
+    correction: bool = True
+    gating: bool = False
+    freeze_mem: bool = False
+    wrap_pos: bool = False
+    segment_alignment: str = "left"
+    sink: int = 0
+    sliding_window: int | None = None
+    window_positions: str = "relative"
+    detach_window: bool = False
+    k2: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.base_config is None:
+            self.base_config = {"model_type": "gpt2"}
+        if isinstance(self.base_config, dict):
+            self.base_config = build_base_config(**self.base_config)
+        if not isinstance(self.base_config, PreTrainedConfig):
+            raise ValueError(f"base_config={self.base_config!r}: must be a configuration or a dict with model_type")
+        # Copied up so that generic Hugging Face code finds them where it looks.
+        self.vocab_size = self.base_config.vocab_size
+        self.hidden_size = self.base_config.hidden_size
+        self.num_hidden_layers = self.base_config.num_hidden_layers
+        self.tie_word_embeddings = self.base_config.tie_word_embeddings
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.base_config, name, None))
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of a segment before its tokens: the sinks of ARMT, the memory of RMT."""
+        return self.num_mem_tokens if LAST_LAYER in MEMORIES[self.memory_kind].arrows else self.sink
+
+    @property
+    def other_rows(self) -> int:
+        """Rows of a segment that are not tokens."""
+        return self.head_rows + self.num_mem_tokens
+
+    def check(self) -> None:
+        """Raises ValueError for the first field that does not fit."""
+        for name, kind in ARMTConfig.__annotations__.items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            # type() rather than isinstance: True is no count.
+            if name != "base_config" and type(value) not in kinds:
+                raise ValueError(f"{name}={value!r}: must be of type {kinds[0].__name__}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
+        for name, kind in ONLY.items():
+            if getattr(self, name) != getattr(ARMTConfig, name) and self.memory_kind != kind:
+                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
+        self.check_base()
+        for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
+            if width % self.n_heads:
+                raise ValueError(f"n_heads={self.n_heads} does not divide {name}={width}")
+        if self.maths == "paper" and self.n_heads != 1:
+            raise ValueError(f"n_heads={self.n_heads}: maths=paper has one memory head; set n_heads=1")
+        self.check_positions()
+        self.check_window()
+
+    def check_base(self) -> None:
+        """What would only fail, or fail to matter, once the base model runs."""
+        base = self.base_config
+        family_of(base.model_type)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(base, name, 1) < 1:
+                raise ValueError(f"base_config.{name}={getattr(base, name)}: must be at least 1")
+        heads = base.num_attention_heads
+        if base.hidden_size % heads:
+            raise ValueError(f"base_config.num_attention_heads={heads} does not divide hidden_size={base.hidden_size}")
+        if heads % getattr(base, "num_key_value_heads", heads):
+            raise ValueError(
+                f"base_config.num_key_value_heads={base.num_key_value_heads} does not divide {heads} heads"
+            )
+        activation = getattr(base, "hidden_act", None) or getattr(base, "activation_function", None)
+        if activation not in ACT2FN:
+            raise ValueError(f"base_config.hidden_act={activation}: no such activation; for example silu or gelu_new")
+
+    def check_positions(self) -> None:
+        """A segment row must fit into a learned position table."""
+        learned = bool(family_of(self.base_config.model_type).positions)
+        if self.wrap_pos and not learned:
+            raise ValueError(f"wrap_pos=true: {self.base_config.model_type} has no position table; set wrap_pos=false")
+        row = self.segment_tokens + self.other_rows
+        rows = self.base_config.max_position_embeddings
+        if learned and row > rows:
+            others = {"sink": self.sink, "num_mem_tokens": self.num_mem_tokens}
+            if self.head_rows > self.sink:
+                others = {"2 x num_mem_tokens": self.other_rows}
+            named = "".join(f" + {name}={count}" for name, count in others.items() if count)
+            raise ValueError(
+                f"segment_tokens={self.segment_tokens}{named} = {row} positions do not "
+                f"fit into the base model's {rows}; try segment_tokens={rows - self.other_rows}"
+            )
+
+    def check_window(self) -> None:
+        """Ours reaches back one segment; the base model's must be off or at least as wide as a segment row."""
+        if self.sliding_window is not None and self.sliding_window > self.segment_tokens:
+            raise ValueError(
+                f"sliding_window={self.sliding_window}: only the segment before is kept; at most "
+                f"segment_tokens={self.segment_tokens}"
+            )
+        if self.window_positions == "restart" and self.sliding_window not in (None, self.segment_tokens):
+            raise ValueError(
+                f"window_positions=restart: needs the whole segment; set sliding_window={self.segment_tokens}"
+            )
+        window = getattr(self.base_config, "sliding_window", None)
+        kinds = getattr(self.base_config, "layer_types", None) or ["sliding_attention"]
+        row = self.segment_tokens + self.other_rows
+        if window is not None and "sliding_attention" in kinds and window < row:
+            raise ValueError(
+                f"base_config.sliding_window={window}: narrower than a segment of {row} positions; set it to null, or "
+                f"try segment_tokens={max(1, window - self.other_rows)}"
+            )

@@ -1,0 +1,299 @@
+"""Runs a schedule over a model: this rank's blocks of a batch in, its part of the loss out.
+
+Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model width, n scored positions.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..config import ConfigError, Section
+from ..model.backbone import Context
+from ..model.memory import MEMORIES
+from ..model.modeling_armt import ARMTForCausalLM, segment_lengths
+from ..model.rmt import enter
+from ..monitoring.profile import Trace
+from ..schedule import program as schedule
+from ..schedule.program import Arrow, Grid, Instruction, Op
+from .activation_store import STASHES
+from .handoff import Local, Wire
+from .loss import hits, token_nll
+from .segment_bptt import Link, Seen, Work, segment_bptt
+
+
+class ParallelConfig(Section):
+    """How the work on one sequence is spread and ordered; see `schedule`. world = dp x sp."""
+
+    sp: int = Field(1, ge=1)
+    """Ranks that share one sequence."""
+    rounds: int = Field(1, ge=1)
+    """Blocks of segments a rank; each is one more gather of every layer."""
+    chunks: int = Field(1, ge=1)
+    """Parts of the micro-batch that are handed on separately."""
+    schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
+    """Left out: what the memory allows, wavefront for ARMT and segment_major for RMT."""
+    timeout_s: float = Field(600, gt=0)
+    """After so long a wait for another rank the run ends with an error."""
+
+    @model_validator(mode="after")
+    def schedule_takes_them(self):
+        if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
+            raise ValueError(
+                f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
+                f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
+            )
+        return self
+
+
+def check_memory(config: ParallelConfig, memory_kind: str) -> None:
+    """Raise ConfigError where the memory's arrows forbid the layout."""
+    arrows = MEMORIES[memory_kind].arrows
+    if Arrow.LAST_LAYER in arrows and config.sp > 1:
+        raise ConfigError(
+            f"parallel.sp={config.sp}: memory_kind={memory_kind} takes a segment's memory from the last layer of the "
+            "segment before, so a sequence stays on one rank; set parallel.sp=1"
+        )
+    # More segments than blocks, as in most batches.
+    grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
+    schedule.fit(config.schedule or schedule.default(arrows), grid, arrows)
+
+
+class Piece(NamedTuple):
+    """One rank's part of a micro-batch: the segments of its blocks, in order."""
+
+    input_ids: Tensor  # [B, tokens of the blocks] int64
+    # [B, the same] the token to predict at each position, -100 where not scored; in host memory, so that picking the
+    # scored positions does not wait for the device
+    labels: Tensor
+    attention_mask: Tensor | None  # the same, 1 at real tokens; None when nothing is padded
+    lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
+    grid: Grid
+    sp_rank: int
+
+
+class Totals(NamedTuple):
+    """Sums over the rank's scored positions."""
+
+    nll: Tensor  # scalar float32
+    scored: Tensor  # scalar int64
+    wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless asked for
+
+
+class Call(NamedTuple):
+    """The instructions of one call of a layer, each time between its GATHER and the next one's.
+
+    `backward` ends with the GATHER that follows, because ZeRO-3's hooks carry it out before the next call begins.
+    """
+
+    gather: Instruction
+    forward: tuple[Instruction, ...]
+    backward: tuple[Instruction, ...]
+
+
+IGNORE = -100
+HANDED_ON = (Op.RECV, Op.SEND)
+
+
+@lru_cache(maxsize=256)
+def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
+    """The program of `rank`, cut into layer calls in forward order.
+
+    A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
+    """
+    program = schedule.build(name, grid, rank, arrows)
+    if Arrow.LAST_LAYER in arrows:
+        program = [instruction for instruction in program if instruction.op not in HANDED_ON]
+    backward: list[list[Instruction]] = []
+    for instruction in schedule.backward(program):
+        if instruction.op is Op.GATHER:
+            if backward:
+                backward[-1].append(instruction)
+            backward.append([])
+        elif instruction.op is not Op.RELEASE:
+            backward[-1].append(instruction)
+    forward = [tuple(group) for _, group in groupby(program, key=lambda i: (i.block, i.layer))]
+    return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
+
+
+def cut(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, model_config, grid: Grid, sp_rank: int = 0
+) -> Piece:
+    """The blocks of `sp_rank` of a micro-batch [B, tokens]. `grid.segments` is set from the length of the batch.
+
+    Raises ConfigError when there are fewer segments than sp x rounds.
+    """
+    lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
+    grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
+    schedule.check(grid)
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    ranges = [schedule.blocks(grid)[b] for b in schedule.rank_blocks(grid, sp_rank)]
+
+    def own(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
+
+    by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
+    return Piece(own(input_ids), own(labels), own(attention_mask), by_block, grid, sp_rank)
+
+
+class LossHead(nn.Module):
+    """Final norm and head over the scored positions of a rank.
+
+    The parameters belong to the base model; `parts` refers to its modules without owning them. Under ZeRO-3 they are
+    registered as this module's external parameters, so that they are gathered around its one call.
+    """
+
+    def __init__(self, model: ARMTForCausalLM):
+        super().__init__()
+        object.__setattr__(self, "parts", (model.backbone.norm, model.backbone.head))
+
+    def forward(self, hidden: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
+        """hidden [n, D], targets [n] -> nll [n] float32 and misses [n] bool (all False unless `count`)."""
+        norm, head = self.parts
+        hidden = norm(hidden)
+        wrong = ~hits(hidden, head, targets) & (targets >= 0) if count else torch.zeros_like(targets, dtype=torch.bool)
+        return token_nll(hidden, head, targets), wrong
+
+
+class ScheduledLM(nn.Module):
+    """What the engine wraps: the model, run layer by layer over this rank's blocks as the schedule says."""
+
+    def __init__(
+        self,
+        model: ARMTForCausalLM,
+        *,
+        schedule_name: str | None = None,
+        states: str = "store",
+        offload: bool = False,
+        link: Local | Wire | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.loss_head = LossHead(model)
+        self.arrows = tuple(model.backbone.layers[0].memory.arrows)
+        self.schedule_name = schedule_name or schedule.default(self.arrows)
+        self.states, self.offload = states, offload
+        self.link = Local() if link is None else link
+        # Of the last pass.
+        self.trace: Trace | None = None
+
+    def at(self) -> Instruction | None:
+        """The instruction that this rank came to last, for `handoff.end_when_alone`."""
+        return self.trace and self.trace.at
+
+    def fit(self, piece: Piece) -> Piece:
+        """The piece in the blocks that the instructions number. Raises ConfigError as `schedule.fit`."""
+        return fitted(piece, schedule.fit(self.schedule_name, piece.grid, self.arrows))
+
+    def forward(self, piece: Piece, count: bool = False, observe: Callable[[Seen], None] | None = None) -> Totals:
+        """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule.
+
+        `observe` is shown every cell that this rank runs forward.
+        """
+        piece = self.fit(piece)
+        rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
+        x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
+        outputs = self.run_layers(x, rows, piece, observe)
+        return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
+
+    def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece, observe: Callable | None) -> list[Tensor]:
+        """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
+        blocks = list(x.split([sum(block) for block in rows], dim=1))
+        layers, trace = self.model.backbone.layers, Trace(x.device)
+        own = {block: i for i, block in enumerate(schedule.rank_blocks(piece.grid, piece.sp_rank))}
+        contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
+        # Without gradients nothing is kept for a backward.
+        states = self.states if torch.is_grad_enabled() else "recompute"
+        calls = layer_calls(self.schedule_name, piece.grid, piece.sp_rank, self.arrows)
+        stash, link = STASHES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
+        self.trace = trace
+        for gather, forward, backward in calls:
+            i = own[gather.block]
+            if self.model.carries_rows and gather.layer == 0:
+                blocks[i] = enter(blocks[i], self.entering_rows(blocks[i - 1] if i else None, i, len(x)))
+            work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
+            trace(gather)
+            blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
+        trace(None)
+        return blocks
+
+    def entering_rows(self, before: Tensor | None, segment: int, batch: int) -> Tensor:
+        """The memory rows of a segment, carried from the one `before` [B, N, D] (RMT). [B, M, D]."""
+        config = self.model.config
+        if before is None:
+            return self.model.memory_tokens(batch)[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
+            return self.model.backbone.norm(before[:, -config.num_mem_tokens :])
+
+    def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
+        """The link of one pass: what it will receive, and in which shapes."""
+        receives = [i for call in calls for i in call.forward if i.op is Op.RECV]
+        if torch.is_grad_enabled():
+            receives += [i for call in reversed(calls) for i in call.backward if i.op is Op.RECV_GRAD]
+        rows = [len(chunk) for chunk in torch.empty(batch).tensor_split(chunks)]
+        layers = self.model.backbone.layers
+        return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))
+
+    def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
+        """The contexts of block i as [chunk][segment]; segments of one length without padding share theirs."""
+        masks = [None] * len(rows)
+        if piece.attention_mask is not None:
+            by_block = piece.attention_mask.split([sum(block) for block in piece.lengths], dim=1)
+            masks = by_block[i].split(piece.lengths[i], dim=1)
+        shared: dict[int, Context] = {}
+        result = []
+        for chunk in range(piece.grid.chunks):
+            row = []
+            for x_s, mask in zip(x.split(list(rows), dim=1), masks, strict=True):
+                if mask is not None:
+                    row.append(self.model.context(x_s, mask.tensor_split(piece.grid.chunks)[chunk]))
+                    continue
+                if x_s.shape[1] not in shared:
+                    shared[x_s.shape[1]] = self.model.context(x_s, None)
+                row.append(shared[x_s.shape[1]])
+            result.append(row)
+        return result
+
+    def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
+        """Loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
+        targets = packed_labels(piece, self.model.config.head_rows, self.model.config.num_mem_tokens)
+        scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
+        if not len(scored):
+            # Norm and head must have a gradient on every rank: an unscored position gives zeros.
+            scored = torch.zeros(1, dtype=torch.int64)
+        row = (scored // targets.shape[1]).to(hidden.device, non_blocking=True)
+        targets = targets.flatten()[scored].to(hidden.device, non_blocking=True)
+        scored = scored.to(hidden.device, non_blocking=True)
+        nll, wrong = self.loss_head(hidden.flatten(0, 1)[scored], targets, count)
+        per_row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_add_(0, row, wrong.long())
+        return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
+
+
+def backward(engine, loss: Tensor) -> None:
+    """`engine.backward(loss)`, and the end of the pass's trace with it. Right for any number of rounds."""
+    engine.backward(loss)
+    engine.module.trace(None)
+
+
+def fitted(piece: Piece, grid: Grid) -> Piece:
+    """The piece in the blocks of `grid`, as the schedule cuts it."""
+    if grid == piece.grid:
+        return piece
+    assert grid.sp == 1, f"{grid}: only a rank that holds the whole sequence can cut it otherwise"
+    lengths = [n for block in piece.lengths for n in block]
+    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in schedule.blocks(grid))
+    return piece._replace(grid=grid, lengths=blocks)
+
+
+def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:
+    """The labels laid out like the hidden states, so many rows around a segment not scored. [B, sum of N], on the
+    labels' device."""
+    head, tail = (piece.labels.new_full((len(piece.labels), rows), IGNORE) for rows in (before, behind))
+    lengths = [n for block in piece.lengths for n in block]
+    return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (head, labels, tail)], dim=1)

@@ -1,0 +1,169 @@
+"""The state on the wire: each block's last state to the next block, and its gradient back, over torch.distributed.
+
+A message is one contiguous float32 buffer, the tensors of a state one after the other. The order of messages is that
+of the schedule, so receives are posted one unit ahead and nothing is tagged.
+
+Every edge of the ring of ranks has a process group of its own. NCCL carries out the point-to-point operations of a
+communicator one after another in the order of their calls: on a shared one the receive for the next unit, posted
+early, would hold up this unit's send, and around the ring all would wait for each other. On an edge the order is the
+same at both ends: the states of a pass, then their gradients.
+"""
+
+import os
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import one_line
+from ..distributed.rendezvous import Edge
+from ..schedule.program import Instruction, Op
+
+# Message -> the state's shapes: a NamedTuple of meta tensors.
+Shapes = Callable[[Instruction], tuple]
+# What gloo says of a rank that is gone or silent; NCCL raises DistBackendError.
+LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+
+
+class Local:
+    """The link of a rank that holds the whole sequence: from one of its blocks to the next, no wire."""
+
+    sent_bytes = 0
+
+    def __init__(self) -> None:
+        self.kept: dict[Instruction, tuple] = {}
+
+    def open(self, receives: Iterable[Instruction], shapes: Shapes) -> "Local":
+        """The link of one pass."""
+        return Local()
+
+    def send(self, instruction: Instruction, state: tuple) -> None:
+        """Keep the state until `recv`."""
+        op, step = {Op.SEND: (Op.RECV, 1), Op.SEND_GRAD: (Op.RECV_GRAD, -1)}[instruction.op]
+        self.kept[instruction._replace(op=op, block=instruction.block + step)] = state
+
+    def recv(self, instruction: Instruction) -> tuple:
+        """The state that the neighbouring block sent."""
+        return self.kept.pop(instruction)
+
+
+class Wire:
+    """The link of one rank among several, for a whole run. `before` and `after` are its neighbours in the ring."""
+
+    def __init__(self, before: Edge | None, after: Edge | None, device: torch.device):
+        self.edges = {Op.RECV: before, Op.SEND_GRAD: before, Op.SEND: after, Op.RECV_GRAD: after}
+        self.device = device
+        # Buffers are filled, and receives started, without waiting for the layer that runs at the time.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.sent_bytes = 0
+
+    def open(self, receives: Iterable[Instruction], shapes: Shapes) -> "Pass":
+        """The link of one pass, whose `receives` are known in their order. Waits for the sends of the pass before."""
+        self.drain()
+        return Pass(self, receives, shapes)
+
+    def beside(self):
+        """The context in which work goes to the wire's own stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def post(self, instruction: Instruction, numel: int) -> tuple[dist.Work, Tensor]:
+        """Start a receive of `numel` elements."""
+        edge = self.edges[instruction.op]
+        with self.beside():
+            buffer = torch.empty(numel, dtype=torch.float32, device=self.device)
+            return dist.irecv(buffer, src=edge.peer, group=edge.group), buffer
+
+    def send(self, instruction: Instruction, state: tuple) -> None:
+        """Start a send. The buffer stays until it has left."""
+        edge = self.edges[instruction.op]
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            for tensor in state:
+                tensor.record_stream(self.stream)
+        with self.beside():
+            buffer = torch.cat([tensor.flatten() for tensor in state])
+            self.sending.append((dist.isend(buffer, dst=edge.peer, group=edge.group), buffer))
+        self.sent_bytes += buffer.nbytes
+        # gloo does not say so before it is asked to wait; its buffers are freed by `drain`.
+        while self.sending and self.sending[0][0].is_completed():
+            self.sending.popleft()
+
+    def drain(self) -> None:
+        """Wait until everything has left: host memory's host, the device's stream."""
+        with self.beside():
+            while self.sending:
+                self.sending.popleft()[0].wait()
+
+
+class Pass:
+    """A wire during one forward and its backward."""
+
+    def __init__(self, wire: Wire, receives: Iterable[Instruction], shapes: Shapes):
+        self.wire, self.shapes = wire, shapes
+        self.due = deque(receives)
+        self.posted: deque[tuple[Instruction, dist.Work, Tensor]] = deque()
+
+    def send(self, instruction: Instruction, state: tuple) -> None:
+        """Hand a state, or its gradient, to the neighbour without waiting."""
+        self.wire.send(instruction, state)
+
+    def recv(self, instruction: Instruction) -> tuple:
+        """What the neighbour sent. Starts the next receive, then waits: on CUDA the stream, not the host.
+
+        RuntimeError when the neighbour is gone, or silent for longer than its group's timeout.
+        """
+        if not self.posted:
+            self.post()
+        # Not from states to gradients: on an edge all states come before the first gradient.
+        if self.due and self.due[0].op is instruction.op:
+            self.post()
+        expected, work, buffer = self.posted.popleft()
+        assert expected == instruction, f"{instruction} is received where {expected} is due"
+        work.wait()
+        if buffer.is_cuda:
+            # Allocated for the wire's stream, used on this one.
+            buffer.record_stream(torch.cuda.current_stream())
+        return unpack(buffer, self.shapes(instruction))
+
+    def post(self) -> None:
+        """Start the receive that is due next."""
+        instruction = self.due.popleft()
+        numel = sum(tensor.numel() for tensor in self.shapes(instruction))
+        self.posted.append((instruction, *self.wire.post(instruction, numel)))
+
+
+def unpack(buffer: Tensor, shapes: tuple) -> tuple:
+    """The inverse of flattening: views into `buffer`, shaped as `shapes`."""
+    ends = list(accumulate(tensor.numel() for tensor in shapes))
+    parts = (buffer[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, shapes, strict=True))
+    return type(shapes)(*parts)
+
+
+@contextmanager
+def end_when_alone(
+    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
+) -> Iterator[None]:
+    """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
+
+    The line names this rank and the instruction that it had come to (`at`); `dump` is told why and where before the
+    end. Nothing is cleaned up: whatever talks to the others would wait for them again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = one_line(error, limit=300)
+        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
+            raise
+        doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
+        why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        # What unwound to here no longer shows in the stacks.
+        dump(f"{why}\n{traceback.format_exc()}")
+        os._exit(1)

@@ -1,0 +1,83 @@
+"""Checks of programs before they run: one rank's order and completeness, and the order of collectives across ranks."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from .program import ARMT_ARROWS, Grid, Instruction, Op, backward, rank_blocks, source_layer, target_layer, wavefront
+
+COMPUTE = (Op.RUN, Op.RERUN, Op.BACK)
+ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.REDUCE)
+"""Instructions that a correct pair of programs holds exactly once; layers may be gathered again at will."""
+
+
+class ScheduleError(ValueError):
+    """A program that cannot be run; a bug, not a user's mistake. Names rank, position and instruction."""
+
+    def __init__(self, rank: int, index: int, instruction: Instruction, reason: str):
+        super().__init__(f"rank {rank}, instruction {index}, {instruction}: {reason}")
+        self.rank, self.index, self.instruction = rank, index, instruction
+
+
+def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[str]) -> Iterator[Instruction]:
+    """The instructions of the same rank that must come before `instruction` (gathers apart)."""
+    op, layer, block, chunk = instruction
+    top, last = grid.layers - 1, grid.sp * grid.rounds - 1
+    receives = block > 0 and source_layer(arrows, layer, grid.layers) is not None
+    returns = block < last and target_layer(arrows, layer, grid.layers) is not None
+    if op is Op.RUN:
+        yield from [instruction._replace(layer=layer - 1)] * (layer > 0)
+        yield from [instruction._replace(op=Op.RECV)] * receives
+    elif op in (Op.SEND, Op.RERUN):
+        yield instruction._replace(op=Op.RUN)
+    elif op is Op.BACK:
+        yield instruction._replace(op=Op.RERUN)
+        yield from [instruction._replace(layer=layer + 1)] * (layer < top)
+        yield from [instruction._replace(op=Op.RECV_GRAD)] * returns
+    elif op is Op.SEND_GRAD:
+        yield instruction._replace(op=Op.BACK)
+    elif op is Op.REDUCE:
+        for own in rank_blocks(grid, rank):
+            yield from (Instruction(Op.BACK, layer, own, c) for c in range(grid.chunks))
+
+
+def verify(grid: Grid, program: Sequence[Instruction], rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> None:
+    """Raise ScheduleError at the first fault in one rank's program: order, liveness, missing, twice, foreign."""
+    expected = wavefront(grid, rank, arrows)
+    if any(instruction.op is Op.BACK for instruction in program):
+        expected += backward(expected)
+    expected_set, seen, live = set(expected), set(), set()
+    for index, instruction in enumerate(program):
+        op, layer = instruction.op, instruction.layer
+        fault = None
+        if instruction not in expected_set:
+            fault = f"is no work of rank {rank} in {grid}"
+        elif op in ONCE and instruction in seen:
+            fault = "comes twice"
+        elif (op is Op.GATHER) == (layer in live) and op in (Op.GATHER, Op.RELEASE, *COMPUTE):
+            fault = f"layer {layer} is {'already' if layer in live else 'not'} gathered"
+        else:
+            missing = [other for other in requires(grid, instruction, rank, arrows) if other not in seen]
+            fault = f"needs {missing[0]} before it" if missing else None
+        if fault:
+            raise ScheduleError(rank, index, instruction, fault)
+        seen.add(instruction)
+        live = live | {layer} if op is Op.GATHER else live - {layer} if op is Op.RELEASE else live
+    for instruction in expected:
+        if instruction not in seen or (instruction.op is Op.RELEASE and instruction.layer in live):
+            raise ScheduleError(rank, len(program), instruction, "is missing")
+
+
+def check_collectives(programs: Sequence[Sequence[Instruction]], orders: Sequence[list[tuple[int, int]]]) -> None:
+    """Raise ScheduleError where a rank issues another collective than most ranks do."""
+    for place in range(max(map(len, orders))):
+        found = []
+        for program, order in zip(programs, orders, strict=True):
+            index = order[place][1] if place < len(order) else len(program)
+            instruction = program[index] if place < len(order) else None
+            found.append((index, instruction, instruction and (instruction.op, instruction.layer)))
+        usual = Counter(what for *_, what in found).most_common(1)[0][0]
+        for rank, (index, instruction, what) in enumerate(found):
+            if what != usual:
+                other = "no collective at all" if usual is None else f"{usual[0]} {usual[1]}"
+                shown = instruction or Instruction(*usual, block=rank)
+                raise ScheduleError(rank, index, shown, f"is collective {place} here, but {other} on the other ranks")

@@ -1,0 +1,81 @@
+"""Timelines of all ranks, simulated or measured, as text and as PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .program import Instruction, Op
+
+FORWARD_LAYERS = "0123456789"
+BACKWARD_LAYERS = "abcdefghij"
+WAITS = {Op.GATHER: "-", Op.REDUCE: "-", Op.RECV: ".", Op.RECV_GRAD: "."}
+LEGEND = "0-9 forward of layer (mod 10), a-j backward, . waits for a state, - for a gather, blank: done"
+COLOURS = {Op.GATHER: "tab:red", Op.REDUCE: "tab:purple", Op.RECV: "0.85", Op.RECV_GRAD: "0.85"}
+NAMES = {
+    Op.RUN: "forward (darker: higher layer)",
+    Op.BACK: "backward",
+    Op.GATHER: "wait for gather",
+    Op.REDUCE: "wait for reduce",
+    Op.RECV: "wait for state",
+}
+
+
+class Event(NamedTuple):
+    """A stretch of one rank's time: computing, or waiting in GATHER, RECV, RECV_GRAD or REDUCE."""
+
+    rank: int
+    instruction: Instruction
+    start_s: float
+    end_s: float
+
+
+def symbol(instruction: Instruction) -> str:
+    """One character for what a rank does."""
+    if instruction.op in WAITS:
+        return WAITS[instruction.op]
+    return (FORWARD_LAYERS if instruction.op is Op.RUN else BACKWARD_LAYERS)[instruction.layer % 10]
+
+
+def show(events: Sequence[Event], width: int = 100) -> str:
+    """One row per rank, `width` columns for the whole time; a column shows what the rank does in its middle."""
+    start_s, end_s = min(event.start_s for event in events), max(event.end_s for event in events)
+    column_s = (end_s - start_s) / width
+    rows = {rank: [" "] * width for rank in sorted({event.rank for event in events})}
+    for event in events:
+        first, end = (round((t - start_s) / column_s) for t in (event.start_s, event.end_s))
+        rows[event.rank][first:end] = symbol(event.instruction) * (end - first)
+    lines = [f"rank {rank:>3} |{''.join(row)}|" for rank, row in rows.items()]
+    return "\n".join([*lines, f"{end_s - start_s:.4g} s; {LEGEND}"])
+
+
+def plot(events: Sequence[Event], path: str | Path, title: str = "") -> None:
+    """The same as a PNG at `path`: blue forward, orange backward (darker for higher layers), waits grey and red."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    ranks = sorted({event.rank for event in events})
+    start_s = min(event.start_s for event in events)
+    figure = Figure(figsize=(14, min(1.5 + 0.35 * len(ranks), 12)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title=title, xlabel="seconds", ylabel="rank")
+    shades = colours(events)
+    for rank in ranks:
+        own = [event for event in events if event.rank == rank]
+        spans = [(event.start_s - start_s, event.end_s - event.start_s) for event in own]
+        axes.broken_barh(spans, (rank - 0.45, 0.9), facecolors=[shades[event.instruction[:2]] for event in own])
+    axes.set_ylim(max(ranks) + 0.6, min(ranks) - 0.6)
+    top = {op: max((key for key in shades if key[0] is op), default=None) for op in NAMES}
+    handles = [Patch(color=shades[key], label=NAMES[op]) for op, key in top.items() if key]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def colours(events: Sequence[Event]) -> dict:
+    """A colour for each (op, layer) that occurs."""
+    from matplotlib import colormaps
+
+    highest = max(event.instruction.layer for event in events) or 1
+    maps = {Op.RUN: colormaps["Blues"], Op.BACK: colormaps["Oranges"], Op.RERUN: colormaps["Oranges"]}
+    found = {event.instruction[:2] for event in events}
+    return {(op, layer): maps[op](0.25 + 0.6 * layer / highest) if op in maps else COLOURS[op] for op, layer in found}

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: the only room that knows DeepSpeed's insides."""

@@ -1,0 +1,190 @@
+"""A model from its configuration, partitioned over the ranks as it is made: no rank ever holds the whole of it."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, create_model, model_validator
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from ..config import ConfigError, Section, one_line
+from ..model.backbone import Backbone
+from ..model.configuration_armt import ARMTConfig
+from ..model.modeling_armt import ARMTForCausalLM
+
+Std = Annotated[float, Field(gt=0)]
+
+
+class InitConfig(Section):
+    """Standard deviations of a random base model; what is left out is the Hugging Face default."""
+
+    linear_std: Std | None = None
+    """Decoder layers' linear weights and the head; biases become zero."""
+    embedding_std: Std | None = None
+    position_std: Std | None = None
+    memory_std: Std | None = None
+    """Memory rows and sinks; left out: the std of the token embeddings."""
+
+
+class BaseSection(Section):
+    """Where the base model comes from; the other fields of the model section are those of ARMTConfig."""
+
+    base: str | None = None
+    """A Hugging Face name or folder, or an exported ARMT folder, to start from."""
+    base_config: dict[str, Any] | None = None
+    """Configuration of a random base model, with `model_type`."""
+    trust_remote_code: bool = False
+    init: InitConfig | None = None
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if (self.base is None) == (self.base_config is None):
+            raise ValueError("model.base or model.base_config: give exactly one of them")
+        if self.base is not None and self.init is not None:
+            raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
+        return self
+
+
+def armt_fields() -> dict[str, tuple]:
+    """ARMTConfig's own fields as pydantic wants them, so that the YAML section never falls behind."""
+    fields = ARMTConfig.__annotations__.items()
+    return {name: (kind | None, None) for name, kind in fields if name not in BaseSection.model_fields}
+
+
+ModelConfig = create_model("ModelConfig", __base__=BaseSection, **armt_fields())
+
+
+def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_tokens: int | None) -> ARMTConfig:
+    """The ARMTConfig that `config` describes; a random base takes its vocabulary (`token_fields`) from `tokens`.
+
+    Raises ConfigError where values do not fit or the base cannot be found.
+    """
+    given = config.model_dump(exclude=set(BaseSection.model_fields), exclude_none=True)
+    if segment_tokens is not None:
+        if given.get("segment_tokens", segment_tokens) != segment_tokens:
+            raise ConfigError(
+                f"model.segment_tokens={given['segment_tokens']}: the task's segments have {segment_tokens} tokens; "
+                "leave it out"
+            )
+        given["segment_tokens"] = segment_tokens
+    try:
+        if config.base is None:
+            return ARMTConfig(base_config={**tokens, **config.base_config}, **given)
+        if is_armt(config.base):
+            return continue_from(ARMTConfig.from_pretrained(config.base), given)
+        base = AutoConfig.from_pretrained(config.base, trust_remote_code=config.trust_remote_code)
+        return ARMTConfig(base_config=base, **given)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        where = f"model.base={config.base}" if config.base else "model"
+        raise ConfigError(f"{where}: {one_line(error, 400)}") from None
+
+
+def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What a base configuration says of its tokens."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
+    """An exported model's configuration, with what may change afterwards changed; its tensors' shapes may not."""
+    fixed = ("num_mem_tokens", "sink", "d_mem", "nu", "n_heads", "gating", "memory_kind")
+    for name in fixed:
+        if name in given and given[name] != getattr(config, name):
+            raise ConfigError(f"model.{name}={given[name]}: the base folder has {getattr(config, name)}; leave it out")
+    fields = {name: getattr(config, name) for name in ARMTConfig.__annotations__}
+    return ARMTConfig(**{**fields, **given})
+
+
+def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: int) -> ARMTForCausalLM:
+    """The partitioned model: loaded or random base, fresh memory around it unless the base is an ARMT already."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(seed)
+    # Hugging Face partitions what it makes or loads as long as this object is alive.
+    partitioning = HfDeepSpeedConfig(ds_config)
+    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+    try:
+        if config.base is not None and is_armt(config.base):
+            return ARMTForCausalLM.from_pretrained(config.base, config=armt, dtype=dtype)
+        if config.base is not None:
+            base = AutoModelForCausalLM.from_pretrained(
+                config.base, config=armt.base_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+        else:
+            base = AutoModelForCausalLM.from_config(armt.base_config, dtype=dtype)
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+            model = ARMTForCausalLM(armt, base=base)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.base={config.base}: cannot be loaded ({one_line(error, 400)})") from None
+    del partitioning
+    initialise(model, config.init or InitConfig())
+    return model
+
+
+def is_armt(base: str) -> bool:
+    """Whether `base` is an exported ARMT; our own classes load it, not the code that lies beside its weights."""
+    return PreTrainedConfig.get_config_dict(base)[0].get("model_type") == ARMTConfig.model_type
+
+
+def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
+    """Fresh memory, and the base weights that `config` names. Collective: rank 0 draws, module by module."""
+    for layer in model.backbone.layers:
+        with gathered(layer) as drawing:
+            if drawing:
+                layer.memory.reset_parameters()
+                init_linears(layer.layer, config.linear_std)
+    embeddings = model.get_input_embeddings()
+    with gathered(embeddings, model.memory_tokens) as drawing:
+        if drawing:
+            init_normal(embeddings.weight, config.embedding_std)
+            std = config.memory_std or embeddings.weight.float().std().item()
+            for rows in model.memory_tokens.parameters():
+                nn.init.normal_(rows, std=std)
+    positions = model.backbone.part("positions")
+    if positions is not None and config.position_std:
+        with gathered(positions) as drawing:
+            if drawing:
+                init_normal(positions.weight, config.position_std)
+    if config.linear_std and not model.config.tie_word_embeddings:
+        head = Backbone(model.base, model.backbone.family).head
+        with gathered(head) as drawing:
+            if drawing:
+                init_linears(head, config.linear_std)
+
+
+class gathered:
+    """Whole parameters of some modules within the block; true on the rank whose changes count."""
+
+    def __init__(self, *modules: nn.Module):
+        import deepspeed
+
+        parameters = [p for module in modules for p in module.parameters()]
+        self.context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+        self.no_grad = torch.no_grad()
+
+    def __enter__(self) -> bool:
+        self.context.__enter__()
+        self.no_grad.__enter__()
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def __exit__(self, *exception) -> None:
+        self.no_grad.__exit__(*exception)
+        self.context.__exit__(*exception)
+
+
+def init_linears(module: nn.Module, std: float | None) -> None:
+    """Normal weights and zero biases for every linear map below `module`; nothing without a std."""
+    for part in module.modules():
+        if std and isinstance(part, nn.Linear | Conv1D):
+            nn.init.normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def init_normal(weight: Tensor, std: float | None) -> None:
+    """Normal values; nothing without a std."""
+    if std:
+        nn.init.normal_(weight, std=std)
