@@ -30,7 +30,7 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def load(schema: type[S], yaml_file: str | Path | None = None, overrides: Iterable[str] = ()) -> S:
+def load_config(schema: type[S], yaml_file: str | Path | None = None, overrides: Iterable[str] = ()) -> S:
     """Fill `schema` from its defaults, then `yaml_file`, then ``a.b=value`` overrides (values are YAML).
 
     Raises ConfigError for an unreadable file, an unknown key, a wrong type or an override without ``=``.
@@ -38,15 +38,15 @@ def load(schema: type[S], yaml_file: str | Path | None = None, overrides: Iterab
     tree = read_yaml(yaml_file) if yaml_file is not None else {}
     for override in overrides:
         assign(tree, override)
-    return build(schema, tree)
+    return validate(schema, tree)
 
 
-def build(schema: type[S], tree: dict) -> S:
+def validate(schema: type[S], tree: dict) -> S:
     """Validate a nested dict against `schema`; the first problem becomes a one-line ConfigError."""
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe(error.errors()[0], schema)) from None
+        raise ConfigError(describe_error(error.errors()[0], schema)) from None
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -101,7 +101,7 @@ def as_number(text: str) -> str | float:
         return text
 
 
-def describe(error: dict, schema: type[BaseModel]) -> str:
+def describe_error(error: dict, schema: type[BaseModel]) -> str:
     """One pydantic error as ``field=value: what is wrong``, with the known keys for an unknown one."""
     field = ".".join(str(part) for part in error["loc"]) or schema.__name__
     message = error["msg"].removeprefix("Value error, ")

@@ -97,7 +97,7 @@ def convert_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {our_name(name): tensor for name, tensor in tensors.items() if not name.startswith(ALIASES)}
 
 
-def load(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalLM:
+def load_model(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalLM:
     """A model with exactly these values. Raises ConfigError for a missing, unknown, misshapen or wider tensor."""
     model = ARMTForCausalLM(config)
     weights = convert_weights(tensors)
@@ -119,7 +119,7 @@ def load(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalL
     return model
 
 
-def read(config_file: Path, weights_file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_checkpoint(config_file: Path, weights_file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The two files. Raises ConfigError naming the one that cannot be read."""
     try:
         options = json.loads(config_file.read_text())
@@ -144,8 +144,8 @@ def main() -> None:
     logging.disable_progress_bar()
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"out={args.out}: exists and is not an empty folder; give another one")
-    options, tensors = read(args.config, args.weights)
-    model = load(convert_config(options), tensors)
+    options, tensors = read_checkpoint(args.config, args.weights)
+    model = load_model(convert_config(options), tensors)
     try:
         model.save_pretrained(args.out)
     except OSError as error:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import ScheduledLM, cut
+from armt_dist.runtime.executor import ScheduledLM, cut_piece
 from armt_dist.schedule.program import Grid
 
 PLAIN, VARIANTS = "plain", ("store", "rebuild", "recompute")
@@ -69,7 +69,7 @@ def steps(model: ARMTForCausalLM, segments: int) -> dict[str, Callable[[], torch
     torch.manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (1, SEGMENT_TOKENS * segments))
     shifted = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
-    piece = cut(ids, shifted, None, model.config, Grid(segments=1, layers=LAYERS))
+    piece = cut_piece(ids, shifted, None, model.config, Grid(segments=1, layers=LAYERS))
 
     def plain() -> torch.Tensor:
         loss = model(ids, labels=ids).loss

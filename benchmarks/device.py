@@ -18,7 +18,7 @@ import torch
 
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import Piece, ScheduledLM, Totals, cut
+from armt_dist.runtime.executor import Piece, ScheduledLM, Totals, cut_piece
 from armt_dist.runtime.loss import token_nll
 from armt_dist.schedule.program import Grid
 
@@ -76,7 +76,7 @@ def loss_step(model: ARMTForCausalLM, tokens: int, variant: str) -> Callable[[],
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
     grid = Grid(segments=1, layers=model.config.num_hidden_layers)
-    piece = cut(ids.to(model.device), labels, None, model.config, grid)
+    piece = cut_piece(ids.to(model.device), labels, None, model.config, grid)
     runner = None if variant == PLAIN else ScheduledLM(model, states=variant)
 
     def step() -> torch.Tensor:

@@ -97,7 +97,7 @@ def kills(folder: Path, count: int, in_saves: int, seed: int) -> dict:
         deaths, unfinished = deaths + 1, unfinished + left
         tag = (killed / "checkpoints/latest").read_text() if (killed / "checkpoints/latest").exists() else None
         if tag:
-            checkpoint.verify(killed / "checkpoints" / tag)
+            checkpoint.verify_checkpoint(killed / "checkpoints" / tag)
         print(f"death {deaths}: {'in a save' if left else 'between saves'}, latest {tag}, whole", flush=True)
     expected, found = losses(whole), losses(killed)
     assert found == expected, [key for key in expected if found.get(key) != expected[key]]
@@ -140,8 +140,8 @@ def measure_cost(ranks, layout, folder: Path) -> dict | None:
         found.setdefault(name, []).append(time.perf_counter() - begun)
 
     def step() -> None:
-        totals = engine(executor.cut(tokens, tokens, None, armt, grid, mesh.sp_rank))
-        executor.backward(engine, totals.nll / tokens.numel())
+        totals = engine(executor.cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
+        executor.run_backward(engine, totals.nll / tokens.numel())
         engine.step()
 
     for number in range(5):

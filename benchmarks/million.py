@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from ranks import RESULTS, heading
 
-from armt_dist.config import build
+from armt_dist.config import validate
 from armt_dist.data.tasks import DataConfig, make_task
 from armt_dist.evaluation.evaluate import evaluate
 from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
@@ -35,7 +35,7 @@ def main() -> None:
     first, *others = sorted(map(str, args.text.iterdir()))
     text = {"files": first, "validation_files": others, "pack": True, "sequence_tokens": args.tokens}
     text["tokenizer"] = str(args.model)
-    task = make_task(build(DataConfig, {"task": "text", "text": text}), segment, model.config.vocab_size, 1)
+    task = make_task(validate(DataConfig, {"task": "text", "text": text}), segment, model.config.vocab_size, 1)
     process, samples, over = psutil.Process(), [], threading.Event()
 
     def sample() -> None:

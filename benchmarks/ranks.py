@@ -28,7 +28,7 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
     `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would, apart from
     those in `zero`. `wrap` may put another module in the runner's place.
     """
-    from armt_dist.config import build as section
+    from armt_dist.config import validate as section
     from armt_dist.distributed import rendezvous
     from armt_dist.runtime import executor, handoff
     from armt_dist.schedule.program import Grid

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from armt_dist.config import ConfigError
 from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, Work
+from armt_dist.schedule.model_sizes import MODELS, StepWork
 from armt_dist.schedule.planner import choose, plan
 from armt_dist.schedule.simulator import simulate_step
 
@@ -41,7 +41,7 @@ def best(model: str, gpus: int, tokens: int, cap: float) -> dict:
     found = []
     for name, options in OPTIONS.items():
         try:
-            work, layout = choose(MODELS[model], Work(tokens, **options), gpus, max_step_tokens=cap)
+            work, layout = choose(MODELS[model], StepWork(tokens, **options), gpus, max_step_tokens=cap)
         except ConfigError:
             continue
         found.append((plan(MODELS[model], work, layout), work, layout, name))

@@ -43,8 +43,8 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
     tokens = torch.randint(0, 64, (layout.chunks, SEGMENT_TOKENS * layout.sp * layout.rounds))
     for step in range(STEPS):
         before, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time()
-        totals = engine(executor.cut(tokens, tokens, None, armt, grid, mesh.sp_rank))
-        executor.backward(engine, totals.nll * ranks.world_size / tokens.numel())
+        totals = engine(executor.cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
+        executor.run_backward(engine, totals.nll * ranks.world_size / tokens.numel())
         after, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time() - cpu_s
         engine.step()
         events = profile.collect(runner.trace)
@@ -112,7 +112,7 @@ def main() -> None:
         rows.append(row(layout, args.cell_ms / 1e3, steps))
         print(line(rows[-1]), flush=True)
         if args.profile and (rounds, chunks) == (1, 1):
-            profile.write(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
+            profile.write_profile(steps[-1][0], RESULTS, f"wavefront_sp{sp}")
         # After each row: the next may be cut short.
         text = "\n".join([HEADER, *map(line, rows)])
         (RESULTS / "wavefront.md").write_text(f"{TITLE}\n\n{heading('wavefront.py')}\n\n{text}\n")

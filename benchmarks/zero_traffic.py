@@ -63,7 +63,7 @@ def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
         tokens = torch.randint(0, 64, (1, SEGMENT_TOKENS * count))
         for _ in range(STEPS):
             before = traffic.gathered_bytes, traffic.reduced_bytes
-            loss = engine(tokens) if plain else engine(executor.cut(tokens, tokens, None, armt, grid)).nll
+            loss = engine(tokens) if plain else engine(executor.cut_piece(tokens, tokens, None, armt, grid)).nll
             with engine.coalesce_grad_reduction() if plain else nullcontext():
                 engine.backward(loss / tokens.numel())
             after = traffic.gathered_bytes, traffic.reduced_bytes

@@ -81,8 +81,8 @@ def main() -> None:
 
     from armt_dist.checkpoint.exported_code import REFRESH, is_stale
     from armt_dist.data.tasks import make_task
-    from armt_dist.evaluation.evaluate import check, evaluate
-    from armt_dist.evaluation.evaluation_report import heat_map, plot, table
+    from armt_dist.evaluation.evaluate import check_lengths, evaluate
+    from armt_dist.evaluation.evaluation_report import evaluation_table, heat_map, plot_evaluation
     from armt_dist.evaluation.exported import default_lengths, load_model, read_task, self_check
 
     logging.set_verbosity_error()
@@ -102,14 +102,18 @@ def main() -> None:
     lengths = args.lengths
     for task in parts.values():
         lengths = lengths if lengths is not None else default_lengths(task)
-        check(task, lengths, args.samples, args.batch)
+        check_lengths(task, lengths, args.samples, args.batch)
     # Before the work, so that it is not lost.
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, task in parts.items():
         found[name] = evaluate(model, task, lengths, args.samples, args.batch, zero_memory=args.zero_memory)
-        print(f"{name}\n{table(found[name], task.measure)}" if len(parts) > 1 else table(found[name], task.measure))
+        print(
+            f"{name}\n{evaluation_table(found[name], task.measure)}"
+            if len(parts) > 1
+            else evaluation_table(found[name], task.measure)
+        )
     rows = [{"task": name, **row._asdict()} for name, part in found.items() for row in part]
     facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
     result = {**facts, "measure": task.measure, "zero_memory": args.zero_memory, "rows": rows}
@@ -118,7 +122,9 @@ def main() -> None:
         if data.task == "babilong":
             heat_map(found, out / "evaluation.png", "BABILong: exact match")
         else:
-            plot(found[data.task], task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length")
+            plot_evaluation(
+                found[data.task], task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length"
+            )
     print(f"wrote {out}/evaluation.json and {out}/evaluation.png")
 
 

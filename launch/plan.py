@@ -6,11 +6,11 @@ from pathlib import Path
 
 from armt_dist.config import ConfigError, run_main
 from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, Model, Work, from_hf
+from armt_dist.schedule.model_sizes import MODELS, Model, StepWork, from_hf
 from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
-from armt_dist.schedule.program import warning
+from armt_dist.schedule.program import pipeline_warning
 from armt_dist.schedule.simulator import simulate_step
-from armt_dist.schedule.timeline import plot, show
+from armt_dist.schedule.timeline import plot_timeline, show
 
 EXAMPLES = """examples:
   python launch/plan.py --model llama-1b --gpus 8 --sequence-tokens 131072
@@ -65,9 +65,9 @@ def read_model(options: argparse.Namespace) -> Model:
         raise ConfigError(f"model={options.model}: neither {known} nor a readable config.json ({error})") from None
 
 
-def read_layout(options: argparse.Namespace, model: Model) -> tuple[Work, Layout]:
+def read_layout(options: argparse.Namespace, model: Model) -> tuple[StepWork, Layout]:
     """The layout asked for, or the best one."""
-    work = Work(**{field: getattr(options, field) for field in Work._fields if hasattr(options, field)})
+    work = StepWork(**{field: getattr(options, field) for field in StepWork._fields if hasattr(options, field)})
     if options.gpus < 1:
         raise ConfigError(f"gpus={options.gpus}: must be at least 1")
     if options.sp is None:
@@ -86,7 +86,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def lines(model: Model, work: Work, layout: Layout, result: Plan) -> list[str]:
+def lines(model: Model, work: StepWork, layout: Layout, result: Plan) -> list[str]:
     """The table, row by row."""
     grid = result.grid
     head = [
@@ -127,12 +127,12 @@ def main() -> int:
         report = simulate_step(schedule_name(model), result.grid, result.costs, KINDS[model.kind])
         result = plan(model, work, layout, pipeline_s=report.makespan_s)
     print("\n".join(lines(model, work, layout, result)))
-    if message := warning(result.grid):
+    if message := pipeline_warning(result.grid):
         print(f"warning: {message}")
     if options.timeline:
         print(show(report.events))
     if options.png:
-        plot(report.events, options.png, f"{options.model}, sp {layout.sp}, rounds {layout.rounds}")
+        plot_timeline(report.events, options.png, f"{options.model}, sp {layout.sp}, rounds {layout.rounds}")
     return 0
 
 

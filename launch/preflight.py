@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed import rendezvous as parallel
-from armt_dist.distributed.preflight import GIB, MIB, Limits, examine, judge, report
+from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, judge, report
 
 # By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
 # one kind agree within a few percent; CPUs are shared, only a broken one is told apart.
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     parallel.stop()
     if ranks.rank == 0:
         print(report(facts, payload_bytes), flush=True)
-    faults = judge(facts, Limits(args.gpus, args.need_gib * GIB, args.clock_s, args.slow or slow))
+    faults = judge(facts, Thresholds(args.gpus, args.need_gib * GIB, args.clock_s, args.slow or slow))
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise ConfigError("; ".join(faults[:SHOWN_FAULTS]) + more)

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import load, run_main
+from armt_dist.config import load_config, run_main
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.determinism import make_deterministic
 from armt_dist.versions import check_versions
@@ -51,7 +51,7 @@ def main() -> int:
     from armt_dist.zero3.engine import read_ds_config
 
     of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
-    config = load(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
+    config = load_config(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
     ds_config = read_ds_config(args.ds_config, [text.removeprefix(DS_CONFIG) for text in of_ds_config])
     if config.deterministic:
         make_deterministic()

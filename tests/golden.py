@@ -49,15 +49,15 @@ def hf_labels(io: dict[str, Tensor]) -> Tensor:
 
 def load_model(name: str):
     """The case's model, through the import of the authors' checkpoint."""
-    options, tensors = reference.read(GOLDEN / name / "config.json", GOLDEN / name / "weights.safetensors")
-    return reference.load(reference.convert_config(options), tensors)
+    options, tensors = reference.read_checkpoint(GOLDEN / name / "config.json", GOLDEN / name / "weights.safetensors")
+    return reference.load_model(reference.convert_config(options), tensors)
 
 
 def load_trajectory_model():
     """The model that the AdamW trajectory starts from; its config holds only what differs from the base case."""
     folder = GOLDEN / "armt_v2_llama_trajectory"
     options = json.loads((GOLDEN / "armt_v2_llama_base" / "config.json").read_text())
-    return reference.load(reference.convert_config(options), load_file(folder / "weights_initial.safetensors"))
+    return reference.load_model(reference.convert_config(options), load_file(folder / "weights_initial.safetensors"))
 
 
 def our_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

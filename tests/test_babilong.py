@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from armt_dist.config import ConfigError, build
+from armt_dist.config import ConfigError, validate
 from armt_dist.data.babilong import published
 from armt_dist.data.babilong import stories as babi
 from armt_dist.data.task import IGNORE, Difficulty
@@ -108,7 +108,7 @@ def look_up(facts, kind, names) -> str:
 
 
 def task_of(segment_tokens=256, global_batch=8, **fields):
-    return make_task(build(DataConfig, {"task": "babilong", "babilong": fields}), segment_tokens, None, global_batch)
+    return make_task(validate(DataConfig, {"task": "babilong", "babilong": fields}), segment_tokens, None, global_batch)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.memory import apply
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.runtime import executor
-from armt_dist.runtime.executor import ScheduledLM, cut
+from armt_dist.runtime.executor import ScheduledLM, cut_piece
 from armt_dist.schedule.program import Grid
 
 GRID = Grid(segments=1, layers=1)
@@ -23,7 +23,7 @@ def scheduled_loss(model, ids, labels, mask, grid=GRID, **options):
     """Mean loss and gradients of the fast path."""
     runner = ScheduledLM(model, **options)
     grid = grid._replace(layers=model.config.num_hidden_layers)
-    totals = runner(cut(ids, shifted(labels), mask, model.config, grid))
+    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid))
     loss = totals.nll / totals.scored
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -196,7 +196,7 @@ def test_rebuilt_states_are_the_stored_ones():
 def test_without_gradients_nothing_is_kept():
     model, batch = small_model().eval(), random_batch()
     runner = ScheduledLM(model, states="store")
-    piece = cut(batch[0], shifted(batch[1]), batch[2], model.config, GRID._replace(layers=2))
+    piece = cut_piece(batch[0], shifted(batch[1]), batch[2], model.config, GRID._replace(layers=2))
     with torch.no_grad():
         totals = runner(piece, count=True)
     assert not totals.nll.requires_grad

@@ -77,18 +77,18 @@ DAMAGE = {
 def find(ranks, root: Path) -> tuple[str | None, list[str]]:
     """The checkpoint that a run would go on from, and what it says."""
     said = []
-    return checkpoint.find(root, said.append), said
+    return checkpoint.find_newest(root, said.append), said
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(root, name):
     damage, says = DAMAGE[name]
-    checkpoint.verify(root / TAGS[1])
+    checkpoint.verify_checkpoint(root / TAGS[1])
     damage(root / TAGS[1])
     with pytest.raises(CheckpointError, match=says) as caught:
-        checkpoint.verify(root / TAGS[1])
+        checkpoint.verify_checkpoint(root / TAGS[1])
     assert str(root / TAGS[1]) in str(caught.value) and "\n" not in str(caught.value)
-    checkpoint.verify(root / TAGS[0])
+    checkpoint.verify_checkpoint(root / TAGS[0])
 
 
 def test_a_damaged_one_is_passed_over_by_all_ranks(root):

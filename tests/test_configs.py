@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from armt_dist.config import load
+from armt_dist.config import load_config
 from armt_dist.data.tasks import make_task
 from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3 import partitioned_model as build
@@ -27,7 +27,7 @@ def test_recipe(path, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some words to train on. " * 40)
     own = [f"data.text.files={text}", "data.text.validation_fraction=0"] if path.stem.startswith("plays") else []
-    config = load(RunConfig, path, own)
+    config = load_config(RunConfig, path, own)
     units = {stage.unit for stage in config.curriculum}
     assert len(units) == 1
     if config.model.base is not None:
@@ -49,5 +49,5 @@ def test_experiment(name):
     assert experiment.legs and experiment.lengths
     for leg in experiment.legs:
         settings = [s for s in (*experiment.settings, *leg.overrides) if not s.startswith("ds_config.")]
-        config = load(RunConfig, ROOT / "launch/configs" / experiment.recipe, settings)
+        config = load_config(RunConfig, ROOT / "launch/configs" / experiment.recipe, settings)
         assert {stage.unit for stage in config.curriculum} == {experiment.unit}

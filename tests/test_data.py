@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from armt_dist.config import ConfigError, build
+from armt_dist.config import ConfigError, validate
 from armt_dist.data.task import IGNORE, Difficulty
 from armt_dist.data.tasks import DataConfig, make_task
 from armt_dist.data.tokenizers import byte_tokenizer, encode, word_tokenizer
@@ -21,7 +21,7 @@ ROWS = range(8)
 
 
 def task_of(tree: dict, segment_tokens=None, vocab_size=None, global_batch=8):
-    return make_task(build(DataConfig, tree), segment_tokens, vocab_size, global_batch)
+    return make_task(validate(DataConfig, tree), segment_tokens, vocab_size, global_batch)
 
 
 def same(a, b) -> bool:
@@ -395,10 +395,10 @@ def test_unreadable_text(tmp_path, content, message):
 
 
 def test_vanished_file(tmp_path):
-    from armt_dist.data.text.files import read
+    from armt_dist.data.text.files import read_text
 
     with pytest.raises(ConfigError, match=r"gone\.txt: No such file or directory; restore"):
-        read(tmp_path / "gone.txt")
+        read_text(tmp_path / "gone.txt")
 
 
 def mistakes(folder, jsonl) -> list[tuple[dict, str]]:

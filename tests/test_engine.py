@@ -19,7 +19,7 @@ ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 def engine_on(folder, world, **ds_config):
     """An engine on an imported model. Returns it with its runner and configuration."""
-    from armt_dist.config import build as section
+    from armt_dist.config import validate as section
     from armt_dist.runtime import executor
     from armt_dist.zero3 import partitioned_model
 
@@ -41,7 +41,7 @@ def step(engine, armt, grid, ranks, io, labels, drop_full_masks=False):
     rows = slice(ranks.rank * 2 // ranks.world_size, (ranks.rank + 1) * 2 // ranks.world_size)
     mask = io["attention_mask"][rows]
     mask = None if drop_full_masks and mask.all() else mask
-    piece = executor.cut(io["input_ids"][rows], shifted[rows], mask, armt, grid)
+    piece = executor.cut_piece(io["input_ids"][rows], shifted[rows], mask, armt, grid)
     totals = engine(piece)
     scored = (shifted >= 0).sum()
     engine.backward(totals.nll * ranks.world_size / scored)

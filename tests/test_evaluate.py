@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from armt_dist.checkpoint.export import TASK_FILE
-from armt_dist.config import build
+from armt_dist.config import validate
 from armt_dist.data.task import Difficulty
 from armt_dist.data.tasks import DataConfig, make_task
 from armt_dist.data.tokenizers import byte_tokenizer
@@ -64,13 +64,13 @@ def whole(model, batch):
 @pytest.mark.parametrize("alignment", ["left", "right", "center"])
 def test_text_equals_the_plain_forward(text_settings, alignment):
     model = make_model(259, 8, segment_alignment=alignment)
-    task = make_task(build(DataConfig, text_settings), 8, 259, global_batch=8)
+    task = make_task(validate(DataConfig, text_settings), 8, 259, global_batch=8)
     batch = task.batch("validation", 0, range(task.size("validation")), Difficulty.fixed(5))
     # Padding within a segment, segments of padding alone, and a row without.
     assert sorted(batch.attention_mask.sum(1).tolist()) == [3, 21, 36, 40]
     loss, right, scored = whole(model, batch)
     # Three rows at a time: the last batch is filled up with rows that do not count.
-    task = make_task(build(DataConfig, text_settings), 8, 259, global_batch=3)
+    task = make_task(validate(DataConfig, text_settings), 8, 259, global_batch=3)
     (row,) = evaluate(model, task, [5], samples=100, batch=3)
     assert abs(row.loss - loss) <= TOLERANCE
     assert row.token_accuracy == right.sum().item() / scored.sum().item()
@@ -89,7 +89,7 @@ def test_text_equals_the_plain_forward(text_settings, alignment):
 
 def test_loss_by_segment(text_settings):
     model = make_model(259, 8)
-    task = make_task(build(DataConfig, text_settings), 8, 259, global_batch=8)
+    task = make_task(validate(DataConfig, text_settings), 8, 259, global_batch=8)
     batch = task.batch("validation", 0, range(task.size("validation")), Difficulty.fixed(5))
     (row,) = evaluate(model, task, [5], samples=100, batch=8)
     assert len(row.by_segment) == 5
@@ -124,7 +124,7 @@ class Told:
 def test_accuracy_counts_whole_answers():
     model = make_model(6, 5)
     settings = {"task": "rewrite", "retrieval": {"symbols": 2, "value_length": 2}}
-    task = Told(make_task(build(DataConfig, settings), None, 6), model)
+    task = Told(make_task(validate(DataConfig, settings), None, 6), model)
     for row in evaluate(model, task, [1, 3], samples=50, batch=16):
         # Batches of 16, 16, 16 and 2 rows; three tokens of each are scored.
         whole_answers, first_tokens = 3 * 6 + 1, 3 * 5 + 1
@@ -220,7 +220,7 @@ def test_command(exported, tmp_path, monkeypatch, capsys):
     assert code == 0 and not stderr
     assert [line.split()[:2] for line in stdout.splitlines()[1:3]] == [["3", "20"], ["12", "20"]]
     result = json.loads((out / "evaluation.json").read_text())
-    task = make_task(build(DataConfig, {"task": "rewrite", "seed": 7}), None, 20)
+    task = make_task(validate(DataConfig, {"task": "rewrite", "seed": 7}), None, 20)
     expected = evaluate(load_model(exported, "cpu"), task, [3, 12], 20, 8)
     for row, found in zip(expected, result["rows"], strict=True):
         assert (row.length, row.loss, row.accuracy) == (found["length"], found["loss"], found["accuracy"])
@@ -234,7 +234,7 @@ def test_text_through_the_command(text_settings, tmp_path, monkeypatch, capsys):
     """The tokenizer of the folder is used, whatever training called it; its task can be replaced."""
     folder = tmp_path / "model"
     make_model(259, 8).save_pretrained(folder)
-    make_task(build(DataConfig, text_settings), 8, global_batch=8).tokenizer.save_pretrained(folder)
+    make_task(validate(DataConfig, text_settings), 8, global_batch=8).tokenizer.save_pretrained(folder)
     text_settings["text"]["tokenizer"] = "a/tokenizer/that/is/gone"
     (folder / TASK_FILE).write_text(json.dumps({"data": text_settings}))
     code, stdout, stderr = command(["--model", folder], monkeypatch, capsys)
@@ -257,7 +257,7 @@ def test_text_through_the_command(text_settings, tmp_path, monkeypatch, capsys):
 
 def test_default_lengths_are_those_that_the_task_has():
     settings = {"task": "remember", "retrieval": {"symbols": 16}}
-    assert default_lengths(make_task(build(DataConfig, settings))) == [5, 10]
+    assert default_lengths(make_task(validate(DataConfig, settings))) == [5, 10]
 
 
 def test_a_missing_weight_is_not_made_up(exported):

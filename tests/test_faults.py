@@ -13,12 +13,12 @@ import torch
 from faults import Plant, start
 from golden import load_case, load_model
 
-from armt_dist.config import ConfigError, build
+from armt_dist.config import ConfigError, validate
 from armt_dist.monitoring import state_digests as digest
 from armt_dist.monitoring.bad_steps import Rollback, SmallestRead, spiked, weigh
 from armt_dist.monitoring.state_digests import Key, first_difference
 from armt_dist.monitoring.step_metrics import Stragglers, cell_s, slowest
-from armt_dist.runtime.executor import ScheduledLM, cut
+from armt_dist.runtime.executor import ScheduledLM, cut_piece
 from armt_dist.schedule.program import Grid, Instruction, Op
 from armt_dist.schedule.timeline import Event
 from armt_dist.training.curriculum import Progress
@@ -69,12 +69,12 @@ def curve(out):
 WATCHED = """
 import ctypes, os, sys, time
 from pathlib import Path
-from armt_dist import watchdog
-from armt_dist.config import build
-from armt_dist.schedule import Instruction, Op
+from armt_dist.monitoring import watchdog
+from armt_dist.config import validate
+from armt_dist.schedule.program import Instruction, Op
 watchdog.POLL_S, watchdog.TIMER_LATER_S = 0.05, 0.5
 limits = {"setup_s": 0.7, "step_s": 0.4, "validation_s": 0.4, "checkpoint_s": 0.4, "heartbeat_s": 0.1}
-dog = watchdog.Watchdog(build(watchdog.WatchdogConfig, limits), Path(sys.argv[1]), rank=3)
+dog = watchdog.Watchdog(validate(watchdog.WatchdogConfig, limits), Path(sys.argv[1]), rank=3)
 dog.at = lambda: Instruction(Op.RUN, 2, 0, 1)
 
 def wait_for_ever():
@@ -216,7 +216,7 @@ def test_a_loss_spikes_against_the_median_of_enough_steps():
     assert not spiked(2.1, [1.0, 1.0, 1.0, 3.0, 3.0], rollback), "steps too long ago"
     assert not spiked(100.0, [1.0] * 9, None)
     with pytest.raises(ConfigError, match="factor"):
-        build(Rollback, {"factor": 1.0})
+        validate(Rollback, {"factor": 1.0})
 
 
 def test_progress_counts_what_was_skipped_and_survives_json():
@@ -342,12 +342,12 @@ def test_two_runs_are_equal_to_the_bit_until_one_is_disturbed(bad_numbers):
 
 def test_runs_without_a_difference(bad_numbers, tmp_path):
     root, _ = bad_numbers
-    a, b = digest.read(root / "left_out"), digest.read(root / "left_out")
+    a, b = digest.read_digests(root / "left_out"), digest.read_digests(root / "left_out")
     steps, segments, layers, rows = (sorted({key[i] for key in a}) for i in range(4))
     assert (steps, layers, rows) == ([1, 2, 3, 4, 5, 6], [0, 1], [0, 4])
     assert len(a) == 6 * len(segments) * 2 * 2 and first_difference(a, b) is None
     with pytest.raises(ConfigError, match="digests=true"):
-        digest.read(tmp_path)
+        digest.read_digests(tmp_path)
 
 
 def test_the_first_difference_is_where_it_began():
@@ -362,7 +362,7 @@ def gradients(grid, observe=None, name="armt_v2_llama_heads2", **options):
     """Those of a golden case; `observe(piece)` makes the observer."""
     case, model = load_case(name), load_model(name).eval()
     ids = case.io["input_ids"]
-    piece = cut(ids, ids, None, model.config, grid._replace(layers=model.config.num_hidden_layers))
+    piece = cut_piece(ids, ids, None, model.config, grid._replace(layers=model.config.num_hidden_layers))
     totals = ScheduledLM(model, **options)(piece, observe=observe and observe(piece))
     totals.nll.backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -391,7 +391,7 @@ def test_digests_name_segments_of_the_sequence_whatever_the_blocks(tmp_path):
         writer = digest.Digests(tmp_path / name, rank=0)
         gradients(Grid(1, 1, rounds=rounds, chunks=2), lambda piece, writer=writer: writer.of(7, 10, piece.grid))
         writer.flush()
-    one, two = digest.read(tmp_path / "one"), digest.read(tmp_path / "two")
+    one, two = digest.read_digests(tmp_path / "one"), digest.read_digests(tmp_path / "two")
     assert one == two and {(key.step, key.row) for key in one} == {(7, 10), (7, 11)}
     assert sorted({key.segment for key in one}) == list(range(1 + max(key.segment for key in one)))
 

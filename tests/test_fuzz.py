@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from armt_dist import reference
 from armt_dist.checkpoint import folder as checkpoint
-from armt_dist.config import ConfigError, load
+from armt_dist.config import ConfigError, load_config
 from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3 import engine
 from armt_dist.zero3 import partitioned_model as build
@@ -126,7 +126,7 @@ def test_yaml(tmp_path, text):
     (tmp_path / "run.yaml").write_bytes(text)
 
     def use():
-        config = load(RunConfig, tmp_path / "run.yaml")
+        config = load_config(RunConfig, tmp_path / "run.yaml")
         if config.model.base is None:
             build.armt_config(config.model, {"vocab_size": 32}, None)
 
@@ -164,7 +164,7 @@ def test_manifest(tmp_path, text):
     (folder / "manifest.json").write_bytes(text)
 
     def use():
-        found = checkpoint.verify(folder)
+        found = checkpoint.verify_checkpoint(folder)
         assert all((folder / name).resolve().is_relative_to(folder.resolve()) for name in found.files)
 
     taken_or_refused(use)

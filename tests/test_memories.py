@@ -11,7 +11,7 @@ from armt_dist.config import ConfigError
 from armt_dist.model.memory import AssociativeMemory
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.runtime.executor import ParallelConfig, check_memory
-from armt_dist.schedule.program import default
+from armt_dist.schedule.program import default_schedule
 
 SEGMENT = 8
 
@@ -103,7 +103,7 @@ def test_what_is_allowed():
     check_memory(ParallelConfig(schedule="segment_major", chunks=2), "rmt")
     for layout in (dict(sp=4, rounds=2), dict(schedule="layer_major"), dict(schedule="segment_major")):
         check_memory(ParallelConfig(**layout), "armt")
-    assert default(AssociativeMemory.arrows) == "wavefront"
+    assert default_schedule(AssociativeMemory.arrows) == "wavefront"
 
 
 # --- RMT ----------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def train(ranks, folders):
     """Losses and final weights of each run, every rank with its rows."""
     import deepspeed
 
-    from armt_dist.config import build as section
+    from armt_dist.config import validate as section
     from armt_dist.runtime import executor
     from armt_dist.zero3 import engine, partitioned_model
 
@@ -184,8 +184,8 @@ def train(ranks, folders):
         rows = slice(ranks.rank * 2, ranks.rank * 2 + 2)
         for ids, labels, _ in batches():
             labels = shifted(labels)
-            totals = trained(executor.cut(ids[rows], labels[rows], None, armt, grid))
-            executor.backward(trained, totals.nll * ranks.world_size / (labels >= 0).sum())
+            totals = trained(executor.cut_piece(ids[rows], labels[rows], None, armt, grid))
+            executor.run_backward(trained, totals.nll * ranks.world_size / (labels >= 0).sum())
             trained.step()
             losses.append(totals.nll.detach() / (labels >= 0).sum())
             torch.distributed.all_reduce(losses[-1])

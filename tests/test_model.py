@@ -162,7 +162,7 @@ def trajectory():
     folder = GOLDEN / "armt_v2_llama_trajectory"
     options = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "weights_initial.safetensors")
-    model = reference.load(reference.convert_config(options), weights).eval()
+    model = reference.load_model(reference.convert_config(options), weights).eval()
     return model, options, load_file(folder / "batches.safetensors")
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from armt_dist.config import ConfigError
 from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, Work, from_hf
+from armt_dist.schedule.model_sizes import MODELS, StepWork, from_hf
 from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
-from armt_dist.schedule.program import Grid, Op, backward, build, wavefront
+from armt_dist.schedule.program import Grid, Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_state_and_update_sizes_of_a_1b_model():
 
 
 def test_operations_follow_the_six_parameters_rule():
-    work = Work(131072)
+    work = StepWork(131072)
     plain = LARGE._replace(kind="rmt")
     # Per parameter and token 2 forward, 2 re-run, 4 backward (the head is not re-run); attention and the memory's
     # rows come on top.
@@ -55,20 +55,20 @@ def test_operations_follow_the_six_parameters_rule():
 
 def test_layer_major_gathers_the_model_twice_and_rmt_twice_per_segment():
     layers = LARGE.layers * LARGE.layer_parameters * 2
-    once = plan(LARGE, Work(131072), Layout(dp=4, sp=8)).gather_bytes
-    twice = plan(LARGE, Work(131072), Layout(dp=4, sp=8, rounds=2)).gather_bytes
+    once = plan(LARGE, StepWork(131072), Layout(dp=4, sp=8)).gather_bytes
+    twice = plan(LARGE, StepWork(131072), Layout(dp=4, sp=8, rounds=2)).gather_bytes
     assert once <= 2.2 * LARGE.parameters * 2
     assert twice - once == pytest.approx(2 * layers * 31 / 32)
     rmt = LARGE._replace(kind="rmt")
-    assert plan(rmt, Work(131072), Layout(dp=32)).gather_bytes > 128 * 1.8 * layers * 0.9
+    assert plan(rmt, StepWork(131072), Layout(dp=32)).gather_bytes > 128 * 1.8 * layers * 0.9
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 4), Layout(1, 4, 2, 2), Layout(1, 8, 1, 4)])
 def test_hand_off_bytes_are_those_of_the_schedule(layout):
-    work = Work(16 * 1024, micro_batch=4)
+    work = StepWork(16 * 1024, micro_batch=4)
     result = plan(SMALL, work, layout)
     program = wavefront(result.grid, 1)
-    sends = sum(i.op in (Op.SEND, Op.SEND_GRAD) for i in program + backward(program))
+    sends = sum(i.op in (Op.SEND, Op.SEND_GRAD) for i in program + backward_program(program))
     assert result.handoff_bytes == sends * result.handoff_unit_bytes
     assert plan(SMALL, work, Layout(8, 1)).handoff_bytes == 0
 
@@ -85,14 +85,14 @@ def test_hand_off_bytes_are_those_of_the_schedule(layout):
     ],
 )
 def test_the_closed_form_agrees_with_the_simulator(model, layout, segments, micro_batch):
-    work = Work(segments * 1024, micro_batch=micro_batch)
+    work = StepWork(segments * 1024, micro_batch=micro_batch)
     exact, report = simulated(model, work, layout)
     assert plan(model, work, layout).step_s == pytest.approx(exact.step_s, rel=0.01)
     assert report.peak_live_layers <= exact.window + 1
 
 
 def test_where_gathers_dominate_the_closed_form_is_rougher():
-    work = Work(8 * 1024)
+    work = StepWork(8 * 1024)
     exact, report = simulated(SMALL, work, Layout(16, 2, 4))
     assert report.gather_wait_s[0] > 0.1 * report.makespan_s
     assert plan(SMALL, work, Layout(16, 2, 4)).step_s == pytest.approx(exact.step_s, rel=0.15)
@@ -100,7 +100,7 @@ def test_where_gathers_dominate_the_closed_form_is_rougher():
 
 def test_memory_follows_states_and_offload():
     def items(**options):
-        result = plan(LARGE, Work(262144, **options), Layout(4, 2))
+        result = plan(LARGE, StepWork(262144, **options), Layout(4, 2))
         return result.gpu_bytes, result.host_bytes
 
     store, rebuild, recompute = (items(states=name)[0]["states"] for name in ("store", "rebuild", "recompute"))
@@ -120,19 +120,19 @@ def test_memory_follows_states_and_offload():
 
 def test_offloaded_inputs_cannot_be_faster_than_the_link_to_the_host():
     slow = H100._replace(host_link_bytes_per_s=1e9)
-    work = Work(131072, offload_activations=True)
+    work = StepWork(131072, offload_activations=True)
     assert plan(SMALL, work, Layout(), slow).costs.cell_s == pytest.approx(1040 * 2048 * 2 / 1e9)
 
 
 def test_rounds_cost_gathers_and_whole_gradients_and_buy_efficiency():
-    one, four = (plan(LARGE, Work(2**20, states="rebuild"), Layout(1, 64, rounds)) for rounds in (1, 4))
+    one, four = (plan(LARGE, StepWork(2**20, states="rebuild"), Layout(1, 64, rounds)) for rounds in (1, 4))
     assert four.efficiency > one.efficiency
     assert four.gather_bytes > 3 * one.gather_bytes
     assert four.gpu_bytes["whole layer gradients"] > 10 * one.gpu_bytes["whole layer gradients"]
 
 
 def test_no_layout_is_faster_than_the_chosen_one():
-    work, cap = Work(2**15), 2**17
+    work, cap = StepWork(2**15), 2**17
     best, layout = choose(SMALL, work, 8, max_step_tokens=cap)
     assert layout.dp * layout.sp == 8
     assert layout.dp * best.micro_batch * best.sequence_tokens <= cap
@@ -144,23 +144,23 @@ def test_no_layout_is_faster_than_the_chosen_one():
 
 
 def test_the_choice_shares_a_sequence_only_when_it_must():
-    assert choose(LARGE, Work(2**17), 64)[1] == Layout(64, 1, 1, 1)
-    work, layout = choose(LARGE, Work(2**22, states="rebuild", offload_activations=True), 64)
+    assert choose(LARGE, StepWork(2**17), 64)[1] == Layout(64, 1, 1, 1)
+    work, layout = choose(LARGE, StepWork(2**22, states="rebuild", offload_activations=True), 64)
     assert layout.sp > 1
     assert fits(plan(LARGE, work, layout))
-    assert choose(LARGE._replace(kind="rmt"), Work(2**15), 8)[1].sp == 1
+    assert choose(LARGE._replace(kind="rmt"), StepWork(2**15), 8)[1].sp == 1
 
 
 @pytest.mark.parametrize(
     ("model", "work", "layout", "message"),
     [
-        (SMALL, Work(4096, 1000), Layout(), "segment_tokens=1000 does not divide sequence_tokens=4096; try 1024"),
-        (SMALL, Work(4096, states="keep"), Layout(), "states=keep: unknown; known here: store, rebuild, recompute"),
-        (SMALL, Work(4096, micro_batch=3), Layout(chunks=2), "chunks=2 does not divide micro_batch=3"),
-        (SMALL, Work(4096), Layout(sp=8), "segments=4 is fewer than sp=8 x rounds=1"),
-        (SMALL, Work(4096), Layout(dp=0), "dp=0: must be at least 1"),
-        (SMALL._replace(kind="lstm"), Work(4096), Layout(), "kind=lstm: unknown; known here: armt, rmt"),
-        (SMALL._replace(kind="rmt"), Work(4096), Layout(sp=2), "sp=2: schedule=segment_major"),
+        (SMALL, StepWork(4096, 1000), Layout(), "segment_tokens=1000 does not divide sequence_tokens=4096; try 1024"),
+        (SMALL, StepWork(4096, states="keep"), Layout(), "states=keep: unknown; known here: store, rebuild, recompute"),
+        (SMALL, StepWork(4096, micro_batch=3), Layout(chunks=2), "chunks=2 does not divide micro_batch=3"),
+        (SMALL, StepWork(4096), Layout(sp=8), "segments=4 is fewer than sp=8 x rounds=1"),
+        (SMALL, StepWork(4096), Layout(dp=0), "dp=0: must be at least 1"),
+        (SMALL._replace(kind="lstm"), StepWork(4096), Layout(), "kind=lstm: unknown; known here: armt, rmt"),
+        (SMALL._replace(kind="rmt"), StepWork(4096), Layout(sp=2), "sp=2: schedule=segment_major"),
     ],
 )
 def test_wrong_sizes_are_refused(model, work, layout, message):
@@ -170,9 +170,9 @@ def test_wrong_sizes_are_refused(model, work, layout, message):
 
 def test_a_choice_that_cannot_be_made_says_why():
     with pytest.raises(ConfigError, match="gpus=8: .*needs more memory; use more gpus, states=rebuild"):
-        choose(LARGE, Work(2**24), 8)
+        choose(LARGE, StepWork(2**24), 8)
     with pytest.raises(ConfigError, match="has more than max_step_tokens=1000; "):
-        choose(SMALL, Work(2**15), 8, max_step_tokens=1e3)
+        choose(SMALL, StepWork(2**15), 8, max_step_tokens=1e3)
 
 
 def test_sizes_from_hugging_face_configs():
@@ -191,9 +191,9 @@ def test_sizes_from_hugging_face_configs():
 def test_the_live_layers_of_the_plan_cover_those_of_the_schedule():
     grid = Grid(8, 32, 8)
     report = simulate_step("wavefront", grid)
-    result = plan(LARGE, Work(8 * 1024), Layout(1, 8))
+    result = plan(LARGE, StepWork(8 * 1024), Layout(1, 8))
     assert result.gpu_bytes["live layers"] >= report.peak_live_layers * LARGE.layer_parameters * 2
-    assert build("wavefront", result.grid, 3) == wavefront(grid, 3)
+    assert build_program("wavefront", result.grid, 3) == wavefront(grid, 3)
 
 
 def run_plan(*arguments):

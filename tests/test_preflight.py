@@ -14,9 +14,9 @@ import torch.distributed as dist
 from harness import spawn
 
 from armt_dist.distributed import preflight
-from armt_dist.distributed.preflight import GIB, MIB, Facts, Limits, judge, link_turn, report
+from armt_dist.distributed.preflight import GIB, MIB, Facts, Thresholds, judge, link_turn, report
 
-LIMITS = Limits(gpus=1, folder_bytes=GIB, clock_s=5.0, slow=1.5)
+LIMITS = Thresholds(gpus=1, folder_bytes=GIB, clock_s=5.0, slow=1.5)
 FIT = Facts(
     node="",
     versions={"torch": "2.13.0", "deepspeed": "0.19.8"},
@@ -122,7 +122,7 @@ def examine_broken(ranks, folder, hows):
     """For each way to break rank 2: the faults that `judge` finds, and the files left in the folder."""
     ranks = ranks._replace(local_world_size=1)
     os.environ["SLURMD_NODENAME"] = f"n{ranks.rank}"
-    limits = Limits(gpus=0, folder_bytes=0, clock_s=30.0, slow=20.0)
+    limits = Thresholds(gpus=0, folder_bytes=0, clock_s=30.0, slow=20.0)
     folder, results = Path(folder), []
     for how in hows:
         here = folder / "only here" if how == "folder" and ranks.rank == 2 else folder

@@ -61,7 +61,7 @@ def run(tmp_path):
 
 
 def test_the_report_says_what_was_measured(run):
-    text = report.write(run).read_text()
+    text = report.write_run_report(run).read_text()
     assert "12 steps, 120 tokens, 0.4 min" in text and "seed 3" in text and "commit abc" in text
     assert "| 1 | 10 | 7 to 12 |" in text and "0.1250" in text and "0.8750" in text and "d_mem: 16" in text
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -71,13 +71,13 @@ def test_evaluations_below_the_run_are_in_the_report(run):
     (run / "evaluation").mkdir()
     rows = [{"length": 50, "unit": "pairs", "accuracy": 0.906, "by_segment": [1, 2]}]
     (run / "evaluation/evaluation.json").write_text(json.dumps({"rows": rows}))
-    text = report.write(run).read_text()
+    text = report.write_run_report(run).read_text()
     assert "## Evaluation evaluation" in text and "| 50 | pairs | 0.906 |" in text
 
 
 def test_there_is_nothing_to_report(tmp_path):
     with pytest.raises(ConfigError, match="no readable metrics.jsonl"):
-        report.write(tmp_path)
+        report.write_run_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="train first"):
-        report.write(tmp_path)
+        report.write_run_report(tmp_path)

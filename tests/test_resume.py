@@ -68,7 +68,7 @@ def test_the_universal_form_is_kept_and_pruned_with_its_checkpoint(journey):
     kept = {path.name.removeprefix(checkpoint.UNIVERSAL) for path in root.glob(checkpoint.UNIVERSAL + "*")}
     assert kept and kept <= set(checkpoint.tags(root))
     for tag in kept:
-        checkpoint.verify(root / (checkpoint.UNIVERSAL + tag))
+        checkpoint.verify_checkpoint(root / (checkpoint.UNIVERSAL + tag))
 
 
 class Touch:
@@ -116,7 +116,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
         root = disk / "run/checkpoints"
         assert checkpoint.tags(root) and not list(root.glob("staging-*"))
         for tag in checkpoint.tags(root):
-            checkpoint.verify(root / tag)
+            checkpoint.verify_checkpoint(root / tag)
         assert (root / "latest").read_text() == checkpoint.tags(root)[-1]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -143,7 +143,7 @@ def test_checkpoints_that_become_read_only_cost_no_step(tmp_path):
         assert "Read-only file system" in said and f"going on, the newest checkpoint is {before}" in said
         assert max(step for kind, step in curve(out) if kind == "train") == 12, "it did not go on"
         assert [line for line in spoken[0][1].splitlines() if line.startswith("error: checkpoint=")]
-        assert (root / "latest").read_text() == before and checkpoint.verify(root / before)
+        assert (root / "latest").read_text() == before and checkpoint.verify_checkpoint(root / before)
         result = train(*settings, "--out", root / "another")
         lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
         assert result.returncode == 2 and len(lines) == 1, result.stderr[-2000:]

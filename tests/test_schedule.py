@@ -15,22 +15,22 @@ from armt_dist.schedule.program import (
     Grid,
     Instruction,
     Op,
-    backward,
-    blocks,
-    build,
-    check,
+    backward_program,
+    block_owner,
+    block_segments,
+    build_program,
+    check_grid,
     efficiency_bound,
-    fit,
+    fit_grid,
     layer_major,
-    owner,
+    pipeline_warning,
     prefetch_window,
     rank_blocks,
     segment_major,
-    warning,
     wavefront,
 )
 from armt_dist.schedule.simulator import Costs, simulate, simulate_step
-from armt_dist.schedule.timeline import plot, show
+from armt_dist.schedule.timeline import plot_timeline, show
 
 FAULTY = Grid(segments=7, layers=2, sp=3, rounds=2, chunks=2)
 
@@ -44,7 +44,7 @@ def grids(draw, ragged=True):
 
 def full_programs(grid):
     forwards = [wavefront(grid, rank) for rank in range(grid.sp)]
-    return [forward + backward(forward) for forward in forwards]
+    return [forward + backward_program(forward) for forward in forwards]
 
 
 def spans(report, op):
@@ -75,12 +75,12 @@ def assert_order(grid, report, arrows):
 
 @given(grids())
 def test_blocks_cut_the_sequence_evenly_and_cyclically(grid):
-    cut = blocks(grid)
+    cut = block_segments(grid)
     assert [s for block in cut for s in block] == list(range(grid.segments))
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
     assert len(cut) == grid.sp * grid.rounds
     for rank in range(grid.sp):
-        assert [b for b in range(len(cut)) if owner(grid, b) == rank] == list(rank_blocks(grid, rank))
+        assert [b for b in range(len(cut)) if block_owner(grid, b) == rank] == list(rank_blocks(grid, rank))
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,8 +93,8 @@ def test_wavefront_covers_every_cell_once_and_respects_the_arrows(grid, window, 
 @settings(max_examples=30, deadline=None)
 @given(grids(), st.sampled_from([ARMT_ARROWS, RMT_ARROWS]))
 def test_segment_major_respects_the_arrows_of_both_kinds(grid, arrows):
-    grid = fit("segment_major", grid._replace(sp=1, rounds=1), arrows)
-    assert [len(block) for block in blocks(grid)] == [1] * grid.segments
+    grid = fit_grid("segment_major", grid._replace(sp=1, rounds=1), arrows)
+    assert [len(block) for block in block_segments(grid)] == [1] * grid.segments
     assert_order(grid, simulate_step("segment_major", grid, arrows=arrows), arrows)
 
 
@@ -128,7 +128,7 @@ def test_the_bound_is_the_published_formula_where_the_pipeline_fills():
     for grid in (Grid(8, 16, sp=4), Grid(16, 16, sp=8, rounds=2), Grid(8, 4, sp=8, chunks=2)):
         units = grid.rounds * grid.layers * grid.chunks
         assert efficiency_bound(grid) == pytest.approx(units / (units + grid.sp - 1))
-        assert warning(grid) is None
+        assert pipeline_warning(grid) is None
 
 
 def test_without_a_prefetch_window_the_collectives_serialise_the_wavefront():
@@ -247,7 +247,7 @@ def test_layers_out_of_order_are_named_in_both_directions():
     forward = wavefront(grid, 0)
     with pytest.raises(ScheduleError, match=r"RUN 1.0 b0: needs RUN 0.0 b0 before it"):
         simulate(grid, [sorted(forward, key=lambda instruction: -instruction.layer)])
-    upwards = sorted(backward(forward), key=lambda instruction: instruction.layer)
+    upwards = sorted(backward_program(forward), key=lambda instruction: instruction.layer)
     with pytest.raises(ScheduleError, match=r"BACK 0.0 b0: needs BACK 1.0 b0 before it"):
         simulate(grid, [forward + upwards])
 
@@ -306,14 +306,14 @@ def test_receives_posted_in_the_wrong_order_deadlock():
 )
 def test_a_forbidden_schedule_or_grid_is_refused_by_name(name, grid, arrows, message):
     with pytest.raises(ConfigError, match=message):
-        build(name, grid, 0, arrows)
+        build_program(name, grid, 0, arrows)
 
 
 def test_a_pipeline_that_never_fills_is_a_warning_not_an_error():
     grid = Grid(16, layers=2, sp=8)
-    check(grid)
-    assert warning(grid).startswith("sp=8 > layers x chunks = 2: the pipeline never fills")
-    assert f"{efficiency_bound(grid):.0%}" in warning(grid)
+    check_grid(grid)
+    assert pipeline_warning(grid).startswith("sp=8 > layers x chunks = 2: the pipeline never fills")
+    assert f"{efficiency_bound(grid):.0%}" in pipeline_warning(grid)
     assert 1 - simulate_step("wavefront", grid, Costs(rerun_ratio=0.0)).bubble == pytest.approx(2 / 9)
 
 
@@ -326,7 +326,7 @@ def test_layer_major_gathers_each_layer_once_and_segment_major_once_per_segment(
 def test_programs_print_short_and_read_like_the_design():
     first, second = wavefront(Grid(2, 1, sp=2, chunks=2), 0), wavefront(Grid(2, 1, sp=2), 1)
     assert ", ".join(map(str, first)) == "GATHER 0 b0, RUN 0.0 b0, SEND 0.0 b0, RUN 0.1 b0, SEND 0.1 b0, RELEASE 0 b0"
-    assert ", ".join(map(str, backward(second))) == (
+    assert ", ".join(map(str, backward_program(second))) == (
         "GATHER 0 b1, RERUN 0.0 b1, BACK 0.0 b1, SEND_GRAD 0.0 b1, REDUCE 0 b1, RELEASE 0 b1"
     )
     assert Instruction("RUN", 0, 0, 0) in first, "the arrows and operations compare equal to their names"
@@ -338,7 +338,7 @@ def test_text_timeline():
 
 
 def test_png_timeline(tmp_path):
-    plot(simulate_step("wavefront", Grid(4, 3, sp=2, rounds=2)).events, tmp_path / "timeline.png", "wavefront")
+    plot_timeline(simulate_step("wavefront", Grid(4, 3, sp=2, rounds=2)).events, tmp_path / "timeline.png", "wavefront")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from armt_dist.checkpoint import folder as checkpoint
-from armt_dist.config import ConfigError, load
+from armt_dist.config import ConfigError, load_config
 from armt_dist.distributed.rendezvous import free_port
 from armt_dist.training.curriculum import Progress, Stage, learning_rate, stage_over
 
@@ -97,7 +97,7 @@ def test_checkpoints_are_pruned_and_whole(runs):
     assert (root / (root / "best").read_text()).is_dir()
     assert not list(root.glob("staging-*"))
     for tag in checkpoint.tags(root):
-        manifest = checkpoint.verify(root / tag)
+        manifest = checkpoint.verify_checkpoint(root / tag)
         on_disk = {p.relative_to(root / tag).as_posix() for p in (root / tag).rglob("*") if p.is_file()}
         assert set(manifest.files) == on_disk - {"manifest.json"}
 
@@ -189,8 +189,8 @@ def test_overrides_reach_into_lists(tmp_path):
     from armt_dist.training.run_config import RunConfig
 
     default = ROOT / "launch/configs/default.yaml"
-    config = load(RunConfig, default, ["curriculum.1.pairs=7", "train.seed=3", "model.d_mem=8"])
+    config = load_config(RunConfig, default, ["curriculum.1.pairs=7", "train.seed=3", "model.d_mem=8"])
     assert config.curriculum[1].pairs == 7 and config.train.seed == 3 and config.model.d_mem == 8
     for bad in ("curriculum.5.pairs=7", "curriculum.x.pairs=7", "train", "train.seed.x=1", "train.seed=-1"):
         with pytest.raises(ConfigError):
-            load(RunConfig, default, [bad])
+            load_config(RunConfig, default, [bad])

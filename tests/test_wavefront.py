@@ -44,7 +44,7 @@ def batch_for(seed):
 
 def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, **ds_config):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
-    from armt_dist.config import build as section
+    from armt_dist.config import validate as section
     from armt_dist.runtime import executor, handoff
     from armt_dist.zero3 import engine, partitioned_model
 
@@ -74,8 +74,8 @@ def step(parts, ranks, ids, labels, mask):
     for micro in range(accumulation):
         start = (micro * mesh.dp + mesh.dp_rank) * rows
         own = slice(start, start + rows)
-        totals = engine(executor.cut(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
-        executor.backward(engine, totals.nll * ranks.world_size * accumulation / scored)
+        totals = engine(executor.cut_piece(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
+        executor.run_backward(engine, totals.nll * ranks.world_size * accumulation / scored)
         total += totals.nll.detach()
         if micro < accumulation - 1:
             engine.step()
@@ -157,7 +157,7 @@ def run_adamw(ranks, folder):
         with torch.no_grad():
             ids, labels, mask = batch_for(100)
             engine.eval()
-            engine(executor.cut(ids, shifted(labels), mask, armt, grid, mesh.sp_rank), count=True)
+            engine(executor.cut_piece(ids, shifted(labels), mask, armt, grid, mesh.sp_rank), count=True)
             engine.train()
     weights = {}
     for name, parameter in runner.model.named_parameters():

@@ -55,7 +55,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
     if (found.checkpoint / checkpoint.MANIFEST).exists():
-        checkpoint.verify(found.checkpoint)
+        checkpoint.verify_checkpoint(found.checkpoint)
     model = skeleton(found.run / "model", dtype)
     parameters = match(model, open_checkpoint(found.checkpoint), found.checkpoint)
     count = sum(parameter.shape.numel() for parameter in parameters.values())
@@ -66,7 +66,7 @@ def export(
         custom_object_save(model, folder, config=model.config)
         model.config.save_pretrained(folder)
         write_task(found.run, folder)
-        card = model_card.write(found.run, found.checkpoint, model.config, count)
+        card = model_card.write_model_card(found.run, found.checkpoint, model.config, count)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 

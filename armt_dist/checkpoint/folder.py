@@ -63,12 +63,12 @@ def staging(root: Path, tag: str) -> Path:
 def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
     """Size and SHA-256 of some files below `folder`, which are flushed to disk."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path, flush=True)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path, flush=True)}
         for path in files
     }
 
 
-def digest(path: Path, flush: bool = False) -> str:
+def sha256(path: Path, flush: bool = False) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         if flush:
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, share: slice = slice(None)) -> Manifest:
+def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
     """Compare (a share of) the files with the manifest. Raises CheckpointError naming the first that differs."""
     manifest = read_manifest(folder)
     for name in sorted(manifest.files)[share]:
@@ -114,7 +114,7 @@ def verify(folder: Path, share: slice = slice(None)) -> Manifest:
             raise CheckpointError(f"checkpoint={folder}: {name} is missing")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        if digest(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             raise CheckpointError(f"checkpoint={folder}: {name} is damaged (SHA-256 differs)")
     return manifest
 
@@ -124,7 +124,7 @@ def tags(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("step_*") if path.is_dir())
 
 
-def find(root: Path, report: Callable[[str], None]) -> str | None:
+def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
     """The newest undamaged checkpoint, or None where there is none at all; damaged ones are reported and passed over.
 
     Collective: the ranks share the hashing. Raises CheckpointError where all are damaged.
@@ -133,7 +133,7 @@ def find(root: Path, report: Callable[[str], None]) -> str | None:
     for tag in reversed(candidates):
         share = slice(dist.get_rank(), None, dist.get_world_size())
         try:
-            parallel.together(lambda tag=tag, share=share: verify(root / tag, share))
+            parallel.together(lambda tag=tag, share=share: verify_checkpoint(root / tag, share))
             return tag
         except ConfigError as error:
             report(f"passing over a damaged checkpoint: {error}")

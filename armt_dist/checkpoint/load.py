@@ -19,11 +19,20 @@ from safetensors.torch import load_file
 from ..config import one_line
 from ..distributed import rendezvous as parallel
 from . import zero_shards
-from .folder import UNIVERSAL, CheckpointError, hash_files, read_manifest, remove, staging, verify, write_manifest
+from .folder import (
+    UNIVERSAL,
+    CheckpointError,
+    hash_files,
+    read_manifest,
+    remove,
+    staging,
+    verify_checkpoint,
+    write_manifest,
+)
 from .rng_state import set_generators
 
 
-def load(engine, root: Path, tag: str) -> dict:
+def load_checkpoint(engine, root: Path, tag: str) -> dict:
     """Restore engine and generators from a verified checkpoint; returns the state given to `save`. Collective.
 
     Raises CheckpointError on all ranks where it cannot be loaded.
@@ -75,7 +84,7 @@ def convert(root: Path, tag: str) -> None:
 
     done = root / (UNIVERSAL + tag)
     with contextlib.suppress(CheckpointError):
-        verify(done)
+        verify_checkpoint(done)
         return
     staged = staging(root, UNIVERSAL + tag)
     remove(staged)

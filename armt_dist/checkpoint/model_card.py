@@ -44,7 +44,7 @@ SHOWN = {
 }
 
 
-def write(run: Path, checkpoint: Path, config: ARMTConfig, parameters: int) -> str:
+def write_model_card(run: Path, checkpoint: Path, config: ARMTConfig, parameters: int) -> str:
     """The card of `checkpoint` of `run`; facts that the run folder lacks are left out. parameters: their number."""
     facts, metrics = training_facts(run, checkpoint), last_validation(run, step_of(checkpoint))
     return CARD.format(

@@ -96,7 +96,7 @@ def trained_parameters(shapes: dict[str, torch.Size], groups: list[list[Tensor]]
     world, start = len(groups), 0
     for name, shape in shapes.items():
         part = -(-shape.numel() // world)
-        yield name, join(shape, [list(stretch(flat, start, part)) for flat in groups])
+        yield name, join(shape, [list(stretch_of(flat, start, part)) for flat in groups])
         start += part
     for rank, flat in enumerate(groups):
         held = sum(group.numel() for group in flat)
@@ -104,7 +104,7 @@ def trained_parameters(shapes: dict[str, torch.Size], groups: list[list[Tensor]]
             raise ValueError(f"rank {rank} holds {held} values, the parameters have {start}")
 
 
-def stretch(groups: list[Tensor], start: int, count: int) -> Iterator[Tensor]:
+def stretch_of(groups: list[Tensor], start: int, count: int) -> Iterator[Tensor]:
     """Views of values `start` to `start + count` of the concatenated flat `groups`."""
     for group in groups:
         taken = group[max(start, 0) : max(start + count, 0)]

@@ -142,7 +142,7 @@ class Retrieval(Stateless):
         return " ".join(self.tokenizer.decode(segment) for segment in segments)
 
 
-def make_tokenizer(config: RetrievalConfig) -> PreTrainedTokenizerFast:
+def retrieval_tokenizer(config: RetrievalConfig) -> PreTrainedTokenizerFast:
     """One character a token: `0`..`9`, `a`.. the symbols, `:` sep, `?` gen, `|` eos, `_` pad.
 
     A person types ``3:a| 3?`` and reads ``a|``.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ConfigError, Section, build
+from ..config import ConfigError, Section, validate
 from . import retrieval
 from .babilong import task as babilong
 from .babilong.task import Babilong, BabilongConfig
@@ -22,14 +22,14 @@ class Kind(NamedTuple):
 
     section: str
     tokenizer: Callable[[Section], PreTrainedTokenizerBase]
-    build: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
+    validate: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
 
 
 KINDS = {
-    "rewrite": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=False)),
-    "remember": Kind("retrieval", retrieval.make_tokenizer, partial(Retrieval, unique_keys=True)),
+    "rewrite": Kind("retrieval", retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=False)),
+    "remember": Kind("retrieval", retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=True)),
     "text": Kind("text", lambda config: load_tokenizer(config.tokenizer), Text),
-    "babilong": Kind("babilong", babilong.make_tokenizer, Babilong),
+    "babilong": Kind("babilong", babilong.babilong_tokenizer, Babilong),
 }
 
 
@@ -55,7 +55,7 @@ class DataConfig(Section):
         """The section of the task, its defaults where it was left out."""
         name = KINDS[self.task].section
         given = getattr(self, name)
-        return given if given is not None else build(SCHEMAS[name], {})
+        return given if given is not None else validate(SCHEMAS[name], {})
 
 
 SCHEMAS = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}

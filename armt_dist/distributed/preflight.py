@@ -26,7 +26,7 @@ REPEATS = 10
 MIB, GIB = 2**20, 2**30
 
 
-class Limits(NamedTuple):
+class Thresholds(NamedTuple):
     """What `judge` accepts. `slow` is a multiple of the median node's time."""
 
     gpus: int
@@ -43,7 +43,7 @@ class Facts(NamedTuple):
     """
 
     node: str
-    versions: dict[str, str]
+    package_versions: dict[str, str]
     gpus: tuple[str, ...]
     free_host_bytes: int
     free_gpu_bytes: int
@@ -65,7 +65,7 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
     facts = Facts(
         clock_s=time.time(),
         node=node if ranks.local_world_size == 1 else f"{node}:{ranks.local_rank}",
-        versions=versions(),
+        versions=package_versions(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
         free_host_bytes=psutil.virtual_memory().available,
         free_gpu_bytes=min((torch.cuda.mem_get_info(i)[0] for i in gpus), default=0),
@@ -80,7 +80,7 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
     return everyone
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of everything that, where two ranks differ in it, changes a collective or a number."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
@@ -179,7 +179,7 @@ def link_turn(link: int, world: int) -> int:
     return 2 if world % 2 and link == world - 1 else link % 2
 
 
-def judge(facts: list[Facts], limits: Limits) -> list[str]:
+def judge(facts: list[Facts], limits: Thresholds) -> list[str]:
     """One sentence for each fault, each beginning with the node's name; empty where all are fit."""
     faults = [f"{fact.node}: {fact.folder_fault}" for fact in facts if fact.folder_fault]
     faults += [
@@ -211,7 +211,7 @@ def odd_ones(facts: list[Facts]) -> list[str]:
     return faults
 
 
-def weak_ones(facts: list[Facts], limits: Limits) -> list[str]:
+def weak_ones(facts: list[Facts], limits: Thresholds) -> list[str]:
     """Nodes with a wrong clock, or whose memory somebody else holds."""
     clock_s, host, gpu = (
         statistics.median(getattr(fact, field) for fact in facts)

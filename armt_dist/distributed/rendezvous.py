@@ -192,7 +192,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         if ranks.rank != 0:
-            knock(address, port, timeout_s)
+            wait_for_port(address, port, timeout_s)
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -206,7 +206,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
 
 
-def knock(address: str, port: int, timeout_s: float) -> None:
+def wait_for_port(address: str, port: int, timeout_s: float) -> None:
     """Return once somebody listens there, else raise OSError. torch would find out too, under pages of C++ frames."""
     deadline = time.monotonic() + timeout_s
     while True:

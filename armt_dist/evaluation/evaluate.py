@@ -69,7 +69,7 @@ def evaluate(
     zero_memory: the states are emptied before every segment, which shows what memory is worth. The device is the
     model's. Raises ConfigError as `check`, and where the validation data are empty.
     """
-    check(task, lengths, samples, batch)
+    check_lengths(task, lengths, samples, batch)
     trained = model.training
     model.eval()
     rows = [evaluate_length(model, task, n, (samples, batch), zero_memory) for n in lengths]
@@ -77,7 +77,7 @@ def evaluate(
     return rows
 
 
-def check(task: Task, lengths: Sequence[int], samples: int, batch: int) -> None:
+def check_lengths(task: Task, lengths: Sequence[int], samples: int, batch: int) -> None:
     """Raises ConfigError for numbers below 1 and lengths that the task does not have."""
     if not lengths:
         raise ConfigError("lengths: none given; for example --lengths 5 10 20 50")

@@ -77,7 +77,7 @@ def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None
     figure.savefig(path, dpi=120, format="png")
 
 
-def table(rows: Sequence[Row], measure: str) -> str:
+def evaluation_table(rows: Sequence[Row], measure: str) -> str:
     """One line for each length."""
     names = SHOWN[measure]
     head = [rows[0].unit, *names, "tokens/s", "peak MB"]
@@ -92,7 +92,7 @@ def table(rows: Sequence[Row], measure: str) -> str:
     )
 
 
-def plot(rows: Sequence[Row], measure: str, path: Path, title: str) -> None:
+def plot_evaluation(rows: Sequence[Row], measure: str, path: Path, title: str) -> None:
     """Accuracy by length, or perplexity by length and loss by position, as a PNG."""
     lengths = [row.length for row in rows]
     if measure == "accuracy":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.export import TASK_FILE
-from ..config import ConfigError, Section, assign, build, one_line
+from ..config import ConfigError, Section, assign, one_line, validate
 from ..data.task import Task
 from ..data.tasks import KINDS, DataConfig
 from ..model.configuration_armt import ARMTConfig
@@ -94,7 +94,7 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
     for override in overrides:
         assign(tree, override)
-    return build(EvaluationData, tree).data
+    return validate(EvaluationData, tree).data
 
 
 def read_settings(folder: Path) -> dict:

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import yaml
 
-from ..config import ConfigError, one_line, read_yaml, run_main
+from ..config import ConfigError, one_line, read_yaml
 from .evaluation_report import Curve, Panel, draw
 
 # Metric -> axis label; those that a run has are drawn.
@@ -22,7 +22,7 @@ DRAWN = {"loss": "loss, nats a token", "accuracy": "accuracy", "tokens_per_s": "
 POINTS = 200
 
 
-def write(run: Path) -> Path:
+def write_run_report(run: Path) -> Path:
     """`report.md` of the run in folder `run`. Raises ConfigError where there is nothing to report."""
     records = read_records(run / "metrics.jsonl")
     training = [r for r in records if r["kind"] == "train"]
@@ -124,4 +124,4 @@ def read_json(path: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
-    print(f"wrote {write(parser.parse_args().run)}")
+    print(f"wrote {write_run_report(parser.parse_args().run)}")

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from .backbone import Context, causal_mask
 from .cache import CACHE_NAMES, ARMTCache
 from .memory import apply
-from .rmt import Rows
+from .rmt import MemoryRows
 from .tested import INSTALLED, TESTED
 
 # What `generate` of this version of transformers calls the cache.
@@ -144,7 +144,7 @@ class ARMTGenerationMixin(GenerationMixin):
         _, rows = self.rows_around(first.state, len(first.state[0]))
         x = self.pass_layers(rows.to(self.get_input_embeddings().weight.dtype), cache, write=True)
         if self.carries_rows:
-            first.state = Rows.of(self.backbone.norm(x), self.config.num_mem_tokens)
+            first.state = MemoryRows.of(self.backbone.norm(x), self.config.num_mem_tokens)
         cache.close()
 
     def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:

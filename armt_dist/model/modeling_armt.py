@@ -19,7 +19,7 @@ from .cache import ARMTCache, ARMTOutput, the_cache
 from .configuration_armt import ARMTConfig
 from .generation import ARMTGenerationMixin, check_others
 from .memory import MEMORIES, apply
-from .rmt import LAST_LAYER, Rows, enter
+from .rmt import LAST_LAYER, MemoryRows, enter
 from .sliding_window import Border, WindowedMemory, reach
 from .tested import warn_if_untested
 
@@ -213,7 +213,7 @@ class ARMTForCausalLM(PreTrainedModel, ARMTGenerationMixin):
         """L empty memories; rows that are carried (RMT) enter the first layer, so they stand there."""
         states = [layer.memory.initial_state(batch, self.device) for layer in self.backbone.layers]
         if self.carries_rows:
-            states[0] = Rows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
+            states[0] = MemoryRows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
         return states
 
     def rows_around(self, state: tuple, batch: int) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class ARMTForCausalLM(PreTrainedModel, ARMTGenerationMixin):
             following.append(state)
         hidden = self.backbone.norm(x)
         if self.carries_rows:
-            following[0] = Rows.of(hidden, self.config.num_mem_tokens)
+            following[0] = MemoryRows.of(hidden, self.config.num_mem_tokens)
         return hidden[:, self.config.head_rows : -self.config.num_mem_tokens], following
 
     # --- the plain forward: the oracle ---------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class ARMTForCausalLM(PreTrainedModel, ARMTGenerationMixin):
         hidden = []
         for s, (ids, mask) in enumerate(zip(input_ids.split(lengths, dim=1), masks, strict=False)):
             if self.config.k2 and s % self.config.k2 == 0:
-                states[0] = Rows(*(tensor.detach() for tensor in states[0]))
+                states[0] = MemoryRows(*(tensor.detach() for tensor in states[0]))
             h, states = self.segment(ids, states, mask)
             hidden.append(h)
         return torch.cat(hidden, dim=1)

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 LAST_LAYER = "last_layer"
 
 
-class Rows(NamedTuple):
+class MemoryRows(NamedTuple):
     """What one segment hands to the next, float32; zeros before the first."""
 
     rows: Tensor  # [B, M, D]
     written: Tensor  # [B] 1 after a segment was read
 
     @classmethod
-    def empty(cls, batch: int, num_mem_tokens: int, hidden_size: int, device: torch.device | str) -> "Rows":
+    def empty(cls, batch: int, num_mem_tokens: int, hidden_size: int, device: torch.device | str) -> "MemoryRows":
         """Nothing read yet."""
         return cls(torch.zeros(batch, num_mem_tokens, hidden_size, device=device), torch.zeros(batch, device=device))
 
     @classmethod
-    def of(cls, hidden: Tensor, num_mem_tokens: int) -> "Rows":
+    def of(cls, hidden: Tensor, num_mem_tokens: int) -> "MemoryRows":
         """From the normed hidden states [B, N, D] of a segment."""
         rows = hidden[:, -num_mem_tokens:].float()
         return cls(rows, torch.ones(len(rows), device=rows.device))

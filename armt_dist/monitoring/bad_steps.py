@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import Section
 from ..model.memory import AssociativeMemory
-from ..runtime.segment_bptt import Seen
+from ..runtime.segment_bptt import CellView
 
 
 class Rollback(Section):
@@ -27,7 +27,7 @@ class Rollback(Section):
     over: Annotated[int, Field(ge=1)] = 50
 
 
-class Rows(NamedTuple):
+class BadRows(NamedTuple):
     """Rows of a global batch, and which samples they are."""
 
     rows: list[int]
@@ -42,7 +42,7 @@ def weigh(nll: Tensor, factor: Tensor) -> Tensor:
     return nll * (factor + 0 * nll.detach())
 
 
-def culprits(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> Rows:
+def culprits(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> BadRows:
     """Rows of the micro-batches whose loss is not finite; all rows where only gradients were. Collective.
 
     `parts`: of each micro-batch of this rank its rows, their sample ids and its summed loss.
@@ -54,7 +54,7 @@ def culprits(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> Rows:
     bad = [part for part in found if not part[2]] or found
     # The ranks of an sp group share their rows.
     samples = {row: sample for rows, ids, _ in bad for row, sample in zip(rows, ids, strict=True)}
-    return Rows(sorted(samples), [samples[row] for row in sorted(samples)])
+    return BadRows(sorted(samples), [samples[row] for row in sorted(samples)])
 
 
 def spiked(loss: float, before: Sequence[float], rollback: Rollback | None) -> bool:
@@ -80,7 +80,7 @@ class SmallestRead:
         self.value = torch.full_like(self.value, math.inf)
         return found
 
-    def __call__(self, seen: Seen) -> None:
+    def __call__(self, seen: CellView) -> None:
         memory = seen.layer.memory
         if not isinstance(memory, AssociativeMemory) or not memory.use_denom:
             return

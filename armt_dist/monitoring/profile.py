@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..schedule.checker import COMPUTE
 from ..schedule.program import Instruction
 from ..schedule.simulator import waits_s
-from ..schedule.timeline import WAITS, Event, plot
+from ..schedule.timeline import WAITS, Event, plot_timeline
 
 SHOWN = (*COMPUTE, *WAITS)
 
@@ -85,10 +85,10 @@ def collect(trace: Trace) -> list[Event]:
     ]
 
 
-def write(events: Sequence[Event], folder: str | Path, name: str = "timeline") -> tuple[Path, Path]:
+def write_profile(events: Sequence[Event], folder: str | Path, name: str = "timeline") -> tuple[Path, Path]:
     """`name`.png, and `name`.json for chrome://tracing or ui.perfetto.dev, in `folder`."""
     png, chrome = Path(folder) / f"{name}.png", Path(folder) / f"{name}.json"
-    plot([event for event in events if event.instruction.op in SHOWN], png, name)
+    plot_timeline([event for event in events if event.instruction.op in SHOWN], png, name)
     rows = [
         {
             "name": f"{event.instruction.op} {event.instruction.layer}",

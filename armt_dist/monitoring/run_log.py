@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..config import one_line
 from ..evaluation import run_report as report
-from .bad_steps import Rows
+from .bad_steps import BadRows
 from .metrics import Metrics
 from .plateau import Plateau
 
@@ -66,7 +66,7 @@ class Reporter:
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.metrics.say(f"step {step}: validation {text}")
 
-    def skipped(self, step: int, batch: int, found: Rows) -> None:
+    def skipped(self, step: int, batch: int, found: BadRows) -> None:
         """A step that no rank made, and the rows of global batch `batch` that were bad."""
         if self.metrics:
             self.metrics.write("skipped", step, {"batch": batch, **found._asdict()})
@@ -84,4 +84,4 @@ class Reporter:
         """The report of the whole run."""
         if self.metrics:
             self.metrics.close()
-            self.say(f"report: {report.write(self.out)}")
+            self.say(f"report: {report.write_run_report(self.out)}")

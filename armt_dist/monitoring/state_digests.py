@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import ConfigError, run_main
+from ..config import ConfigError
 from ..model.memory import State
-from ..runtime.segment_bptt import Seen
+from ..runtime.segment_bptt import CellView
 from ..schedule import program as schedule
 from ..schedule.program import Grid
 
@@ -40,12 +40,12 @@ class Digests:
 
     def of(self, step: int, row: int, grid: Grid):
         """The observer of one micro-batch, which begins at `row` of the global batch of step `step`."""
-        starts = [block.start for block in schedule.blocks(grid)]
+        starts = [block.start for block in schedule.block_segments(grid)]
 
-        def observe(seen: Seen) -> None:
+        def observe(seen: CellView) -> None:
             at = seen.instruction
             key = Key(step, starts[at.block] + seen.segment, at.layer, row + seen.row)
-            self.file.write(json.dumps({**key._asdict(), "digest": digest(seen.after)}) + "\n")
+            self.file.write(json.dumps({**key._asdict(), "digest": state_digest(seen.after)}) + "\n")
 
         return observe
 
@@ -54,7 +54,7 @@ class Digests:
         self.file.flush()
 
 
-def digest(state: State) -> str:
+def state_digest(state: State) -> str:
     """SHA-256 of the bytes of a state's tensors, shortened to 64 bits."""
     total = hashlib.sha256()
     for tensor in state:
@@ -62,7 +62,7 @@ def digest(state: State) -> str:
     return total.hexdigest()[:16]
 
 
-def read(run: Path) -> dict[Key, str]:
+def read_digests(run: Path) -> dict[Key, str]:
     """All digests of a run; where a resumed run made a step again, the later ones. Raises ConfigError."""
     files = sorted((run / FOLDER).glob("rank_*.jsonl"))
     if not files:
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("run_a", type=Path)
     parser.add_argument("run_b", type=Path)
     args = parser.parse_args()
-    a, b = read(args.run_a), read(args.run_b)
+    a, b = read_digests(args.run_a), read_digests(args.run_b)
     shared = a.keys() & b.keys()
     if not shared:
         raise ConfigError(f"run={args.run_b}: no state in common with {args.run_a}; compare runs of one configuration")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..distributed.rendezvous import all_gather_single
 from ..runtime.executor import Piece, ScheduledLM
-from ..runtime.segment_bptt import Seen
+from ..runtime.segment_bptt import CellView
 from ..schedule import program as schedule
 from ..schedule.program import Grid, Op
 from ..schedule.timeline import Event
@@ -33,7 +33,7 @@ class Vitals:
         """From now on write those of every state that this rank makes in training."""
         self.digests = Digests(out, dist.get_rank())
 
-    def observer(self, step: int, row: int, piece: Piece, closely: bool) -> Callable[[Seen], None] | None:
+    def observer(self, step: int, row: int, piece: Piece, closely: bool) -> Callable[[CellView], None] | None:
         """Who looks at the cells of a micro-batch of `step`, whose first row in the global batch is `row`."""
         watchers = [self.smallest] if closely else []
         if self.digests:
@@ -90,7 +90,7 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
 
 def cell_s(events: Sequence[Event], grid: Grid) -> float:
     """Mean seconds that one of this rank's cells took in forward; blocks may differ by a segment."""
-    blocks = schedule.blocks(grid)
+    blocks = schedule.block_segments(grid)
     runs = [event for event in events if event.instruction.op is Op.RUN]
     # A chunk is a part of each of its cells.
     cells = sum(len(blocks[event.instruction.block]) for event in runs) / grid.chunks

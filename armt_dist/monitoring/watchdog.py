@@ -122,7 +122,7 @@ class Watchdog:
     def end(self, phase: Phase) -> None:
         """Leave, with exit code 1. Nothing is cleaned up: whatever talks to the others would wait for them again."""
         why = f"rank {self.rank} spent more than {phase.limit_s:g} s in {phase.section} (after step {phase.step})"
-        line = f"error: {why}, {describe(self.at())}; stacks: {self.stacks}\n"
+        line = f"error: {why}, {describe_wait(self.at())}; stacks: {self.stacks}\n"
         # Not through sys.stderr, whose lock the main thread may hold.
         os.write(2, line.encode())
         self.dump(why)
@@ -134,7 +134,7 @@ class Watchdog:
             self.open()
         with suppress(OSError, ValueError):
             file = self.file or sys.__stderr__
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}, {describe(self.at())}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}, {describe_wait(self.at())}\n")
             file.flush()
             faulthandler.dump_traceback(file)
 
@@ -161,6 +161,6 @@ class Watchdog:
                 staged.replace(folder / f"rank_{self.rank}.json")
 
 
-def describe(at: Instruction | None) -> str:
+def describe_wait(at: Instruction | None) -> str:
     """Where in the schedule: the instruction, and its layer in words."""
     return f"last instruction {at} (layer {at.layer})" if at else "before any instruction"

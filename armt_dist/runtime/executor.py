@@ -23,7 +23,7 @@ from ..schedule.program import Arrow, Grid, Instruction, Op
 from .activation_store import STASHES
 from .handoff import Local, Wire
 from .loss import hits, token_nll
-from .segment_bptt import Link, Seen, Work, segment_bptt
+from .segment_bptt import CellView, LayerWork, Link, segment_bptt
 
 
 class ParallelConfig(Section):
@@ -60,7 +60,7 @@ def check_memory(config: ParallelConfig, memory_kind: str) -> None:
         )
     # More segments than blocks, as in most batches.
     grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
-    schedule.fit(config.schedule or schedule.default(arrows), grid, arrows)
+    schedule.fit_grid(config.schedule or schedule.default_schedule(arrows), grid, arrows)
 
 
 class Piece(NamedTuple):
@@ -92,7 +92,7 @@ class Call(NamedTuple):
 
     gather: Instruction
     forward: tuple[Instruction, ...]
-    backward: tuple[Instruction, ...]
+    run_backward: tuple[Instruction, ...]
 
 
 IGNORE = -100
@@ -105,11 +105,11 @@ def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tu
 
     A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
     """
-    program = schedule.build(name, grid, rank, arrows)
+    program = schedule.build_program(name, grid, rank, arrows)
     if Arrow.LAST_LAYER in arrows:
         program = [instruction for instruction in program if instruction.op not in HANDED_ON]
     backward: list[list[Instruction]] = []
-    for instruction in schedule.backward(program):
+    for instruction in schedule.backward_program(program):
         if instruction.op is Op.GATHER:
             if backward:
                 backward[-1].append(instruction)
@@ -120,7 +120,7 @@ def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tu
     return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
 
 
-def cut(
+def cut_piece(
     input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, model_config, grid: Grid, sp_rank: int = 0
 ) -> Piece:
     """The blocks of `sp_rank` of a micro-batch [B, tokens]. `grid.segments` is set from the length of the batch.
@@ -129,11 +129,11 @@ def cut(
     """
     lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
     grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
-    schedule.check(grid)
+    schedule.check_grid(grid)
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    ranges = [schedule.blocks(grid)[b] for b in schedule.rank_blocks(grid, sp_rank)]
+    ranges = [schedule.block_segments(grid)[b] for b in schedule.rank_blocks(grid, sp_rank)]
 
     def own(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
@@ -177,7 +177,7 @@ class ScheduledLM(nn.Module):
         self.model = model
         self.loss_head = LossHead(model)
         self.arrows = tuple(model.backbone.layers[0].memory.arrows)
-        self.schedule_name = schedule_name or schedule.default(self.arrows)
+        self.schedule_name = schedule_name or schedule.default_schedule(self.arrows)
         self.states, self.offload = states, offload
         self.link = Local() if link is None else link
         # Of the last pass.
@@ -189,9 +189,9 @@ class ScheduledLM(nn.Module):
 
     def fit(self, piece: Piece) -> Piece:
         """The piece in the blocks that the instructions number. Raises ConfigError as `schedule.fit`."""
-        return fitted(piece, schedule.fit(self.schedule_name, piece.grid, self.arrows))
+        return fitted(piece, schedule.fit_grid(self.schedule_name, piece.grid, self.arrows))
 
-    def forward(self, piece: Piece, count: bool = False, observe: Callable[[Seen], None] | None = None) -> Totals:
+    def forward(self, piece: Piece, count: bool = False, observe: Callable[[CellView], None] | None = None) -> Totals:
         """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule.
 
         `observe` is shown every cell that this rank runs forward.
@@ -217,7 +217,7 @@ class ScheduledLM(nn.Module):
             i = own[gather.block]
             if self.model.carries_rows and gather.layer == 0:
                 blocks[i] = enter(blocks[i], self.entering_rows(blocks[i - 1] if i else None, i, len(x)))
-            work = Work(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
+            work = LayerWork(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)
@@ -275,7 +275,7 @@ class ScheduledLM(nn.Module):
         return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
 
 
-def backward(engine, loss: Tensor) -> None:
+def run_backward(engine, loss: Tensor) -> None:
     """`engine.backward(loss)`, and the end of the pass's trace with it. Right for any number of rounds."""
     engine.backward(loss)
     engine.module.trace(None)
@@ -287,7 +287,7 @@ def fitted(piece: Piece, grid: Grid) -> Piece:
         return piece
     assert grid.sp == 1, f"{grid}: only a rank that holds the whole sequence can cut it otherwise"
     lengths = [n for block in piece.lengths for n in block]
-    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in schedule.blocks(grid))
+    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in schedule.block_segments(grid))
     return piece._replace(grid=grid, lengths=blocks)
 
 

@@ -43,7 +43,7 @@ class Link(Protocol):
     def send(self, instruction: Instruction, state: tuple) -> None: ...
 
 
-class Seen(NamedTuple):
+class CellView(NamedTuple):
     """One cell of a forward, for an observer."""
 
     instruction: Instruction
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
     after: tuple
 
 
-class Work(NamedTuple):
+class LayerWork(NamedTuple):
     """What one call of a layer is to do."""
 
     forward: Sequence[Instruction]  # of one (layer, block): RECV, RUN, SEND chunk by chunk, RELEASE
@@ -66,7 +66,7 @@ class Work(NamedTuple):
     stash: DeviceStash | HostStash  # where the layer's input waits for backward
     link: Link
     trace: Callable[[Instruction], None]  # told of each instruction when it begins
-    observe: Callable[[Seen], None] | None = None  # shown every cell of the forward; must not wait for the device
+    observe: Callable[[CellView], None] | None = None  # shown every cell of the forward; must not wait for the device
 
 
 class Cell(NamedTuple):
@@ -101,7 +101,7 @@ class Gradients:
         return tuple(total.to(p.dtype) for p, total in zip(self.parameters, self.sums, strict=True))
 
 
-class Unit:
+class ChunkReplay:
     """The segments of one chunk through the layer; between forward and backward, what backward needs of them."""
 
     def __init__(self, layer: ARMTLayer, lengths: Sequence[int], contexts: Sequence[Context], states: str):
@@ -182,12 +182,12 @@ def reapplied(first: tuple, updates: Sequence[tuple]) -> Iterator[tuple]:
             yield states.pop()
 
 
-class LayerRun:
+class LayerCall:
     """One call of a layer over a block: the instructions of one (layer, block), forward and later backward."""
 
-    def __init__(self, layer: ARMTLayer, work: Work):
+    def __init__(self, layer: ARMTLayer, work: LayerWork):
         self.layer, self.work = layer, work
-        self.units = [Unit(layer, work.lengths, contexts, work.states) for contexts in work.contexts]
+        self.units = [ChunkReplay(layer, work.lengths, contexts, work.states) for contexts in work.contexts]
         self.cells: dict[int, Iterator[Cell]] = {}
         self.gradients = Gradients([p for p in layer.parameters() if p.requires_grad])
 
@@ -244,7 +244,7 @@ class LayerRun:
             row = sum(len(chunk) for chunk in self.x[: instruction.chunk])
 
             def observe(*cell) -> None:
-                self.work.observe(Seen(instruction, row, self.layer, *cell))
+                self.work.observe(CellView(instruction, row, self.layer, *cell))
 
         return self.units[instruction.chunk].forward(x, out, state, observe)
 
@@ -279,14 +279,14 @@ class LayerRun:
         """Carried out by ZeRO-3's hooks around the layer's call."""
 
 
-FORWARD = {Op.RECV: LayerRun.recv, Op.RUN: LayerRun.run, Op.SEND: LayerRun.send, Op.RELEASE: LayerRun.hooked}
+FORWARD = {Op.RECV: LayerCall.recv, Op.RUN: LayerCall.run, Op.SEND: LayerCall.send, Op.RELEASE: LayerCall.hooked}
 BACKWARD = {
-    Op.RERUN: LayerRun.rerun,
-    Op.RECV_GRAD: LayerRun.recv,
-    Op.BACK: LayerRun.back,
-    Op.SEND_GRAD: LayerRun.send,
-    Op.REDUCE: LayerRun.reduce,
-    Op.GATHER: LayerRun.hooked,
+    Op.RERUN: LayerCall.rerun,
+    Op.RECV_GRAD: LayerCall.recv,
+    Op.BACK: LayerCall.back,
+    Op.SEND_GRAD: LayerCall.send,
+    Op.REDUCE: LayerCall.reduce,
+    Op.GATHER: LayerCall.hooked,
 }
 
 
@@ -294,7 +294,7 @@ class SegmentBPTT(torch.autograd.Function):
     """A layer over a block as one node of the graph: forward without one, backward cell by cell."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, run: LayerRun, *parameters: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, run: LayerCall, *parameters: Tensor) -> Tensor:
         run.work.stash.put(run.key, x)
         ctx.run = run
         return run.forward(x)
@@ -307,9 +307,9 @@ class SegmentBPTT(torch.autograd.Function):
         return grad_x, None, *run.gradients.result()
 
 
-def segment_bptt(layer: ARMTLayer, x: Tensor, work: Work) -> Tensor:
+def segment_bptt(layer: ARMTLayer, x: Tensor, work: LayerWork) -> Tensor:
     """The layer over a block of segments. [B, sum of N, D] -> the same shape. For `ARMTLayer.forward` as `run`."""
-    run = LayerRun(layer, work)
+    run = LayerCall(layer, work)
     if not torch.is_grad_enabled():
         return run.forward(x)
     return SegmentBPTT.apply(x, run, *run.gradients.parameters)

@@ -3,7 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from .program import ARMT_ARROWS, Grid, Instruction, Op, backward, rank_blocks, source_layer, target_layer, wavefront
+from .program import (
+    ARMT_ARROWS,
+    Grid,
+    Instruction,
+    Op,
+    backward_program,
+    rank_blocks,
+    source_layer,
+    target_layer,
+    wavefront,
+)
 
 COMPUTE = (Op.RUN, Op.RERUN, Op.BACK)
 ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.REDUCE)
@@ -40,11 +50,11 @@ def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[s
             yield from (Instruction(Op.BACK, layer, own, c) for c in range(grid.chunks))
 
 
-def verify(grid: Grid, program: Sequence[Instruction], rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> None:
+def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> None:
     """Raise ScheduleError at the first fault in one rank's program: order, liveness, missing, twice, foreign."""
     expected = wavefront(grid, rank, arrows)
     if any(instruction.op is Op.BACK for instruction in program):
-        expected += backward(expected)
+        expected += backward_program(expected)
     expected_set, seen, live = set(expected), set(), set()
     for index, instruction in enumerate(program):
         op, layer = instruction.op, instruction.layer

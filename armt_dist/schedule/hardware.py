@@ -6,7 +6,7 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
-from .model_sizes import Model, Work, cell_flops, row_tokens
+from .model_sizes import Model, StepWork, cell_flops, row_tokens
 from .program import Grid, prefetch_window
 from .simulator import Costs
 
@@ -38,12 +38,12 @@ class Hardware(NamedTuple):
 H100 = Hardware()
 
 
-def block_segments(grid: Grid) -> int:
+def largest_block(grid: Grid) -> int:
     """Segments of the largest block."""
     return -(-grid.segments // (grid.sp * grid.rounds))
 
 
-def unit_costs(model: Model, work: Work, grid: Grid, world: int, hardware: Hardware) -> Costs:
+def unit_costs(model: Model, work: StepWork, grid: Grid, world: int, hardware: Hardware) -> Costs:
     """What the simulator needs, in seconds."""
     flops_s = hardware.peak_flops * hardware.kernel_efficiency
     chunk_s = work.micro_batch / grid.chunks * cell_flops(model, work) / flops_s
@@ -60,14 +60,14 @@ def unit_costs(model: Model, work: Work, grid: Grid, world: int, hardware: Hardw
         latency_s=hardware.handoff_latency_s,
         state_bytes=work.micro_batch * model.state_bytes,
         bytes_per_s=hardware.handoff_bytes_per_s,
-        prefetch_layers=window(grid, cell_s, work.micro_batch * model.state_bytes, hardware),
+        prefetch_layers=handoff_window(grid, cell_s, work.micro_batch * model.state_bytes, hardware),
     )
 
 
-def window(grid: Grid, cell_s: float, state_bytes: float, hardware: Hardware) -> int:
+def handoff_window(grid: Grid, cell_s: float, state_bytes: float, hardware: Hardware) -> int:
     """Prefetch window in layers, hand-off time counted."""
     handoff_s = hardware.handoff_latency_s + state_bytes / grid.chunks / hardware.handoff_bytes_per_s
-    return prefetch_window(grid, handoff_s * grid.chunks / (block_segments(grid) * cell_s))
+    return prefetch_window(grid, handoff_s * grid.chunks / (largest_block(grid) * cell_s))
 
 
 def estimate_s(grid: Grid, costs: Costs) -> float:
@@ -77,7 +77,7 @@ def estimate_s(grid: Grid, costs: Costs) -> float:
     late in both directions; a pipeline longer than layers * chunks stalls between rounds. The first gather and the
     last reduction are exposed.
     """
-    block = block_segments(grid)
+    block = largest_block(grid)
     unit_s = block * costs.cell_s / grid.chunks
     transfer_s = costs.state_bytes / grid.chunks / costs.bytes_per_s if grid.sp > 1 else 0
     handoff_s = transfer_s + costs.latency_s if grid.sp > 1 else 0

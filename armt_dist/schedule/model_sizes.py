@@ -92,7 +92,7 @@ MODELS = {
 }
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """One optimizer step's data and how it is held. `micro_batch` sequences per sp group."""
 
     sequence_tokens: int
@@ -105,12 +105,12 @@ class Work(NamedTuple):
     offload_activations: bool = False
 
 
-def row_tokens(model: Model, work: Work) -> int:
+def row_tokens(model: Model, work: StepWork) -> int:
     """Positions of one segment as the layers see it."""
     return work.segment_tokens + model.memory_tokens * (2 if model.kind == "rmt" else 1) + model.sink
 
 
-def cell_flops(model: Model, work: Work) -> float:
+def cell_flops(model: Model, work: StepWork) -> float:
     """Forward of one cell for one sequence: matrix products, full attention over the row (it has a mask), memory."""
     tokens = row_tokens(model, work)
     attention = 4 * tokens * (tokens + model.sliding_window) * model.attention_width
@@ -122,7 +122,7 @@ def cell_flops(model: Model, work: Work) -> float:
     return products + attention + (read + write if model.kind == "armt" else 0)
 
 
-def cell_graph_bytes(model: Model, work: Work) -> float:
+def cell_graph_bytes(model: Model, work: StepWork) -> float:
     """What autograd saves for one cell of the whole micro-batch; an estimate, with flash attention.
 
     Per position: 12 D (residuals, norms with their fp32 copies, attention output), q k v, 4 mlp, and for ARMT the

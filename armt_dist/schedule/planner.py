@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
-from .hardware import H100, Hardware, block_segments, estimate_s, unit_costs
-from .model_sizes import FP32, Model, Work, cell_flops, cell_graph_bytes, row_tokens
-from .program import ARMT_ARROWS, RMT_ARROWS, Grid, check, efficiency_bound, fit
+from .hardware import H100, Hardware, estimate_s, largest_block, unit_costs
+from .model_sizes import FP32, Model, StepWork, cell_flops, cell_graph_bytes, row_tokens
+from .program import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound, fit_grid
 from .simulator import Costs
 
 STATES = ("store", "rebuild", "recompute")
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     costs: Costs
 
 
-def validate(model: Model, work: Work, layout: Layout) -> Grid:
+def validate(model: Model, work: StepWork, layout: Layout) -> Grid:
     """The grid of a layout. Raises ConfigError naming field, value and remedy."""
     for section in (model, work, layout):
         for field, value in section._asdict().items():
@@ -79,8 +79,8 @@ def validate(model: Model, work: Work, layout: Layout) -> Grid:
         raise ConfigError(f"kind={model.kind}: unknown; known here: {', '.join(KINDS)}")
     segments = work.sequence_tokens // work.segment_tokens
     grid = Grid(segments, model.layers, layout.sp, layout.rounds, layout.chunks)
-    check(grid)
-    return fit(schedule_name(model), grid, KINDS[model.kind])
+    check_grid(grid)
+    return fit_grid(schedule_name(model), grid, KINDS[model.kind])
 
 
 def divisors(n: int) -> list[int]:
@@ -91,10 +91,10 @@ def schedule_name(model: Model) -> str:
     return "segment_major" if model.kind == "rmt" else "wavefront"
 
 
-def gpu_bytes(model: Model, work: Work, grid: Grid, world: int, live_layers: int) -> dict[str, float]:
+def gpu_bytes(model: Model, work: StepWork, grid: Grid, world: int, live_layers: int) -> dict[str, float]:
     """Device memory of one rank by item."""
     dtype, parameters, layer = work.dtype_bytes, model.parameters, model.layer_parameters
-    segments = grid.rounds * block_segments(grid)
+    segments = grid.rounds * largest_block(grid)
     inputs = work.micro_batch * row_tokens(model, work) * model.hidden * dtype
     # Two layers of inputs stay on the device: the one in use and the one being copied.
     held_layers = 2 if work.offload_activations else grid.layers
@@ -119,9 +119,9 @@ def optimizer_bytes(model: Model) -> float:
     return 3 * FP32 * model.parameters
 
 
-def states_bytes(model: Model, work: Work, grid: Grid) -> float:
+def states_bytes(model: Model, work: StepWork, grid: Grid) -> float:
     """What the backward needs to have each segment's incoming state again, of one sequence (bptt.states)."""
-    block = block_segments(grid)
+    block = largest_block(grid)
     per_block = {
         "store": block * model.state_bytes,
         "rebuild": model.state_bytes + block * model.update_bytes,
@@ -133,9 +133,9 @@ def states_bytes(model: Model, work: Work, grid: Grid) -> float:
     return grid.layers * grid.rounds * per_block[work.states] + rerun
 
 
-def host_bytes(model: Model, work: Work, grid: Grid, world: int) -> dict[str, float]:
+def host_bytes(model: Model, work: StepWork, grid: Grid, world: int) -> dict[str, float]:
     """Pinned host memory of one rank by item, for what is offloaded."""
-    segments = grid.rounds * block_segments(grid)
+    segments = grid.rounds * largest_block(grid)
     inputs = work.micro_batch * row_tokens(model, work) * model.hidden * work.dtype_bytes
     return {
         "parameters (shard)": work.offload_parameters * model.parameters * work.dtype_bytes / world,
@@ -146,7 +146,9 @@ def host_bytes(model: Model, work: Work, grid: Grid, world: int) -> dict[str, fl
     }
 
 
-def plan(model: Model, work: Work, layout: Layout, hardware: Hardware = H100, pipeline_s: float | None = None) -> Plan:
+def plan(
+    model: Model, work: StepWork, layout: Layout, hardware: Hardware = H100, pipeline_s: float | None = None
+) -> Plan:
     """Everything about one layout; `pipeline_s` is the layers' time as simulated or measured, None: `estimate_s`.
 
     Raises ConfigError for sizes that do not fit together. Too little memory is not an error: see `fits`.
@@ -196,7 +198,7 @@ def fits(result: Plan, hardware: Hardware = H100) -> bool:
     return device <= 0.9 * hardware.memory_bytes and host <= 0.9 * hardware.host_bytes
 
 
-def candidates(model: Model, work: Work, world: int, max_step_tokens: float) -> Iterator[tuple[Work, Layout]]:
+def candidates(model: Model, work: StepWork, world: int, max_step_tokens: float) -> Iterator[tuple[StepWork, Layout]]:
     """Every sp dividing the world, R and micro-batch a power of two, with at most `max_step_tokens` per step."""
     segments = work.sequence_tokens // work.segment_tokens
     longest = 1 if schedule_name(model) == "segment_major" else segments
@@ -211,8 +213,8 @@ def candidates(model: Model, work: Work, world: int, max_step_tokens: float) -> 
 
 
 def choose(
-    model: Model, work: Work, world: int, hardware: Hardware = H100, max_step_tokens: float = math.inf
-) -> tuple[Work, Layout]:
+    model: Model, work: StepWork, world: int, hardware: Hardware = H100, max_step_tokens: float = math.inf
+) -> tuple[StepWork, Layout]:
     """The micro-batch, sp, R and M_c with most tokens per second that fit.
 
     Raises ConfigError when nothing fits within memory and `max_step_tokens`.

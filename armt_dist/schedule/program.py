@@ -102,7 +102,7 @@ class Grid(NamedTuple):
         return self.rounds * self.layers * self.chunks
 
 
-def check(grid: Grid) -> None:
+def check_grid(grid: Grid) -> None:
     """Raise ConfigError for a field below 1 or fewer segments than blocks."""
     for field, value in grid._asdict().items():
         if value < 1:
@@ -124,7 +124,7 @@ def efficiency_bound(grid: Grid) -> float:
     return grid.units / ((grid.rounds - 1) * max(round_units, grid.sp) + round_units + grid.sp - 1)
 
 
-def warning(grid: Grid) -> str | None:
+def pipeline_warning(grid: Grid) -> str | None:
     """One line when the pipeline never fills (sp > layers * chunks), else None."""
     if grid.sp <= grid.layers * grid.chunks:
         return None
@@ -143,14 +143,14 @@ def prefetch_window(grid: Grid, handoff_units: float = 0.0) -> int:
     return math.ceil((grid.sp - 1) * (1 + handoff_units) / grid.chunks) + 1
 
 
-def blocks(grid: Grid) -> tuple[range, ...]:
+def block_segments(grid: Grid) -> tuple[range, ...]:
     """The segments of each of the sp * rounds blocks; the first S mod B blocks hold one segment more."""
     size, extra = divmod(grid.segments, grid.sp * grid.rounds)
     starts = [b * size + min(b, extra) for b in range(grid.sp * grid.rounds + 1)]
     return tuple(range(start, end) for start, end in zip(starts, starts[1:], strict=False))
 
 
-def owner(grid: Grid, block: int) -> int:
+def block_owner(grid: Grid, block: int) -> int:
     """The rank of the sp group that runs `block` (block-cyclic)."""
     return block % grid.sp
 
@@ -187,7 +187,7 @@ MIRROR = {
 """What becomes of a forward instruction when the list is reversed."""
 
 
-def backward(forward: Sequence[Instruction]) -> list[Instruction]:
+def backward_program(forward: Sequence[Instruction]) -> list[Instruction]:
     """The backward of a forward list, by reversal: a unit becomes RERUN, RECV_GRAD, BACK, SEND_GRAD.
 
     A layer is reduced once, after the rank's first block (its last contribution), and after dState has been sent.
@@ -207,7 +207,7 @@ def backward(forward: Sequence[Instruction]) -> list[Instruction]:
 class Schedule(NamedTuple):
     """A row of the table of schedules: how it cuts the grid, and the arrows that it respects."""
 
-    fit: Callable[[Grid], Grid]
+    fit_grid: Callable[[Grid], Grid]
     arrows: tuple[Arrow, ...]
 
 
@@ -237,7 +237,7 @@ SCHEDULES = {
 }
 
 
-def fit(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
+def fit_grid(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
     """The grid as schedule `name` cuts it (segment_major: one block per segment); its blocks are those of the program.
 
     `arrows` is what the memory kind declares, values of `Arrow`. Raises ConfigError for an unknown schedule, one
@@ -253,25 +253,25 @@ def fit(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
             f"schedule={name}: forbidden for a memory whose state comes from the {arrow.replace('_', ' ')} of the "
             f"previous segment; use schedule={' or '.join(allowed)}"
         )
-    check(grid)
+    check_grid(grid)
     return SCHEDULES[name].fit(grid)
 
 
-def default(arrows: Sequence[str]) -> str:
+def default_schedule(arrows: Sequence[str]) -> str:
     """The first schedule of the table that `arrows` allow."""
     return next(name for name, row in SCHEDULES.items() if set(arrows) <= set(row.arrows))
 
 
-def build(name: str, grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
+def build_program(name: str, grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """The forward program of `rank` under schedule `name`; `backward` derives the other half. Raises as `fit`."""
-    return wavefront(fit(name, grid, arrows), rank, arrows)
+    return wavefront(fit_grid(name, grid, arrows), rank, arrows)
 
 
 def segment_major(grid: Grid, rank: int = 0, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
     """One segment at a time through all layers (the authors' loop)."""
-    return build("segment_major", grid, rank, arrows)
+    return build_program("segment_major", grid, rank, arrows)
 
 
 def layer_major(grid: Grid, rank: int = 0) -> list[Instruction]:
     """Each layer over all segments, then the next: the wavefront with sp = 1 and one round."""
-    return build("layer_major", grid, rank)
+    return build_program("layer_major", grid, rank)

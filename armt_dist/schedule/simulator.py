@@ -10,17 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .checker import COMPUTE, ScheduleError, check_collectives, verify
+from .checker import COMPUTE, ScheduleError, check_collectives, verify_program
 from .program import (
     ARMT_ARROWS,
     Grid,
     Instruction,
     Op,
-    backward,
-    blocks,
-    build,
-    fit,
-    owner,
+    backward_program,
+    block_owner,
+    block_segments,
+    build_program,
+    fit_grid,
     prefetch_window,
     source_layer,
     target_layer,
@@ -101,7 +101,7 @@ class Group:
         orders = [issue_order(program, window) for program in programs]
         check_collectives(programs, orders)
         self.grid, self.costs, self.arrows = grid, costs, arrows
-        self.sizes = [len(segments) for segments in blocks(grid)]
+        self.sizes = [len(segments) for segments in block_segments(grid)]
         self.clocks = [Clock(*each) for each in zip(range(grid.sp), programs, orders, strict=True)]
         self.joined: list[list[float]] = [[] for _ in orders[0]]
         self.collected_s: list[float] = []
@@ -199,13 +199,13 @@ class Group:
         layer = (target_layer if forward else source_layer)(self.arrows, send.layer, self.grid.layers)
         block = send.block + (1 if forward else -1)
         op = Op.RECV if forward else Op.RECV_GRAD
-        return Instruction(op, layer, block, send.chunk), owner(self.grid, block)
+        return Instruction(op, layer, block, send.chunk), block_owner(self.grid, block)
 
     def count_states(self, clock: Clock, instruction: Instruction) -> None:
         """A unit turns its incoming state into the outgoing one, which its rank holds until the next rank takes it."""
         op, layer, block, _ = instruction
         if op in SENDER:
-            sender = self.clocks[owner(self.grid, block + SENDER[op])]
+            sender = self.clocks[block_owner(self.grid, block + SENDER[op])]
             sender.states.append((clock.now_s, -1))
             clock.states.append((clock.now_s, 1))
         elif op in (Op.RUN, Op.BACK):
@@ -261,7 +261,7 @@ def simulate(
     if len(programs) != grid.sp:
         raise ValueError(f"{len(programs)} programs for sp={grid.sp} ranks; give one per rank")
     for rank, program in enumerate(programs):
-        verify(grid, program, rank, arrows)
+        verify_program(grid, program, rank, arrows)
     group = Group(grid, programs, costs, arrows)
     group.run()
     makespan_s = max([clock.now_s for clock in group.clocks] + group.collected_s)
@@ -286,6 +286,6 @@ def simulate_step(
     arrows: Sequence[str] = ARMT_ARROWS,
 ) -> Report:
     """Forward and backward of one sequence under the schedule called `name`. Raises ConfigError as `build` does."""
-    fitted = fit(name, grid, arrows)
-    forwards = [build(name, grid, rank, arrows) for rank in range(grid.sp)]
-    return simulate(fitted, [forward + backward(forward) for forward in forwards], costs, arrows)
+    fitted = fit_grid(name, grid, arrows)
+    forwards = [build_program(name, grid, rank, arrows) for rank in range(grid.sp)]
+    return simulate(fitted, [forward + backward_program(forward) for forward in forwards], costs, arrows)

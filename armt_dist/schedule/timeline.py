@@ -48,7 +48,7 @@ def show(events: Sequence[Event], width: int = 100) -> str:
     return "\n".join([*lines, f"{end_s - start_s:.4g} s; {LEGEND}"])
 
 
-def plot(events: Sequence[Event], path: str | Path, title: str = "") -> None:
+def plot_timeline(events: Sequence[Event], path: str | Path, title: str = "") -> None:
     """The same as a PNG at `path`: blue forward, orange backward (darker for higher layers), waits grey and red."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..data.task import Batch, Difficulty, Split, Task
 from ..distributed.rendezvous import Mesh
 from ..model.configuration_armt import ARMTConfig
-from ..runtime.executor import Piece, Totals, cut
+from ..runtime.executor import Piece, Totals, cut_piece
 from ..schedule.program import Grid
 from ..zero3.engine import BatchSizes
 
@@ -53,7 +53,7 @@ class Batches(NamedTuple):
 
     def piece(self, batch: Batch) -> Piece:
         """This rank's blocks of a micro-batch, inputs on the device."""
-        piece = cut(batch.input_ids, batch.labels, batch.attention_mask, self.armt, self.grid, self.mesh.sp_rank)
+        piece = cut_piece(batch.input_ids, batch.labels, batch.attention_mask, self.armt, self.grid, self.mesh.sp_rank)
         mask = piece.attention_mask
         return piece._replace(
             input_ids=piece.input_ids.to(self.device, non_blocking=True),

@@ -24,9 +24,9 @@ from ..monitoring import profile as trace
 from ..monitoring.run_log import Reporter
 from ..monitoring.step_metrics import Vitals
 from ..monitoring.watchdog import Watchdog
-from ..runtime.executor import ScheduledLM, Totals, backward, check_memory
+from ..runtime.executor import ScheduledLM, Totals, check_memory, run_backward
 from ..runtime.handoff import Local, Wire, end_when_alone
-from ..schedule.program import Grid, warning
+from ..schedule.program import Grid, pipeline_warning
 from ..zero3 import engine as engines
 from ..zero3.partitioned_model import armt_config, build_model, token_fields
 from .curriculum import Progress, Stage, learning_rate, stage_over
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
     """What came of one step."""
 
     metrics: dict[str, float]
-    skipped: health.Rows | None  # of a step that was not made: the rows with bad numbers
+    skipped: health.BadRows | None  # of a step that was not made: the rows with bad numbers
     spiked: bool  # its loss calls for a rollback
     stop: bool  # some rank was told to stop
 
@@ -126,7 +126,7 @@ class Trainer:
             if stage.until is not None and not self.counts:
                 raise ConfigError(f"curriculum.{i}.until: task={self.config.data.task} has no accuracy; use patience")
         check_memory(self.config.parallel, self.armt.memory_kind)
-        text = warning(self.grid)
+        text = pipeline_warning(self.grid)
         if text:
             self.say(f"warning: {text}")
 
@@ -151,7 +151,7 @@ class Trainer:
             piece = self.runner.fit(self.batches.piece(batch))
             observe = self.vitals.observer(self.progress.step + 1, where.start, piece, closely)
             totals: Totals = self.engine(piece, count=self.counts, observe=observe)
-            backward(self.engine, health.weigh(totals.nll, factor))
+            run_backward(self.engine, health.weigh(totals.nll, factor))
             self.engine.step()
             parts.append((where, batch, totals))
         sums = self.batches.sum_up(parts, self.told_to_stop)
@@ -297,10 +297,10 @@ class Trainer:
             if not self.fresh:
                 raise ConfigError(f"resume=never: {self.out} holds a run already; give another --out")
             return
-        tag = checkpoint.find(root, self.say) if resume == "auto" else resume
+        tag = checkpoint.find_newest(root, self.say) if resume == "auto" else resume
         parallel.together(lambda: checkpoint.clean(root), only=0)
         if tag is not None:
-            state = resume_from.load(self.engine, root, tag)
+            state = resume_from.load_checkpoint(self.engine, root, tag)
             self.progress = Progress.restored(state["progress"])
             self.task.load_state_dict(state["task"])
             self.saver.saved = tag
@@ -356,7 +356,7 @@ class Trainer:
         if self.rollbacks[tag] > self.config.train.max_skipped:
             return False
         self.watchdog.enter("checkpoint", left.step)
-        progress = Progress.restored(resume_from.load(self.engine, root, tag)["progress"])
+        progress = Progress.restored(resume_from.load_checkpoint(self.engine, root, tag)["progress"])
         # Not the task's state, which is that of the batch to come.
         self.progress = progress._replace(passed_over=left.batch - progress.step)
         self.reporter.rollback(left.step, tag, progress.step, self.progress.passed_over)
@@ -376,7 +376,7 @@ class Trainer:
         if from_best and best and not (root / best).is_dir():
             self.say(f"warning: {best} could not be kept; stage {following.stage} goes on from the last step")
         elif from_best and best not in (None, checkpoint.tag_of(following.step)):
-            resume_from.load(self.engine, root, best)
+            resume_from.load_checkpoint(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
         self.progress = following
         self.reporter.enter_stage()
@@ -388,7 +388,7 @@ class Trainer:
         def write() -> None:
             folder = self.out / "profile"
             folder.mkdir(exist_ok=True)
-            trace.write(events, folder, f"step_{self.progress.step:08d}")
+            trace.write_profile(events, folder, f"step_{self.progress.step:08d}")
 
         parallel.together(write, only=0)
         self.say(f"profile: {self.out / 'profile'}")

@@ -27,7 +27,7 @@ class PublishedConfig(Section):
     files: str | None = None
 
 
-def load(config: PublishedConfig, task: str, split: Split) -> list[Story]:
+def load_published(config: PublishedConfig, task: str, split: Split) -> list[Story]:
     """All stories of one task. Raises ConfigError where the set cannot be read or has another format."""
     # Its import takes a second that generated stories should not pay.
     import datasets

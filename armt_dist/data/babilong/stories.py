@@ -50,7 +50,7 @@ GIVE_QUESTIONS = {
 }
 
 
-class Event(NamedTuple):
+class StoryEvent(NamedTuple):
     """What happened; the fields that its kind does not have are empty."""
 
     kind: str
@@ -86,8 +86,8 @@ class Puzzle(NamedTuple):
 
     fewest: int
     most: int
-    happen: Callable[[Random, int], list[Event]]
-    ask: Callable[[Random, list[Event]], Answer | None]
+    happen: Callable[[Random, int], list[StoryEvent]]
+    ask: Callable[[Random, list[StoryEvent]], Answer | None]
 
 
 def tell(random: Random, task: str, count: int) -> Story:
@@ -101,15 +101,15 @@ def tell(random: Random, task: str, count: int) -> Story:
     return Story([event.tell(random) for event in events], answer.question, answer.answer, sorted(answer.supporting))
 
 
-def act(people: tuple[str, ...], weights: dict[str, int]) -> Callable[[Random, int], list[Event]]:
+def act(people: tuple[str, ...], weights: dict[str, int]) -> Callable[[Random, int], list[StoryEvent]]:
     """A world in which `people` do the kinds of acts of `weights`, each as often as its weight while it can be done."""
 
-    def happen(random: Random, count: int) -> list[Event]:
+    def happen(random: Random, count: int) -> list[StoryEvent]:
         at: dict[str, str] = {}
         carried: dict[str, str] = {}
         # Where a dropped thing lies; one that nobody touched yet may turn up anywhere.
         lies: dict[str, str] = {}
-        events: list[Event] = []
+        events: list[StoryEvent] = []
         while len(events) < count:
             person = random.choice(people)
             kind = random.choices(list(weights), list(weights.values()))[0]
@@ -121,13 +121,13 @@ def act(people: tuple[str, ...], weights: dict[str, int]) -> Callable[[Random, i
     return happen
 
 
-def attempt(random: Random, kind: str, person: str, world: tuple[dict, dict, dict]) -> Event | None:
+def attempt(random: Random, kind: str, person: str, world: tuple[dict, dict, dict]) -> StoryEvent | None:
     """Do one act and change the world in place; None where it cannot be done."""
     at, carried, lies = world
     here = at.get(person)
     if kind == "move":
         at[person] = random.choice([place for place in PLACES if place != here])
-        return Event("move", person, at[person])
+        return StoryEvent("move", person, at[person])
     held = [thing for thing in THINGS if carried.get(thing) == person]
     free = [thing for thing in THINGS if here and thing not in carried and lies.get(thing, here) == here]
     near = [other for other, place in at.items() if place == here and other != person]
@@ -141,10 +141,10 @@ def attempt(random: Random, kind: str, person: str, world: tuple[dict, dict, dic
         lies[thing] = here
     else:
         carried[thing] = receiver or person
-    return Event(kind, person, thing=thing, receiver=receiver)
+    return StoryEvent(kind, person, thing=thing, receiver=receiver)
 
 
-def settle(random: Random, count: int) -> list[Event]:
+def settle(random: Random, count: int) -> list[StoryEvent]:
     """qa4: places on a grid, each fact a step from a place already told of to a new one."""
     first, *others = random.sample(PLACES, count + 1)
     cells = {(0, 0): first}
@@ -153,8 +153,8 @@ def settle(random: Random, count: int) -> list[Event]:
         options = [(cell, way) for cell in cells for way in DIRECTIONS if step(cell, way) not in cells]
         cell, way = random.choice(options)
         cells[step(cell, way)] = place
-        forth = Event("lie", place=place, direction=way, other=cells[cell])
-        back = Event("lie", place=cells[cell], direction=OPPOSITE[way], other=place)
+        forth = StoryEvent("lie", place=place, direction=way, other=cells[cell])
+        back = StoryEvent("lie", place=cells[cell], direction=OPPOSITE[way], other=place)
         events.append(random.choice((forth, back)))
     random.shuffle(events)
     return events
@@ -167,7 +167,7 @@ def step(cell: tuple[int, int], way: str) -> tuple[int, int]:
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
-def ask_person(random: Random, events: list[Event]) -> Answer:
+def ask_person(random: Random, events: list[StoryEvent]) -> Answer:
     last = {event.person: i for i, event in enumerate(events)}
     person = random.choice(list(last))
     return Answer(WHERE_PERSON.format(person=person), events[last[person]].place, (last[person],))
@@ -181,7 +181,7 @@ class Visit(NamedTuple):
     came_from: tuple[int, ...]
 
 
-def trace(events: list[Event], thing: str) -> list[Visit]:
+def trace_thing(events: list[StoryEvent], thing: str) -> list[Visit]:
     """Where a thing has been, as far as it is known; the last visit's `known_from` follows takes and drops there."""
     moved: dict[str, int] = {}
     visits: list[Visit] = []
@@ -200,19 +200,19 @@ def trace(events: list[Event], thing: str) -> list[Visit]:
     return visits
 
 
-def ask_thing(random: Random, events: list[Event]) -> Answer | None:
+def ask_thing(random: Random, events: list[StoryEvent]) -> Answer | None:
     things = sorted({event.thing for event in events if event.thing})
     if not things:
         return None
     thing = random.choice(things)
-    visit = trace(events, thing)[-1]
+    visit = trace_thing(events, thing)[-1]
     return Answer(WHERE_THING.format(thing=thing), visit.place, visit.known_from)
 
 
-def ask_before(random: Random, events: list[Event]) -> Answer | None:
+def ask_before(random: Random, events: list[StoryEvent]) -> Answer | None:
     options = []
     for thing in sorted({event.thing for event in events if event.thing}):
-        visits = trace(events, thing)
+        visits = trace_thing(events, thing)
         latest = {visit.place: i for i, visit in enumerate(visits)}
         options += [(thing, visits[i - 1], visits[i]) for i in latest.values() if i > 0]
     if not options:
@@ -221,10 +221,10 @@ def ask_before(random: Random, events: list[Event]) -> Answer | None:
     return Answer(BEFORE.format(thing=thing, place=visit.place), before.place, visit.came_from)
 
 
-def ask_about(kind: str, questions: dict[str, str]) -> Callable[[Random, list[Event]], Answer | None]:
+def ask_about(kind: str, questions: dict[str, str]) -> Callable[[Random, list[StoryEvent]], Answer | None]:
     """Ask for one field of the latest event of `kind` that agrees with all the fields that the question names."""
 
-    def ask(random: Random, events: list[Event]) -> Answer | None:
+    def ask(random: Random, events: list[StoryEvent]) -> Answer | None:
         told = [event for event in events if event.kind == kind]
         if not told:
             return None

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
 from ..task import IGNORE, SPLITS, Batch, Difficulty, Run, Split, row_words
-from ..text.files import find, read
+from ..text.files import find_files, read_text
 from ..text.pieces import Order, excerpt
 from ..tokenizers import WORD, encode, load_tokenizer, word_tokenizer
 from . import published
@@ -92,7 +92,11 @@ class Babilong:
         self.background = {"train": training, "validation": validation}
 
     def load(self, split: Split) -> list[Story]:
-        return [story for task in self.config.tasks for story in published.load(self.config.published, task, split)]
+        return [
+            story
+            for task in self.config.tasks
+            for story in published.load_published(self.config.published, task, split)
+        ]
 
     def sequence_tokens(self, n: int) -> int:
         tokens = n * self.segment_tokens
@@ -202,7 +206,7 @@ class Babilong:
 
 def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
     """The facts in their order, each between two sentences of `fill` tokens of background; stretches of tokens."""
-    text, ends = stretch(background, fill, random)
+    text, ends = stretch_story(background, fill, random)
     gaps = np.flatnonzero(np.append(True, ends))
     return weave(facts, text, sorted(random.choices(gaps.tolist(), k=len(facts))))
 
@@ -211,7 +215,7 @@ def align(
     facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int
 ) -> list[np.ndarray]:
     """The facts in their order, each at the beginning of a segment of its own; the last segment has none."""
-    text, _ = stretch(background, fill, random)
+    text, _ = stretch_story(background, fill, random)
     # The question's own segment is not filled up, so it is not a whole one here.
     segments = (fill + sum(map(len, facts))) // segment_tokens
     begins = sorted(random.sample(range(segments), k=len(facts)))
@@ -219,7 +223,7 @@ def align(
     return weave(facts, text, (np.array(begins) * segment_tokens - before).tolist())
 
 
-def stretch(background: Background, tokens: int, random: Random) -> Background:
+def stretch_story(background: Background, tokens: int, random: Random) -> Background:
     """So many tokens from the beginning of a random sentence on; a background shorter than that is read again."""
     start = random.choice(np.flatnonzero(background.ends)) + 1
     window = np.arange(start, start + tokens) % len(background.tokens)
@@ -232,7 +236,7 @@ def weave(facts: list[np.ndarray], text: np.ndarray, places: list[int]) -> list[
     return [part for pair in zip(stretches, facts, strict=False) for part in pair] + stretches[len(facts) :]
 
 
-def make_tokenizer(config: BabilongConfig) -> PreTrainedTokenizerBase:
+def babilong_tokenizer(config: BabilongConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the section; `word` is the same on every rank: it depends on the files alone."""
     if config.tokenizer != "word":
         return load_tokenizer(config.tokenizer)
@@ -255,7 +259,7 @@ def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenize
 def texts(files: str | list[str] | None) -> list[str]:
     """The background files' texts; for None, one text of random sentences, the same every time."""
     if files is not None:
-        return [read(path, "background") for path in find(files, "background")]
+        return [read_text(path, "background") for path in find_files(files, "background")]
     random = Random(0)
     sentences = (random.choices(FILLER.split(), k=random.randint(4, 9)) for _ in range(FILLER_SENTENCES))
     return [" ".join(" ".join(words).capitalize() + "." for words in sentences)]

@@ -8,7 +8,7 @@ from ...config import ConfigError
 from ..task import generator
 
 
-def find(entries: str | Sequence[str], field: str = "files") -> list[Path]:
+def find_files(entries: str | Sequence[str], field: str = "files") -> list[Path]:
     """Files, folders (every file below, hidden ones apart) and globs (`**` allowed) -> different files, sorted.
 
     Raises ConfigError naming the entry that stands for no file.
@@ -24,7 +24,7 @@ def find(entries: str | Sequence[str], field: str = "files") -> list[Path]:
     return sorted(found)
 
 
-def read(path: Path, field: str = "files") -> str:
+def read_text(path: Path, field: str = "files") -> str:
     """A UTF-8 text file, line ends as they are. Raises ConfigError for one that is empty, binary or unreadable."""
     try:
         content = path.read_bytes()

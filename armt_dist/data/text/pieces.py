@@ -13,7 +13,7 @@ import torch
 from ..task import IGNORE, Batch, Split, generator
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of one text, int32 [at most sequence_tokens], and whether it counts in the loss."""
 
     id: int
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     scored: bool = True
 
 
-def cut(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[np.ndarray, int]]:
+def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[np.ndarray, int]]:
     """Tokens of each text -> pieces of `length`, and how many tokens of the last text read are not used yet.
 
     A piece never crosses a text, and the last one of a text is shorter; with `pack` texts are joined first, and only
@@ -39,7 +39,7 @@ def cut(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[
         yield rest, 0
 
 
-def collate(pieces: Iterable[Piece], tokens: int, pad: int) -> Batch:
+def collate(pieces: Iterable[TextPiece], tokens: int, pad: int) -> Batch:
     """Pieces of at most N = `tokens` as a Batch: padded at the end with `pad`, masked, every real token but the
     first predicted."""
     pieces = list(pieces)
@@ -89,9 +89,9 @@ class Corpus(NamedTuple):
     pieces: list[np.ndarray]
     order: Order
 
-    def take(self, step: int, rows: range) -> list[Piece]:
+    def take(self, step: int, rows: range) -> list[TextPiece]:
         numbers = [self.order.number(step, row) for row in rows]
-        return [Piece(number, self.pieces[number], scored) for number, scored in numbers]
+        return [TextPiece(number, self.pieces[number], scored) for number, scored in numbers]
 
 
 def excerpt(text: str, shown: int = 400) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from ...config import ConfigError, Section, one_line
-from .pieces import Piece
+from .pieces import TextPiece
 
 if TYPE_CHECKING:
     import datasets
@@ -96,14 +96,14 @@ class Stream:
         self.source = open_texts(config, config.split)
         self.load_state_dict(START)
 
-    def take(self, step: int, rows: range) -> list[Piece]:
+    def take(self, step: int, rows: range) -> list[TextPiece]:
         assert rows.stop <= self.global_batch, f"rows={rows} of a global batch of {self.global_batch}"
         if step < self.next_step and (step < self.next_step - 1 or not self.current):
             self.load_state_dict(START)
         while self.next_step <= step:
             self.current = [next(self.pieces) for _ in range(self.global_batch)]
             self.next_step += 1
-        return [Piece(step * self.global_batch + row, self.current[row]) for row in rows]
+        return [TextPiece(step * self.global_batch + row, self.current[row]) for row in rows]
 
     def read(self) -> Iterator[np.ndarray]:
         """Pieces without end from `self.position` on, which is moved behind each piece before it is given away."""

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ...config import ConfigError, Section
 from ..task import Batch, Difficulty, Run, Split, row_words
 from ..tokenizers import encode
-from .files import find, read, split_files
-from .pieces import Corpus, Order, Piece, collate, cut, excerpt
+from .files import find_files, read_text, split_files
+from .pieces import Corpus, Order, TextPiece, collate, cut_text, excerpt
 from .stream import DatasetConfig, Stream, open_texts
 
 
@@ -68,11 +68,11 @@ class Text:
 
     def open_files(self) -> dict[Split, Corpus]:
         named = self.config.validation_files
-        held_out = None if named is None else find(named, "validation_files")
-        training, validation = split_files(find(self.config.files), held_out, self.config.validation_fraction)
-        sources = {"train": self.corpus("train", map(read, training))}
+        held_out = None if named is None else find_files(named, "validation_files")
+        training, validation = split_files(find_files(self.config.files), held_out, self.config.validation_fraction)
+        sources = {"train": self.corpus("train", map(read_text, training))}
         if validation:
-            sources["validation"] = self.corpus("validation", map(read, validation))
+            sources["validation"] = self.corpus("validation", map(read_text, validation))
         return sources
 
     def open_dataset(self, config: DatasetConfig) -> dict[Split, Corpus | Stream]:
@@ -93,7 +93,7 @@ class Text:
         return Corpus(pieces, Order(len(pieces), self.run.seed, split, self.run.global_batch))
 
     def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
-        return cut(texts, self.sequence, self.config.pack)
+        return cut_text(texts, self.sequence, self.config.pack)
 
     def encode_text(self, text: str) -> np.ndarray:
         """int32 tokens of a whole text, closed by eos where the tokenizer has one."""
@@ -118,7 +118,7 @@ class Text:
         tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
         pieces = self.sources[split].take(step, rows)
         words = row_words(self.run.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
-        windows = [window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
+        windows = [text_window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
         pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
         return collate(windows, tokens, pad)
 
@@ -144,7 +144,7 @@ class Text:
             self.sources[name].load_state_dict(source_state)
 
 
-def window(piece: Piece, tokens: int, word: int) -> Piece:
+def text_window(piece: TextPiece, tokens: int, word: int) -> TextPiece:
     """`tokens` tokens of a piece, from a start that the random `word` chooses; all of a shorter piece."""
     start = word % (max(0, len(piece.tokens) - tokens) + 1)
     return piece._replace(tokens=piece.tokens[start : start + tokens])
