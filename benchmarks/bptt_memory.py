@@ -32,8 +32,9 @@ from torch.utils._pytree import tree_leaves
 
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import ScheduledLM, cut_piece
-from armt_dist.schedule.program import Grid
+from armt_dist.runtime.executor import ScheduledLM
+from armt_dist.runtime.piece import cut_piece
+from armt_dist.schedule.grid import Grid
 
 PLAIN, VARIANTS = "plain", ("store", "rebuild", "recompute")
 SEGMENT_TOKENS, VOCABULARY, LAYERS = 128, 1024, 8

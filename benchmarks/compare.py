@@ -14,7 +14,7 @@ from experiments import EXPERIMENTS
 from learn import held
 from ranks import RESULTS, heading, mean, table
 
-from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
+from armt_dist.evaluation.charts import Curve, Panel, draw
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ import torch
 
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import Piece, ScheduledLM, Totals, cut_piece
+from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.loss import token_nll
-from armt_dist.schedule.program import Grid
+from armt_dist.runtime.piece import Piece, Totals, cut_piece
+from armt_dist.schedule.grid import Grid
 
 LLAMA_1B = dict(
     model_type="llama",

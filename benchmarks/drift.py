@@ -16,8 +16,8 @@ from ranks import RESULTS, heading, table
 
 from armt_dist.data.task import Difficulty
 from armt_dist.data.tasks import make_task
+from armt_dist.evaluation.charts import Curve, Panel, draw
 from armt_dist.evaluation.evaluate import evaluate
-from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
 from armt_dist.evaluation.exported import load_model, read_task
 
 MEASURES = ("reads at the key", "reads elsewhere", "gamma", "norm of A")

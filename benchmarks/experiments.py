@@ -144,7 +144,7 @@ STORIES = {
 }
 
 # Long text: segments of 16 bytes. What RMT and no memory lack in parameters they have in wider layers.
-PLAYS = "../shared/data/plays"
+PLAYS = "benchmarks/data/plays"
 TEXT = (
     f"data.text.files={PLAYS}",
     f"data.text.validation_files=[{PLAYS}/macbeth.txt,{PLAYS}/othello.txt,{PLAYS}/winters_tale.txt]",

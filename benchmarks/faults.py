@@ -126,7 +126,8 @@ def stop(folder: Path, limit_s: float = 20.0) -> dict:
 def measure_cost(ranks, layout, folder: Path) -> dict | None:
     """Rank 0: seconds of a step, of a save, of the pause of a save in the background, and until that is whole."""
     from armt_dist.checkpoint.save import Saver
-    from armt_dist.runtime import executor
+    from armt_dist.runtime.executor import run_backward
+    from armt_dist.runtime.piece import cut_piece
 
     runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, 8, 128, width=256)
     savers = {name: Saver(engine, folder / name, name == "background", print) for name in ("waiting", "background")}
@@ -140,8 +141,8 @@ def measure_cost(ranks, layout, folder: Path) -> dict | None:
         found.setdefault(name, []).append(time.perf_counter() - begun)
 
     def step() -> None:
-        totals = engine(executor.cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
-        executor.run_backward(engine, totals.nll / tokens.numel())
+        totals = engine(cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
+        run_backward(engine, totals.nll / tokens.numel())
         engine.step()
 
     for number in range(5):

@@ -22,7 +22,7 @@ from experiments import EXPERIMENTS, Experiment, Leg
 from ranks import RESULTS, ROOT, commit, heading, mean, table
 
 from armt_dist.distributed.rendezvous import free_port
-from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
+from armt_dist.evaluation.charts import Curve, Panel, draw
 
 BIN = Path(sys.executable).parent
 # Steps of training that make one point of a curve.

@@ -17,8 +17,8 @@ from ranks import RESULTS, heading
 
 from armt_dist.config import validate
 from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.evaluation.charts import Curve, Panel, draw
 from armt_dist.evaluation.evaluate import evaluate
-from armt_dist.evaluation.evaluation_report import Curve, Panel, draw
 from armt_dist.evaluation.exported import load_model
 
 

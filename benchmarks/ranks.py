@@ -29,15 +29,17 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
     those in `zero`. `wrap` may put another module in the runner's place.
     """
     from armt_dist.config import validate as section
-    from armt_dist.distributed import rendezvous
+    from armt_dist.distributed.mesh import make_mesh, ring
     from armt_dist.runtime import executor, handoff
-    from armt_dist.schedule.program import Grid
-    from armt_dist.zero3 import engine, partitioned_model
+    from armt_dist.schedule.grid import Grid
+    from armt_dist.zero3 import partitioned_model
+    from armt_dist.zero3.ds_config import prepare
+    from armt_dist.zero3.engine import start_engine
 
-    mesh = rendezvous.mesh(ranks, layout.sp)
+    mesh = make_mesh(ranks, layout.sp)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **(zero or {})}
     ds = {"train_micro_batch_size_per_gpu": layout.chunks, "zero_optimization": zero}
-    prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
+    prepared = prepare(ds, mesh.dp, ranks.world_size, CPU)
     base = {
         "model_type": "llama",
         "hidden_size": width,
@@ -50,12 +52,12 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
     config = section(partitioned_model.ModelConfig, {"base_config": base, "num_mem_tokens": 2, "d_mem": 8})
     armt = partitioned_model.armt_config(config, {}, segment_tokens)
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
-    link = handoff.Wire(*rendezvous.ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
+    link = handoff.Wire(*ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
     runner = executor.ScheduledLM(model, states="recompute", link=link)
     if wrap is not None:
         runner = wrap(runner)
     grid = Grid(1, layers, layout.sp, layout.rounds, layout.chunks)
-    return runner, engine.start_engine(runner, prepared.ds_config, grid, CPU), armt, grid, mesh
+    return runner, start_engine(runner, prepared.ds_config, grid, CPU), armt, grid, mesh
 
 
 def model_bytes(runner) -> int:

@@ -16,7 +16,7 @@ from statistics import fmean
 import torch
 from ranks import RESULTS, emulate, heading, model_bytes, spawn, tiny_engine
 
-from armt_dist.schedule.program import Grid, efficiency_bound
+from armt_dist.schedule.grid import Grid, efficiency_bound
 from armt_dist.schedule.simulator import Costs, simulate_step
 
 TITLE = "# The wavefront against its bound"
@@ -33,7 +33,8 @@ HEADER = (
 def measure(ranks, layout, cell_s: float) -> list[tuple]:
     """Per measured step: all ranks' events; this rank's bytes gathered and reduced over the model's, CPU seconds."""
     from armt_dist.monitoring import profile
-    from armt_dist.runtime import executor
+    from armt_dist.runtime.executor import run_backward
+    from armt_dist.runtime.piece import cut_piece
     from armt_dist.zero3.collective_bytes import Traffic
 
     torch.manual_seed(ranks.rank)
@@ -43,8 +44,8 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
     tokens = torch.randint(0, 64, (layout.chunks, SEGMENT_TOKENS * layout.sp * layout.rounds))
     for step in range(STEPS):
         before, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time()
-        totals = engine(executor.cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
-        executor.run_backward(engine, totals.nll * ranks.world_size / tokens.numel())
+        totals = engine(cut_piece(tokens, tokens, None, armt, grid, mesh.sp_rank))
+        run_backward(engine, totals.nll * ranks.world_size / tokens.numel())
         after, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time() - cpu_s
         engine.step()
         events = profile.collect(runner.trace)

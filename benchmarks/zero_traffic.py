@@ -49,8 +49,8 @@ class SegmentMajor(nn.Module):
 
 def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
     """(S, gathered, reduced, loss) for each number of segments S."""
-    from armt_dist.runtime import executor
     from armt_dist.runtime.executor import ParallelConfig
+    from armt_dist.runtime.piece import cut_piece
     from armt_dist.zero3.collective_bytes import Traffic
 
     wrap = (lambda runner: SegmentMajor(runner.model, runner.loss_head)) if plain else None
@@ -63,7 +63,7 @@ def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
         tokens = torch.randint(0, 64, (1, SEGMENT_TOKENS * count))
         for _ in range(STEPS):
             before = traffic.gathered_bytes, traffic.reduced_bytes
-            loss = engine(tokens) if plain else engine(executor.cut_piece(tokens, tokens, None, armt, grid)).nll
+            loss = engine(tokens) if plain else engine(cut_piece(tokens, tokens, None, armt, grid)).nll
             with engine.coalesce_grad_reduction() if plain else nullcontext():
                 engine.backward(loss / tokens.numel())
             after = traffic.gathered_bytes, traffic.reduced_bytes

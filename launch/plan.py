@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from armt_dist.config import ConfigError, run_main
+from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import H100
 from armt_dist.schedule.model_sizes import MODELS, Model, StepWork, from_hf
 from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
-from armt_dist.schedule.program import pipeline_warning
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
 

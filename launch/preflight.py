@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed.launchers import claimed_rank, discover
 from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, judge, report
 
 # By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
@@ -38,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     begin = time.monotonic()
-    ranks = parallel.discover()
+    ranks = discover()
     nodes = ranks.world_size // ranks.local_world_size
     if args.nodes and nodes != args.nodes:
         raise ConfigError(f"nodes={args.nodes}: {nodes} take part (launcher {ranks.launcher}); start one rank on each")
@@ -58,4 +59,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     args = arguments()
-    run_main(lambda: main(args), parallel.claimed_rank())
+    run_main(lambda: main(args), claimed_rank())

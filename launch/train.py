@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from armt_dist.config import load_config, run_main
 from armt_dist.distributed import rendezvous as parallel
-from armt_dist.distributed.determinism import make_deterministic
+from armt_dist.distributed.launchers import claimed_rank, discover
+from armt_dist.distributed.process import make_deterministic
 from armt_dist.versions import check_versions
 
 DS_CONFIG = "ds_config."
@@ -45,10 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     args = parse(sys.argv[1:])
-    ranks = parallel.discover()
+    ranks = discover()
     check_versions(args.strict_versions, speaks=ranks.rank == 0)
     from armt_dist.training.run_config import RunConfig
-    from armt_dist.zero3.engine import read_ds_config
+    from armt_dist.zero3.ds_config import read_ds_config
 
     of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
     config = load_config(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
@@ -67,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, parallel.claimed_rank())
+    run_main(main, claimed_rank())

@@ -1,7 +1,6 @@
 """The golden cases: what the authors' code computes on tiny models, and the tolerances to meet."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,17 +9,26 @@ from torch import Tensor
 
 from armt_dist import reference
 
-SHARED = Path(os.environ.get("ARMT_SHARED", Path(__file__).parents[2] / "shared"))
-GOLDEN = SHARED / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(
     path.name
     for path in GOLDEN.glob("*")
     if path.name.startswith(("armt_", "rmt_")) and (path / "io.safetensors").exists()
 )
-assert CASES, f"no golden cases under {GOLDEN}; set ARMT_SHARED to the folder that holds golden/"
+assert CASES, f"no golden cases under {GOLDEN}"
 
 # Largest absolute error for logits and loss; relative to the tensor's largest magnitude for the others.
 TOLERANCES = {"logits": 2e-4, "loss": 1e-5, "gradient": 1e-3, "state": 1e-4, "trajectory_loss": 1e-4, "weights": 1e-3}
+
+# Of the trajectory's gradient norms, relative, by step; later steps have the last. Half a float32 ulp on the initial
+# weights, run in float64, moves the norm of step 4 by 1.4e-4 to 1.4e-3 and the others by 3e-4 at most, and float32
+# rounds at every operation, in an order that the CPU decides.
+NORM_TOLERANCES = (1e-3, 1e-3, 1e-3, 5e-3)
+
+
+def norm_tolerance(step: int) -> float:
+    """The relative tolerance of the trajectory's gradient norm before the update of `step`."""
+    return NORM_TOLERANCES[min(step, len(NORM_TOLERANCES) - 1)]
 
 
 class Case(NamedTuple):

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Container
 
 from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed.launchers import Ranks
 
 
 def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list:
@@ -68,7 +69,7 @@ def run_rank(rank: int, world: int, port: int, timeout_s: float, results, functi
     """The body of one process."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     try:
-        ranks = parallel.Ranks(rank, world, rank, world, "environment")
+        ranks = Ranks(rank, world, rank, world, "environment")
         parallel.start(ranks, timeout_s)
         # Pickled here: a queue passes tensors as memory of this process, which may be gone when they are read.
         results.put((rank, pickle.dumps(function(ranks, *args)), None))

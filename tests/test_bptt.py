@@ -8,8 +8,9 @@ from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.memory import apply
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.runtime import executor
-from armt_dist.runtime.executor import ScheduledLM, cut_piece
-from armt_dist.schedule.program import Grid
+from armt_dist.runtime.executor import ScheduledLM
+from armt_dist.runtime.piece import cut_piece
+from armt_dist.schedule.grid import Grid
 
 GRID = Grid(segments=1, layers=1)
 

@@ -9,8 +9,9 @@ from harness import spawn
 from safetensors.torch import load_file
 
 from armt_dist.config import ConfigError
-from armt_dist.schedule.program import Grid
+from armt_dist.schedule.grid import Grid
 from armt_dist.zero3 import engine as engines
+from armt_dist.zero3.ds_config import batch_sizes, prepare
 
 CPU = torch.device("cpu")
 # Everything is released after use, so that nothing works only because a parameter happened to be whole.
@@ -24,7 +25,7 @@ def engine_on(folder, world, **ds_config):
     from armt_dist.zero3 import partitioned_model
 
     ds = {"train_batch_size": 2, "zero_optimization": ZERO, **ds_config}
-    prepared = engines.prepare(ds, world, world, CPU)
+    prepared = prepare(ds, world, world, CPU)
     config = section(partitioned_model.ModelConfig, {"base": str(folder)})
     armt = partitioned_model.armt_config(config, {}, None)
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
@@ -35,13 +36,13 @@ def engine_on(folder, world, **ds_config):
 
 def step(engine, armt, grid, ranks, io, labels, drop_full_masks=False):
     """Forward and backward of one batch of two rows, spread over the ranks. Returns the global mean loss."""
-    from armt_dist.runtime import executor
+    from armt_dist.runtime.piece import cut_piece
 
     shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     rows = slice(ranks.rank * 2 // ranks.world_size, (ranks.rank + 1) * 2 // ranks.world_size)
     mask = io["attention_mask"][rows]
     mask = None if drop_full_masks and mask.all() else mask
-    piece = executor.cut_piece(io["input_ids"][rows], shifted[rows], mask, armt, grid)
+    piece = cut_piece(io["input_ids"][rows], shifted[rows], mask, armt, grid)
     totals = engine(piece)
     scored = (shifted >= 0).sum()
     engine.backward(totals.nll * ranks.world_size / scored)
@@ -140,7 +141,9 @@ def test_golden_trajectory(world, folders):
         for t, loss in enumerate(losses):
             assert abs(loss - options["losses"][t]) <= golden.TOLERANCES["trajectory_loss"], f"loss of step {t}"
             norm = options["grad_norms_before_clip"][t]
-            assert abs(norms[t] - norm) <= 1e-3 * norm, f"gradient norm of step {t}: {norms[t]} instead of {norm}"
+            assert abs(norms[t] - norm) <= golden.norm_tolerance(t) * norm, (
+                f"gradient norm of step {t}: {norms[t]} instead of {norm}"
+            )
         for name, weight in weights.items():
             golden.assert_close(name, weight, final[name], golden.TOLERANCES["weights"], relative=True)
 
@@ -173,7 +176,7 @@ BAD_DS_CONFIGS = {
 @pytest.mark.parametrize("says", BAD_DS_CONFIGS)
 def test_a_bad_ds_config_is_named(says):
     with pytest.raises(ConfigError) as error:
-        engines.prepare({"train_batch_size": 4, **BAD_DS_CONFIGS[says]}, dp=2, world=2, device=CPU)
+        prepare({"train_batch_size": 4, **BAD_DS_CONFIGS[says]}, dp=2, world=2, device=CPU)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -184,7 +187,7 @@ def test_batch_sizes():
         ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 4, (24, 2, 3)),
     ]
     for config, dp, expected in cases:
-        assert tuple(engines.batch_sizes(config, dp)) == expected
+        assert tuple(batch_sizes(config, dp)) == expected
 
 
 def test_limits_are_derived_and_a_serial_wavefront_is_refused():

@@ -15,13 +15,16 @@ from golden import load_case, load_model
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.monitoring import state_digests as digest
-from armt_dist.monitoring.bad_steps import Rollback, SmallestRead, spiked, weigh
+from armt_dist.monitoring.bad_steps import Rollback, spiked, weigh
+from armt_dist.monitoring.smallest_read import SmallestRead
 from armt_dist.monitoring.state_digests import Key, first_difference
 from armt_dist.monitoring.step_metrics import Stragglers, cell_s, slowest
-from armt_dist.runtime.executor import ScheduledLM, cut_piece
-from armt_dist.schedule.program import Grid, Instruction, Op
+from armt_dist.runtime.executor import ScheduledLM
+from armt_dist.runtime.piece import cut_piece
+from armt_dist.schedule.grid import Grid
+from armt_dist.schedule.program import Instruction, Op
 from armt_dist.schedule.timeline import Event
-from armt_dist.training.curriculum import Progress
+from armt_dist.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 FP32 = ROOT / "ds_configs/zero3_fp32.json"
@@ -146,7 +149,7 @@ def test_nothing_is_written_where_there_is_no_run_folder(tmp_path):
 def test_who_lost_another_rank_leaves_stacks(tmp_path):
     before = """
 import torch.distributed as dist
-from armt_dist.runtime.handoff import end_when_alone
+from armt_dist.monitoring.watchdog import end_when_alone
 dist.get_rank = lambda: 3
 """
     body = """

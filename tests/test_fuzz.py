@@ -17,8 +17,8 @@ from armt_dist import reference
 from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.config import ConfigError, load_config
 from armt_dist.training.run_config import RunConfig
-from armt_dist.zero3 import engine
 from armt_dist.zero3 import partitioned_model as build
+from armt_dist.zero3.ds_config import prepare, read_ds_config
 
 ROOT = Path(__file__).parents[1]
 CASE = GOLDEN / "armt_v2_gpt2_freezemem"
@@ -139,7 +139,7 @@ def test_ds_config(tmp_path, text):
     (tmp_path / "ds.json").write_bytes(text)
 
     def use():
-        engine.prepare(engine.read_ds_config(tmp_path / "ds.json"), 2, 2, torch.device("cpu"))
+        prepare(read_ds_config(tmp_path / "ds.json"), 2, 2, torch.device("cpu"))
 
     taken_or_refused(use)
 

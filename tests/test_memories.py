@@ -166,26 +166,29 @@ def train(ranks, folders):
     import deepspeed
 
     from armt_dist.config import validate as section
-    from armt_dist.runtime import executor
-    from armt_dist.zero3 import engine, partitioned_model
+    from armt_dist.runtime.executor import ScheduledLM, run_backward
+    from armt_dist.runtime.piece import cut_piece
+    from armt_dist.zero3 import partitioned_model
+    from armt_dist.zero3.ds_config import prepare
+    from armt_dist.zero3.engine import start_engine
 
     found, device = {}, torch.device("cpu")
     for name, (_, schedule_name) in RUNS.items():
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
         ds = {"train_batch_size": 4, "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": ADAMW}}
         ds["gradient_clipping"] = CLIP
-        prepared = engine.prepare(ds, ranks.world_size, ranks.world_size, device)
+        prepared = prepare(ds, ranks.world_size, ranks.world_size, device)
         config = section(partitioned_model.ModelConfig, {"base": str(folders / name)})
         armt = partitioned_model.armt_config(config, {}, None)
         model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
-        runner = executor.ScheduledLM(model, schedule_name=schedule_name)
+        runner = ScheduledLM(model, schedule_name=schedule_name)
         grid = GRID._replace(layers=armt.num_hidden_layers, chunks=2)
-        trained, losses = engine.start_engine(runner, prepared.ds_config, grid, device), []
+        trained, losses = start_engine(runner, prepared.ds_config, grid, device), []
         rows = slice(ranks.rank * 2, ranks.rank * 2 + 2)
         for ids, labels, _ in batches():
             labels = shifted(labels)
-            totals = trained(executor.cut_piece(ids[rows], labels[rows], None, armt, grid))
-            executor.run_backward(trained, totals.nll * ranks.world_size / (labels >= 0).sum())
+            totals = trained(cut_piece(ids[rows], labels[rows], None, armt, grid))
+            run_backward(trained, totals.nll * ranks.world_size / (labels >= 0).sum())
             trained.step()
             losses.append(totals.nll.detach() / (labels >= 0).sum())
             torch.distributed.all_reduce(losses[-1])

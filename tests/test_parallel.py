@@ -13,7 +13,9 @@ import torch.distributed as dist
 from harness import spawn
 
 from armt_dist.config import ConfigError
-from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed.collectives import agree
+from armt_dist.distributed.launchers import Ranks, discover
+from armt_dist.distributed.mesh import make_mesh, ring
 
 TORCHRUN = dict(RANK="5", WORLD_SIZE="16", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="8")
 DEEPSPEED = dict(RANK="5", WORLD_SIZE="16", LOCAL_RANK="1", LOCAL_SIZE="2", CROSS_SIZE="8")
@@ -58,7 +60,7 @@ MPICH = dict(PMI_RANK="3", PMI_SIZE="4", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2
     ],
 )
 def test_every_launcher_is_recognised(environ, ranks):
-    assert parallel.discover(environ) == ranks
+    assert discover(environ) == ranks
 
 
 @pytest.mark.parametrize(
@@ -89,13 +91,13 @@ def test_every_launcher_is_recognised(environ, ranks):
 )
 def test_worlds_that_contradict_their_launcher_are_refused(environ, message):
     with pytest.raises(ConfigError) as error:
-        parallel.discover(environ)
+        discover(environ)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_mesh_groups_are_adjacent_ranks():
-    meshes = [parallel.mesh(parallel.Ranks(rank, 8, 0, 1, "x"), sp=4) for rank in range(8)]
+    meshes = [make_mesh(Ranks(rank, 8, 0, 1, "x"), sp=4) for rank in range(8)]
     assert [(m.dp, m.sp) for m in meshes] == [(2, 4)] * 8
     assert [(m.dp_rank, m.sp_rank) for m in meshes] == [(r // 4, r % 4) for r in range(8)]
     assert meshes[5].sp_ranks == (4, 5, 6, 7)
@@ -104,14 +106,14 @@ def test_mesh_groups_are_adjacent_ranks():
 @pytest.mark.parametrize("sp", [3, 0, -1, 16])
 def test_sp_must_divide_the_world(sp):
     with pytest.raises(ConfigError, match=rf"sp={sp} does not divide the world of 8 ranks; try one of \[1, 2, 4, 8\]"):
-        parallel.mesh(parallel.Ranks(0, 8, 0, 1, "x"), sp)
+        make_mesh(Ranks(0, 8, 0, 1, "x"), sp)
 
 
 def edges_and_errors(ranks):
     """On every rank: peers and sums over its edges by sp, then what `agree` raises for no error, rank 2's, all's."""
     found = {}
     for sp in (1, 2, 4):
-        edges = parallel.ring(parallel.mesh(ranks, sp), timeout_s=30)
+        edges = ring(make_mesh(ranks, sp), timeout_s=30)
         # In a ring all ranks would wait for each other if all began with the same side.
         for name, edge in sorted(zip(("before", "after"), edges, strict=True), reverse=ranks.rank % 2 == 1):
             if edge is not None:
@@ -121,7 +123,7 @@ def edges_and_errors(ranks):
     raised = []
     for error in (None, ValueError("disk full") if ranks.rank == 2 else None, ConfigError("same everywhere")):
         try:
-            raised.append(parallel.agree(error))
+            raised.append(agree(error))
         except ConfigError as caught:
             raised.append(str(caught))
     return found, raised

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from armt_dist.config import ConfigError
+from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.hardware import H100
 from armt_dist.schedule.model_sizes import MODELS, StepWork, from_hf
 from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
-from armt_dist.schedule.program import Grid, Op, backward_program, build_program, wavefront
+from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
 
 ROOT = Path(__file__).resolve().parent.parent

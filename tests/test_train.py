@@ -13,7 +13,8 @@ import yaml
 from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.config import ConfigError, load_config
 from armt_dist.distributed.rendezvous import free_port
-from armt_dist.training.curriculum import Progress, Stage, learning_rate, stage_over
+from armt_dist.training.curriculum import Stage, learning_rate
+from armt_dist.training.progress import Progress, stage_over
 
 ROOT = Path(__file__).parents[1]
 FP32 = ROOT / "ds_configs/zero3_fp32.json"

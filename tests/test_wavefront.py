@@ -15,7 +15,9 @@ from harness import spawn
 from test_bptt import oracle, random_batch, shifted, small_model
 
 from armt_dist.distributed import rendezvous as parallel
-from armt_dist.schedule.program import Grid
+from armt_dist.distributed.launchers import Ranks
+from armt_dist.distributed.mesh import make_mesh, ring
+from armt_dist.schedule.grid import Grid
 
 CPU = torch.device("cpu")
 STATES = ("store", "rebuild", "recompute")
@@ -46,25 +48,28 @@ def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, o
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
     from armt_dist.config import validate as section
     from armt_dist.runtime import executor, handoff
-    from armt_dist.zero3 import engine, partitioned_model
+    from armt_dist.zero3 import partitioned_model
+    from armt_dist.zero3.ds_config import prepare
+    from armt_dist.zero3.engine import start_engine
 
     sp, rounds, chunks = layout
-    mesh = parallel.mesh(ranks, sp)
+    mesh = make_mesh(ranks, sp)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     ds = {"train_batch_size": rows, "zero_optimization": zero, **ds_config}
-    prepared = engine.prepare(ds, mesh.dp, ranks.world_size, CPU)
+    prepared = prepare(ds, mesh.dp, ranks.world_size, CPU)
     config = section(partitioned_model.ModelConfig, {"base": str(folder)})
     armt = partitioned_model.armt_config(config, {}, None)
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
-    link = handoff.Wire(*parallel.ring(mesh, timeout_s), CPU) if sp > 1 else None
+    link = handoff.Wire(*ring(mesh, timeout_s), CPU) if sp > 1 else None
     runner = executor.ScheduledLM(model, states=states, offload=offload, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
-    return engine.start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
+    return start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
 
 
 def step(parts, ranks, ids, labels, mask):
     """Forward and backward of a global batch, its rows spread over accumulation steps and dp ranks. The mean loss."""
-    from armt_dist.runtime import executor
+    from armt_dist.runtime.executor import run_backward
+    from armt_dist.runtime.piece import cut_piece
 
     engine, _, armt, grid, mesh = parts
     accumulation = engine.gradient_accumulation_steps()
@@ -74,8 +79,8 @@ def step(parts, ranks, ids, labels, mask):
     for micro in range(accumulation):
         start = (micro * mesh.dp + mesh.dp_rank) * rows
         own = slice(start, start + rows)
-        totals = engine(executor.cut_piece(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
-        executor.run_backward(engine, totals.nll * ranks.world_size * accumulation / scored)
+        totals = engine(cut_piece(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
+        run_backward(engine, totals.nll * ranks.world_size * accumulation / scored)
         total += totals.nll.detach()
         if micro < accumulation - 1:
             engine.step()
@@ -132,7 +137,7 @@ def run_adamw(ranks, folder):
     import deepspeed
 
     from armt_dist.model.modeling_armt import ARMTLayer
-    from armt_dist.runtime import executor
+    from armt_dist.runtime.piece import cut_piece
 
     if ranks.world_size not in ADAMW:
         return None
@@ -157,7 +162,7 @@ def run_adamw(ranks, folder):
         with torch.no_grad():
             ids, labels, mask = batch_for(100)
             engine.eval()
-            engine(executor.cut_piece(ids, shifted(labels), mask, armt, grid, mesh.sp_rank), count=True)
+            engine(cut_piece(ids, shifted(labels), mask, armt, grid, mesh.sp_rank), count=True)
             engine.train()
     weights = {}
     for name, parameter in runner.model.named_parameters():
@@ -265,9 +270,9 @@ def lose_rank_1(rank, port, folder, how, log):
     """Train until rank 1 is lost; stderr goes to a file of each rank."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-    ranks = parallel.Ranks(rank, 3, rank, 3, "environment")
+    ranks = Ranks(rank, 3, rank, 3, "environment")
     parallel.start(ranks, LOST_TIMEOUT_S)
-    from armt_dist.runtime import handoff
+    from armt_dist.monitoring.watchdog import end_when_alone
 
     parts = engine_on(folder, ranks, (3, 1, 1), timeout_s=LOST_TIMEOUT_S)
     link, send = parts[1].link, parts[1].link.send
@@ -283,7 +288,7 @@ def lose_rank_1(rank, port, folder, how, log):
 
     step(parts, ranks, *batch_for(1))
     link.send = faulty
-    with handoff.end_when_alone(parts[1].at):
+    with end_when_alone(parts[1].at):
         step(parts, ranks, *batch_for(1))
 
 

@@ -19,7 +19,6 @@ export OMP_NUM_THREADS=1
 # The checkout as it is committed: nothing is written into this one.
 git archive --prefix=source/ HEAD | tar x -C "$scratch"
 cd "$scratch/source"
-export ARMT_SHARED=${ARMT_SHARED:-$checkout/../shared}
 
 # "name>=1.2,<2" of setup.py as name==1.2; torch is chosen by TORCH.
 lowest() { grep -oE '^ {8}"[A-Za-z_]+>=[0-9.]+' setup.py | tr -d ' "' | sed 's/>=/==/' | grep -v -E '^torch=='; }

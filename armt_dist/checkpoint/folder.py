@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from ..config import ConfigError, Section, one_line
-from ..distributed import rendezvous as parallel
+from ..distributed.collectives import together
 
 MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
 
@@ -129,11 +129,11 @@ def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
 
     Collective: the ranks share the hashing. Raises CheckpointError where all are damaged.
     """
-    candidates = parallel.together(lambda: tags(root))
+    candidates = together(lambda: tags(root))
     for tag in reversed(candidates):
         share = slice(dist.get_rank(), None, dist.get_world_size())
         try:
-            parallel.together(lambda tag=tag, share=share: verify_checkpoint(root / tag, share))
+            together(lambda tag=tag, share=share: verify_checkpoint(root / tag, share))
             return tag
         except ConfigError as error:
             report(f"passing over a damaged checkpoint: {error}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ..config import one_line
-from ..distributed import rendezvous as parallel
+from ..distributed.collectives import together
 from . import zero_shards
 from .folder import (
     UNIVERSAL,
@@ -37,11 +37,11 @@ def load_checkpoint(engine, root: Path, tag: str) -> dict:
 
     Raises CheckpointError on all ranks where it cannot be loaded.
     """
-    manifest = parallel.together(lambda: read_manifest(root / tag))
-    parallel.together(lambda: check_trust(root / tag))
+    manifest = together(lambda: read_manifest(root / tag))
+    together(lambda: check_trust(root / tag))
     elastic = manifest.world_size != dist.get_world_size()
     if elastic:
-        parallel.together(lambda: convert(root, tag), only=0)
+        together(lambda: convert(root, tag), only=0)
 
     def restore() -> None:
         with restricted_unpickling(), universal(engine, elastic):
@@ -53,7 +53,7 @@ def load_checkpoint(engine, root: Path, tag: str) -> dict:
         if own.exists():
             set_generators(load_file(own))
 
-    parallel.together(restore)
+    together(restore)
     if elastic:
         restore_frozen(engine, root / tag)
     return manifest.state
@@ -118,7 +118,7 @@ def restore_frozen(engine, folder: Path) -> None:
     frozen = [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad]
     if not frozen:
         return
-    saved = parallel.together(lambda: zero_shards.open_checkpoint(folder))
+    saved = together(lambda: zero_shards.open_checkpoint(folder))
     for name, parameter in frozen:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if dist.get_rank() == 0:

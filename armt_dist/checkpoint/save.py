@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 
 from ..config import ConfigError, one_line
-from ..distributed import rendezvous as parallel
+from ..distributed.collectives import device, together
 from .folder import CheckpointError, hash_files, point_to, publish, remove, staging
 from .rng_state import generators
 
@@ -89,12 +89,12 @@ class Saver:
         self.wait()
         if tag == self.saved:
             if best:
-                parallel.together(lambda: point_to(self.root, "best", tag), only=0)
+                together(lambda: point_to(self.root, "best", tag), only=0)
             return
         staged = staging(self.root, tag)
         try:
-            parallel.together(lambda: make_anew(staged), only=0)
-            written = parallel.together(lambda: self.start_writing(staged))
+            together(lambda: make_anew(staged), only=0)
+            written = together(lambda: self.start_writing(staged))
         except ConfigError as error:
             raise self.give_up(tag, error) from None
         self.pending = Pending(tag, state, best, written)
@@ -124,7 +124,7 @@ class Saver:
         if self.pending is None:
             return
         done = torch.tensor(float(self.pending.written.done()))
-        done = done.to(parallel.device())
+        done = done.to(device())
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         if done.item():
             self.wait()
@@ -136,10 +136,10 @@ class Saver:
         pending, self.pending = self.pending, None
         try:
             parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, parallel.together(pending.written.result))
-            parallel.together(lambda: publish(self.root, pending.tag, parts, pending.state), only=0)
+            dist.all_gather_object(parts, together(pending.written.result))
+            together(lambda: publish(self.root, pending.tag, parts, pending.state), only=0)
             if pending.best:
-                parallel.together(lambda: point_to(self.root, "best", pending.tag), only=0)
+                together(lambda: point_to(self.root, "best", pending.tag), only=0)
         except ConfigError as error:
             raise self.give_up(pending.tag, error) from None
         self.saved = pending.tag

@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import ConfigError, Section
-from .task import IGNORE, Batch, Difficulty, Run, Split, Stateless, row_words
+from .sampling import Split, row_words
+from .task import IGNORE, Batch, Difficulty, Run, Stateless
 from .tokenizers import character_tokenizer
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase

@@ -9,16 +9,13 @@ Shapes: b rows asked for, N tokens of a sequence.
 from math import ceil
 from typing import Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
+from .sampling import Split, generator
+
 # The label of a position that is not scored (the convention of torch and transformers).
 IGNORE = -100
-# Independent random streams: numbers of one never correlate with those of another.
-STREAMS = {"length": 0, "rows": 1, "epoch": 2, "files": 3}
 
 
 class Batch(NamedTuple):
@@ -117,20 +114,6 @@ class Stateless:
         assert not state, f"a task without a state was given one: {sorted(state)}"
 
 
-def generator(stream: str, seed: int, split: Split, *where: int) -> np.random.Generator:
-    """A generator that is a pure function of its arguments."""
-    return np.random.Generator(philox(stream, seed, split, *where))
-
-
-def philox(stream: str, seed: int, split: Split, *where: int) -> np.random.Philox:
-    return np.random.Philox(np.random.SeedSequence((STREAMS[stream], seed, SPLITS.index(split), *where)))
-
-
-def row_words(seed: int, split: Split, step: int, rows: range, width: int) -> np.ndarray:
-    """Random uint64 [b, width]: row i of a step owns the same words, whoever asks for it and with which others."""
-    assert rows.step == 1 and len(rows) > 0, f"rows={rows} is not a stretch of a global batch"
-    # Philox makes 4 words for each count of its counter, and `advance` moves the counter.
-    counts = ceil(width / 4)
-    stream = philox("rows", seed, split, step)
-    stream.advance(rows.start * counts)
-    return stream.random_raw(len(rows) * counts * 4).reshape(len(rows), counts * 4)[:, :width]
+def excerpt(text: str, shown: int = 400) -> str:
+    """A text for a person: of a long one, `shown` characters of each end."""
+    return text if len(text) <= 2 * shown else f"{text[:shown]}\n…\n{text[-shown:]}"

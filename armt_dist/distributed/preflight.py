@@ -19,7 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from .rendezvous import Ranks
+from .launchers import Ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic")
 REPEATS = 10

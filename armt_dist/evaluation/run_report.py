@@ -6,15 +6,15 @@ Written at the end of a run; the command writes it at any time, also for a run t
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import yaml
 
-from ..config import ConfigError, one_line, read_yaml
-from .evaluation_report import Curve, Panel, draw
+from ..config import ConfigError, read_yaml
+from ..records import read_json, read_records, table
+from .charts import Curve, Panel, draw
 
 # Metric -> axis label; those that a run has are drawn.
 DRAWN = {"loss": "loss, nats a token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
@@ -37,14 +37,6 @@ def write_run_report(run: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
     return run / "report.md"
-
-
-def read_records(path: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl. Raises ConfigError where there is none."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run={path.parent}: no readable metrics.jsonl ({one_line(error)})") from None
 
 
 def panel(name: str, label: str, training: Sequence[dict], validation: Sequence[dict]) -> Panel:
@@ -98,27 +90,6 @@ def evaluations(run: Path) -> Iterable[str]:
         shown = [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows]
         picture = f"![{folder}]({folder}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
         yield f"## Evaluation {folder}\n\n{picture}{table(shown)}"
-
-
-def table(rows: Iterable[dict]) -> str:
-    """Markdown; the columns of all rows in order of appearance."""
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def main() -> None:

@@ -10,14 +10,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
 from ..config import Section
-from ..model.memory import AssociativeMemory
-from ..runtime.segment_bptt import CellView
 
 
 class Rollback(Section):
@@ -62,30 +59,3 @@ def spiked(loss: float, before: Sequence[float], rollback: Rollback | None) -> b
     if rollback is None or len(before) < rollback.over:
         return False
     return loss > rollback.factor * statistics.median(before[-rollback.over :])
-
-
-class SmallestRead:
-    """min z·q over all reads of a pass, to be told of each cell: an observer. inf where nothing was read.
-
-    The read divides by z·q + 1e-5 and loses digits where z·q comes close to 0. Heads whose memory is still empty do
-    not count: they read exactly 0. Another projection of the cell's input, so for a step now and then.
-    """
-
-    def __init__(self, device: torch.device):
-        self.value = torch.full((), math.inf, device=device)
-
-    def take(self) -> float:
-        """The minimum since the last call. Waits for the device."""
-        found = float(self.value)
-        self.value = torch.full_like(self.value, math.inf)
-        return found
-
-    def __call__(self, seen: CellView) -> None:
-        memory = seen.layer.memory
-        if not isinstance(memory, AssociativeMemory) or not memory.use_denom:
-            return
-        z = seen.before.z
-        # [B, h, N]
-        zq = (memory.features(memory.W_mq(seen.x)) @ z.unsqueeze(-1)).squeeze(-1)
-        written = z.sum(-1, keepdim=True) != 0
-        self.value = torch.minimum(self.value, torch.where(written, zq.abs(), math.inf).amin())

@@ -16,8 +16,7 @@ from typing import NamedTuple
 from ..config import ConfigError
 from ..model.memory import State
 from ..runtime.segment_bptt import CellView
-from ..schedule import program as schedule
-from ..schedule.program import Grid
+from ..schedule.grid import Grid, block_segments
 
 FOLDER = "digests"
 
@@ -40,7 +39,7 @@ class Digests:
 
     def of(self, step: int, row: int, grid: Grid):
         """The observer of one micro-batch, which begins at `row` of the global batch of step `step`."""
-        starts = [block.start for block in schedule.block_segments(grid)]
+        starts = [block.start for block in block_segments(grid)]
 
         def observe(seen: CellView) -> None:
             at = seen.instruction

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..distributed.rendezvous import all_gather_single
-from ..runtime.executor import Piece, ScheduledLM
+from ..distributed.collectives import gather
+from ..runtime.executor import ScheduledLM
+from ..runtime.piece import Piece
 from ..runtime.segment_bptt import CellView
-from ..schedule import program as schedule
-from ..schedule.program import Grid, Op
+from ..schedule.grid import Grid, block_segments
+from ..schedule.program import Op
 from ..schedule.timeline import Event
 from ..zero3.collective_bytes import Traffic
 from . import profile as trace
-from .bad_steps import SmallestRead
+from .smallest_read import SmallestRead
 from .state_digests import Digests
 
 
@@ -90,16 +91,8 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
 
 def cell_s(events: Sequence[Event], grid: Grid) -> float:
     """Mean seconds that one of this rank's cells took in forward; blocks may differ by a segment."""
-    blocks = schedule.block_segments(grid)
+    blocks = block_segments(grid)
     runs = [event for event in events if event.instruction.op is Op.RUN]
     # A chunk is a part of each of its cells.
     cells = sum(len(blocks[event.instruction.block]) for event in runs) / grid.chunks
     return sum(event.end_s - event.start_s for event in runs) / cells
-
-
-def gather(own: Sequence[float], device: torch.device) -> list[list[float]]:
-    """Each number of all ranks, by rank. Collective; waits for the device."""
-    row = torch.tensor(own, dtype=torch.float64, device=device)
-    table = row.new_empty(dist.get_world_size() * len(row))
-    all_gather_single(table, row)
-    return table.view(-1, len(row)).T.tolist()

@@ -15,14 +15,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import torch.distributed as dist
 from pydantic import Field
 
-from ..config import Section
+from ..config import Section, one_line
 from ..schedule.program import Instruction
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -164,3 +166,30 @@ class Watchdog:
 def describe_wait(at: Instruction | None) -> str:
     """Where in the schedule: the instruction, and its layer in words."""
     return f"last instruction {at} (layer {at.layer})" if at else "before any instruction"
+
+
+# What gloo says of a rank that is gone or silent; NCCL raises DistBackendError.
+LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+
+
+@contextmanager
+def end_when_alone(
+    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
+) -> Iterator[None]:
+    """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
+
+    The line names this rank and the instruction that it had come to (`at`); `dump` is told why and where before the
+    end. Nothing is cleaned up: whatever talks to the others would wait for them again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = one_line(error, limit=300)
+        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
+            raise
+        doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
+        why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        # What unwound to here no longer shows in the stacks.
+        dump(f"{why}\n{traceback.format_exc()}")
+        os._exit(1)

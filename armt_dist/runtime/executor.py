@@ -4,9 +4,8 @@ Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model w
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from itertools import groupby
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,15 +14,17 @@ from torch import Tensor, nn
 from ..config import ConfigError, Section
 from ..model.backbone import Context
 from ..model.memory import MEMORIES
-from ..model.modeling_armt import ARMTForCausalLM, segment_lengths
+from ..model.modeling_armt import ARMTForCausalLM
 from ..model.rmt import enter
-from ..monitoring.profile import Trace
 from ..schedule import program as schedule
-from ..schedule.program import Arrow, Grid, Instruction, Op
+from ..schedule.grid import Arrow, Grid, rank_blocks
+from ..schedule.program import Call, Instruction, Op, layer_calls
 from .activation_store import STASHES
 from .handoff import Local, Wire
 from .loss import hits, token_nll
+from .piece import IGNORE, Piece, Totals, fitted, packed_labels
 from .segment_bptt import CellView, LayerWork, Link, segment_bptt
+from .trace import Trace
 
 
 class ParallelConfig(Section):
@@ -61,85 +62,6 @@ def check_memory(config: ParallelConfig, memory_kind: str) -> None:
     # More segments than blocks, as in most batches.
     grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
     schedule.fit_grid(config.schedule or schedule.default_schedule(arrows), grid, arrows)
-
-
-class Piece(NamedTuple):
-    """One rank's part of a micro-batch: the segments of its blocks, in order."""
-
-    input_ids: Tensor  # [B, tokens of the blocks] int64
-    # [B, the same] the token to predict at each position, -100 where not scored; in host memory, so that picking the
-    # scored positions does not wait for the device
-    labels: Tensor
-    attention_mask: Tensor | None  # the same, 1 at real tokens; None when nothing is padded
-    lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
-    grid: Grid
-    sp_rank: int
-
-
-class Totals(NamedTuple):
-    """Sums over the rank's scored positions."""
-
-    nll: Tensor  # scalar float32
-    scored: Tensor  # scalar int64
-    wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless asked for
-
-
-class Call(NamedTuple):
-    """The instructions of one call of a layer, each time between its GATHER and the next one's.
-
-    `backward` ends with the GATHER that follows, because ZeRO-3's hooks carry it out before the next call begins.
-    """
-
-    gather: Instruction
-    forward: tuple[Instruction, ...]
-    run_backward: tuple[Instruction, ...]
-
-
-IGNORE = -100
-HANDED_ON = (Op.RECV, Op.SEND)
-
-
-@lru_cache(maxsize=256)
-def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
-    """The program of `rank`, cut into layer calls in forward order.
-
-    A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
-    """
-    program = schedule.build_program(name, grid, rank, arrows)
-    if Arrow.LAST_LAYER in arrows:
-        program = [instruction for instruction in program if instruction.op not in HANDED_ON]
-    backward: list[list[Instruction]] = []
-    for instruction in schedule.backward_program(program):
-        if instruction.op is Op.GATHER:
-            if backward:
-                backward[-1].append(instruction)
-            backward.append([])
-        elif instruction.op is not Op.RELEASE:
-            backward[-1].append(instruction)
-    forward = [tuple(group) for _, group in groupby(program, key=lambda i: (i.block, i.layer))]
-    return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
-
-
-def cut_piece(
-    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, model_config, grid: Grid, sp_rank: int = 0
-) -> Piece:
-    """The blocks of `sp_rank` of a micro-batch [B, tokens]. `grid.segments` is set from the length of the batch.
-
-    Raises ConfigError when there are fewer segments than sp x rounds.
-    """
-    lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
-    grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
-    schedule.check_grid(grid)
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    ranges = [schedule.block_segments(grid)[b] for b in schedule.rank_blocks(grid, sp_rank)]
-
-    def own(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
-
-    by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
-    return Piece(own(input_ids), own(labels), own(attention_mask), by_block, grid, sp_rank)
 
 
 class LossHead(nn.Module):
@@ -206,7 +128,7 @@ class ScheduledLM(nn.Module):
         """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.backbone.layers, Trace(x.device)
-        own = {block: i for i, block in enumerate(schedule.rank_blocks(piece.grid, piece.sp_rank))}
+        own = {block: i for i, block in enumerate(rank_blocks(piece.grid, piece.sp_rank))}
         contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
         # Without gradients nothing is kept for a backward.
         states = self.states if torch.is_grad_enabled() else "recompute"
@@ -279,21 +201,3 @@ def run_backward(engine, loss: Tensor) -> None:
     """`engine.backward(loss)`, and the end of the pass's trace with it. Right for any number of rounds."""
     engine.backward(loss)
     engine.module.trace(None)
-
-
-def fitted(piece: Piece, grid: Grid) -> Piece:
-    """The piece in the blocks of `grid`, as the schedule cuts it."""
-    if grid == piece.grid:
-        return piece
-    assert grid.sp == 1, f"{grid}: only a rank that holds the whole sequence can cut it otherwise"
-    lengths = [n for block in piece.lengths for n in block]
-    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in schedule.block_segments(grid))
-    return piece._replace(grid=grid, lengths=blocks)
-
-
-def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:
-    """The labels laid out like the hidden states, so many rows around a segment not scored. [B, sum of N], on the
-    labels' device."""
-    head, tail = (piece.labels.new_full((len(piece.labels), rows), IGNORE) for rows in (before, behind))
-    lengths = [n for block in piece.lengths for n in block]
-    return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (head, labels, tail)], dim=1)

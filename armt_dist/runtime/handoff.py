@@ -9,26 +9,20 @@ early, would hold up this unit's send, and around the ring all would wait for ea
 same at both ends: the states of a pass, then their gradients.
 """
 
-import os
-import sys
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import one_line
-from ..distributed.rendezvous import Edge
+from ..distributed.mesh import Edge
 from ..schedule.program import Instruction, Op
 
 # Message -> the state's shapes: a NamedTuple of meta tensors.
 Shapes = Callable[[Instruction], tuple]
-# What gloo says of a rank that is gone or silent; NCCL raises DistBackendError.
-LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
 
 class Local:
@@ -144,26 +138,3 @@ def unpack(buffer: Tensor, shapes: tuple) -> tuple:
     ends = list(accumulate(tensor.numel() for tensor in shapes))
     parts = (buffer[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, shapes, strict=True))
     return type(shapes)(*parts)
-
-
-@contextmanager
-def end_when_alone(
-    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
-) -> Iterator[None]:
-    """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
-
-    The line names this rank and the instruction that it had come to (`at`); `dump` is told why and where before the
-    end. Nothing is cleaned up: whatever talks to the others would wait for them again.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = one_line(error, limit=300)
-        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
-            raise
-        doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
-        why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
-        print(f"error: {why}", file=sys.stderr, flush=True)
-        # What unwound to here no longer shows in the stacks.
-        dump(f"{why}\n{traceback.format_exc()}")
-        os._exit(1)

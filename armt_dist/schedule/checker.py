@@ -3,19 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from .program import (
-    ARMT_ARROWS,
-    Grid,
-    Instruction,
-    Op,
-    backward_program,
-    rank_blocks,
-    source_layer,
-    target_layer,
-    wavefront,
-)
+from .grid import ARMT_ARROWS, Grid, rank_blocks, source_layer, target_layer
+from .program import COMPUTE, Instruction, Op, backward_program, wavefront
 
-COMPUTE = (Op.RUN, Op.RERUN, Op.BACK)
 ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.REDUCE)
 """Instructions that a correct pair of programs holds exactly once; layers may be gathered again at will."""
 

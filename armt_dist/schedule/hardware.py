@@ -6,8 +6,8 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
+from .grid import Grid, prefetch_window
 from .model_sizes import Model, StepWork, cell_flops, row_tokens
-from .program import Grid, prefetch_window
 from .simulator import Costs
 
 

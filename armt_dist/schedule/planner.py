@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
+from .grid import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound
 from .hardware import H100, Hardware, estimate_s, largest_block, unit_costs
 from .model_sizes import FP32, Model, StepWork, cell_flops, cell_graph_bytes, row_tokens
-from .program import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound, fit_grid
+from .program import fit_grid
 from .simulator import Costs
 
 STATES = ("store", "rebuild", "recompute")

@@ -15,39 +15,14 @@ most U / (U + sp - 1). Nothing here imports torch: planner, tests, executor and 
 Letters: S segments, L layers, U units of work a rank.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from ..config import ConfigError
-
-
-class Arrow(StrEnum):
-    """Where the state that cell (s, l) needs comes from; the hidden states of (s, l-1) it needs in any case."""
-
-    SAME_LAYER = "same_layer"
-    """(s-1, l): ARMT, sliding window."""
-    LAST_LAYER = "last_layer"
-    """(s-1, L-1): RMT. The state enters at layer 0 and leaves from the last layer."""
-
-
-ARMT_ARROWS = (Arrow.SAME_LAYER,)
-RMT_ARROWS = (Arrow.LAST_LAYER,)
-
-
-def source_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
-    """The layer of segment s-1 whose state enters cell (s, layer), or None where none enters."""
-    if Arrow.SAME_LAYER in arrows:
-        return layer
-    return layers - 1 if layer == 0 else None
-
-
-def target_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
-    """The layer of segment s+1 that the state leaving cell (s, layer) enters, or None where none leaves."""
-    if Arrow.SAME_LAYER in arrows:
-        return layer
-    return 0 if layer == layers - 1 else None
+from .grid import ARMT_ARROWS, Arrow, Grid, check_grid, rank_blocks, source_layer, target_layer
 
 
 class Op(StrEnum):
@@ -85,79 +60,6 @@ class Instruction(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op} {self.layer}{'' if self.chunk < 0 else f'.{self.chunk}'} b{self.block}"
-
-
-class Grid(NamedTuple):
-    """The cells of one sequence and how they are spread: sp ranks, rounds blocks a rank, chunks of the micro-batch."""
-
-    segments: int
-    layers: int
-    sp: int = 1
-    rounds: int = 1
-    chunks: int = 1
-
-    @property
-    def units(self) -> int:
-        """Units of work of one rank in one direction."""
-        return self.rounds * self.layers * self.chunks
-
-
-def check_grid(grid: Grid) -> None:
-    """Raise ConfigError for a field below 1 or fewer segments than blocks."""
-    for field, value in grid._asdict().items():
-        if value < 1:
-            raise ConfigError(f"{field}={value}: must be at least 1")
-    if grid.segments < grid.sp * grid.rounds:
-        raise ConfigError(
-            f"segments={grid.segments} is fewer than sp={grid.sp} x rounds={grid.rounds}, so a rank would have no "
-            f"block; use sp x rounds <= {grid.segments} or a longer sequence"
-        )
-
-
-def efficiency_bound(grid: Grid) -> float:
-    """Largest share of the time that ranks can be busy, for equal blocks and free communication.
-
-    U / (U + sp - 1) with U = rounds * layers * chunks. A pipeline longer than layers * chunks stalls between
-    rounds as well: then a round takes sp units instead of layers * chunks.
-    """
-    round_units = grid.layers * grid.chunks
-    return grid.units / ((grid.rounds - 1) * max(round_units, grid.sp) + round_units + grid.sp - 1)
-
-
-def pipeline_warning(grid: Grid) -> str | None:
-    """One line when the pipeline never fills (sp > layers * chunks), else None."""
-    if grid.sp <= grid.layers * grid.chunks:
-        return None
-    return (
-        f"sp={grid.sp} > layers x chunks = {grid.layers * grid.chunks}: the pipeline never fills and ranks are busy "
-        f"at most {efficiency_bound(grid):.0%} of the time; use a smaller sp or more chunks"
-    )
-
-
-def prefetch_window(grid: Grid, handoff_units: float = 0.0) -> int:
-    """Layers to gather ahead so that ZeRO-3's collectives do not serialise the wavefront.
-
-    (sp - 1) / chunks + 1: the first rank is that far ahead of the last, further if a hand-off takes a notable share
-    of a unit's time (`handoff_units`).
-    """
-    return math.ceil((grid.sp - 1) * (1 + handoff_units) / grid.chunks) + 1
-
-
-def block_segments(grid: Grid) -> tuple[range, ...]:
-    """The segments of each of the sp * rounds blocks; the first S mod B blocks hold one segment more."""
-    size, extra = divmod(grid.segments, grid.sp * grid.rounds)
-    starts = [b * size + min(b, extra) for b in range(grid.sp * grid.rounds + 1)]
-    return tuple(range(start, end) for start, end in zip(starts, starts[1:], strict=False))
-
-
-def block_owner(grid: Grid, block: int) -> int:
-    """The rank of the sp group that runs `block` (block-cyclic)."""
-    return block % grid.sp
-
-
-def rank_blocks(grid: Grid, rank: int) -> range:
-    """The blocks of `rank`, one per round."""
-    return range(rank, grid.sp * grid.rounds, grid.sp)
 
 
 def wavefront(grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
@@ -275,3 +177,41 @@ def segment_major(grid: Grid, rank: int = 0, arrows: Sequence[str] = ARMT_ARROWS
 def layer_major(grid: Grid, rank: int = 0) -> list[Instruction]:
     """Each layer over all segments, then the next: the wavefront with sp = 1 and one round."""
     return build_program("layer_major", grid, rank)
+
+
+class Call(NamedTuple):
+    """The instructions of one call of a layer, each time between its GATHER and the next one's.
+
+    `backward` ends with the GATHER that follows, because ZeRO-3's hooks carry it out before the next call begins.
+    """
+
+    gather: Instruction
+    forward: tuple[Instruction, ...]
+    run_backward: tuple[Instruction, ...]
+
+
+HANDED_ON = (Op.RECV, Op.SEND)
+
+
+@lru_cache(maxsize=256)
+def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
+    """The program of `rank`, cut into layer calls in forward order.
+
+    A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
+    """
+    program = build_program(name, grid, rank, arrows)
+    if Arrow.LAST_LAYER in arrows:
+        program = [instruction for instruction in program if instruction.op not in HANDED_ON]
+    backward: list[list[Instruction]] = []
+    for instruction in backward_program(program):
+        if instruction.op is Op.GATHER:
+            if backward:
+                backward[-1].append(instruction)
+            backward.append([])
+        elif instruction.op is not Op.RELEASE:
+            backward[-1].append(instruction)
+    forward = [tuple(group) for _, group in groupby(program, key=lambda i: (i.block, i.layer))]
+    return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
+
+
+COMPUTE = (Op.RUN, Op.RERUN, Op.BACK)

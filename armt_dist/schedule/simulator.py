@@ -10,26 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .checker import COMPUTE, ScheduleError, check_collectives, verify_program
-from .program import (
-    ARMT_ARROWS,
-    Grid,
-    Instruction,
-    Op,
-    backward_program,
-    block_owner,
-    block_segments,
-    build_program,
-    fit_grid,
-    prefetch_window,
-    source_layer,
-    target_layer,
-)
-from .timeline import Event
+from .checker import ScheduleError, check_collectives, verify_program
+from .grid import ARMT_ARROWS, Grid, block_owner, block_segments, prefetch_window, source_layer, target_layer
+from .program import COMPUTE, Instruction, Op, backward_program, build_program, fit_grid
+from .timeline import SENDER, Event, waits_s
 
 COLLECTIVES = (Op.GATHER, Op.REDUCE)
-SENDER = {Op.RECV: -1, Op.RECV_GRAD: 1}
-"""Where what is received comes from: blocks (and ranks) from here."""
 
 
 class Costs(NamedTuple):
@@ -231,20 +217,6 @@ def peak_states(clock: Clock) -> int:
         total += change
         peak = max(peak, total)
     return peak
-
-
-def waits_s(events: Sequence[Event], ranks: int) -> tuple[list[float], list[float], list[float]]:
-    """Per rank: exposed hand-off waits, the skew (first wait of each direction), waits for gathers; in seconds."""
-    exposed, skew, gather = ([0.0] * ranks for _ in range(3))
-    filled = set()
-    for rank, instruction, start_s, end_s in events:
-        if instruction.op is Op.GATHER:
-            gather[rank] += end_s - start_s
-        elif instruction.op in SENDER:
-            first = (rank, instruction.op) not in filled
-            filled.add((rank, instruction.op))
-            (skew if first else exposed)[rank] += end_s - start_s
-    return exposed, skew, gather
 
 
 def simulate(

@@ -79,3 +79,21 @@ def colours(events: Sequence[Event]) -> dict:
     maps = {Op.RUN: colormaps["Blues"], Op.BACK: colormaps["Oranges"], Op.RERUN: colormaps["Oranges"]}
     found = {event.instruction[:2] for event in events}
     return {(op, layer): maps[op](0.25 + 0.6 * layer / highest) if op in maps else COLOURS[op] for op, layer in found}
+
+
+SENDER = {Op.RECV: -1, Op.RECV_GRAD: 1}
+"""Where what is received comes from: blocks (and ranks) from here."""
+
+
+def waits_s(events: Sequence[Event], ranks: int) -> tuple[list[float], list[float], list[float]]:
+    """Per rank: exposed hand-off waits, the skew (first wait of each direction), waits for gathers; in seconds."""
+    exposed, skew, gather = ([0.0] * ranks for _ in range(3))
+    filled = set()
+    for rank, instruction, start_s, end_s in events:
+        if instruction.op is Op.GATHER:
+            gather[rank] += end_s - start_s
+        elif instruction.op in SENDER:
+            first = (rank, instruction.op) not in filled
+            filled.add((rank, instruction.op))
+            (skew if first else exposed)[rank] += end_s - start_s
+    return exposed, skew, gather

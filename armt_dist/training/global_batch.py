@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..data.task import Batch, Difficulty, Split, Task
-from ..distributed.rendezvous import Mesh
+from ..data.sampling import Split
+from ..data.task import Batch, Difficulty, Task
+from ..distributed.mesh import Mesh
 from ..model.configuration_armt import ARMTConfig
-from ..runtime.executor import Piece, Totals, cut_piece
-from ..schedule.program import Grid
-from ..zero3.engine import BatchSizes
+from ..runtime.piece import Piece, Totals, cut_piece
+from ..schedule.grid import Grid
+from ..zero3.ds_config import BatchSizes
 
 
 class Sums(NamedTuple):

@@ -17,21 +17,27 @@ from ..config import ConfigError
 from ..data.retrieval import Retrieval
 from ..data.task import Batch
 from ..data.tasks import make_task
-from ..distributed import rendezvous as parallel
-from ..distributed.rendezvous import Mesh, Ranks
+from ..distributed.collectives import together
+from ..distributed.launchers import Ranks
+from ..distributed.mesh import Mesh, make_mesh, ring
+from ..evaluation.run_report import write_run_report
 from ..monitoring import bad_steps as health
 from ..monitoring import profile as trace
 from ..monitoring.run_log import Reporter
 from ..monitoring.step_metrics import Vitals
-from ..monitoring.watchdog import Watchdog
-from ..runtime.executor import ScheduledLM, Totals, check_memory, run_backward
-from ..runtime.handoff import Local, Wire, end_when_alone
-from ..schedule.program import Grid, pipeline_warning
+from ..monitoring.watchdog import Watchdog, end_when_alone
+from ..runtime.executor import ScheduledLM, check_memory, run_backward
+from ..runtime.handoff import Local, Wire
+from ..runtime.piece import Totals
+from ..schedule.grid import Grid, pipeline_warning
 from ..zero3 import engine as engines
+from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, token_fields
-from .curriculum import Progress, Stage, learning_rate, stage_over
+from .curriculum import Stage, learning_rate
 from .global_batch import Batches, Sums
-from .run_config import RunConfig, check_same, describe_run
+from .progress import Progress, stage_over
+from .run_config import RunConfig
+from .run_folder import check_same, describe_run
 
 # Exit code of a run whose numbers stayed bad.
 GAVE_UP = 1
@@ -60,7 +66,7 @@ class Trainer:
         self.reporter = Reporter(out, ranks.rank, config.train.log_every)
         self.say = self.reporter.say
         # What one rank alone may find wrong, a missing file say, must end all of them before they wait for each other.
-        prepared = parallel.together(self.prepare)
+        prepared = together(self.prepare)
         self.sizes, self.peak_lr = prepared.sizes, prepared.lr
         model = build_model(config.model, self.armt, prepared.ds_config, config.train.seed)
         self.runner = ScheduledLM(
@@ -84,13 +90,13 @@ class Trainer:
         """What hands the memory states on. Collective."""
         if self.mesh.sp == 1:
             return Local()
-        return Wire(*parallel.ring(self.mesh, self.config.parallel.timeout_s), self.device)
+        return Wire(*ring(self.mesh, self.config.parallel.timeout_s), self.device)
 
-    def prepare(self) -> engines.Prepared:
+    def prepare(self) -> Prepared:
         """Everything that needs no other rank. Raises ConfigError."""
         config = self.config
-        self.mesh: Mesh = parallel.mesh(self.ranks, config.parallel.sp)
-        prepared = engines.prepare(self.ds_config, self.mesh.dp, self.ranks.world_size, self.device)
+        self.mesh: Mesh = make_mesh(self.ranks, config.parallel.sp)
+        prepared = prepare(self.ds_config, self.mesh.dp, self.ranks.world_size, self.device)
         rows = config.model.base_config.get("vocab_size") if config.model.base_config else None
         self.task = make_task(config.data, config.model.segment_tokens, rows, prepared.sizes.global_batch)
         self.armt = armt_config(config.model, token_fields(self.task.tokenizer), self.task.segment_tokens)
@@ -230,13 +236,13 @@ class Trainer:
         root = self.out / "checkpoints"
         self.restore(root, resume)
         config = self.config.train
-        parallel.together(self.describe, only=0)
+        together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), config.max_steps or 10**12)
         self.reporter.start(self.progress.step, total)
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "told_to_stop", True))
         if self.config.digests:
-            parallel.together(lambda: self.vitals.write_digests(self.out))
+            together(lambda: self.vitals.write_digests(self.out))
         steps_here = 0
         while self.progress.step < total:
             stage = self.config.curriculum[self.progress.stage]
@@ -277,6 +283,8 @@ class Trainer:
                 return REQUEUE
         self.say(f"done: {self.progress.step} steps, {self.progress.seconds:.0f} s of training, {self.out}")
         self.reporter.finish()
+        if self.ranks.rank == 0:
+            self.say(f"report: {write_run_report(self.out)}")
         return 0
 
     def describe(self) -> None:
@@ -298,7 +306,7 @@ class Trainer:
                 raise ConfigError(f"resume=never: {self.out} holds a run already; give another --out")
             return
         tag = checkpoint.find_newest(root, self.say) if resume == "auto" else resume
-        parallel.together(lambda: checkpoint.clean(root), only=0)
+        together(lambda: checkpoint.clean(root), only=0)
         if tag is not None:
             state = resume_from.load_checkpoint(self.engine, root, tag)
             self.progress = Progress.restored(state["progress"])
@@ -390,5 +398,5 @@ class Trainer:
             folder.mkdir(exist_ok=True)
             trace.write_profile(events, folder, f"step_{self.progress.step:08d}")
 
-        parallel.together(write, only=0)
+        together(write, only=0)
         self.say(f"profile: {self.out / 'profile'}")

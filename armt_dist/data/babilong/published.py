@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from ...config import ConfigError, Section, one_line
-from ..task import Split
+from ..sampling import Split
 from .stories import Story
 
 # The set has a loading script, which `datasets` no longer runs; this is the Hub's own conversion of it.

@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
-from ..task import IGNORE, SPLITS, Batch, Difficulty, Run, Split, row_words
+from ..sampling import SPLITS, Order, Split, row_words
+from ..task import IGNORE, Batch, Difficulty, Run, excerpt
 from ..text.files import find_files, read_text
-from ..text.pieces import Order, excerpt
 from ..tokenizers import WORD, encode, load_tokenizer, word_tokenizer
 from . import published
 from . import stories as babi

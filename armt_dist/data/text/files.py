@@ -5,7 +5,7 @@ from glob import glob
 from pathlib import Path
 
 from ...config import ConfigError
-from ..task import generator
+from ..sampling import generator
 
 
 def find_files(entries: str | Sequence[str], field: str = "files") -> list[Path]:

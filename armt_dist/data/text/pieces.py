@@ -4,13 +4,13 @@ Shapes: b rows asked for, N tokens of a sequence.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..task import IGNORE, Batch, Split, generator
+from ..sampling import Order
+from ..task import IGNORE, Batch
 
 
 class TextPiece(NamedTuple):
@@ -56,33 +56,6 @@ def collate(pieces: Iterable[TextPiece], tokens: int, pad: int) -> Batch:
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, [piece.id for piece in pieces])
 
 
-class Order(NamedTuple):
-    """Which of `size` samples is row i of step k.
-
-    Training walks through a new permutation each epoch. Validation takes them in order; rows beyond the last sample
-    repeat earlier ones unscored, so ceil(size / global_batch) steps score each sample once. Then it starts again.
-    """
-
-    size: int
-    seed: int
-    split: Split
-    global_batch: int
-
-    def number(self, step: int, row: int) -> tuple[int, bool]:
-        """Sample number, and whether it is to be scored."""
-        assert row < self.global_batch, f"row {row} of a global batch of {self.global_batch}"
-        if self.split == "validation":
-            position = step % -(-self.size // self.global_batch) * self.global_batch + row
-            return position % self.size, position < self.size
-        epoch, position = divmod(step * self.global_batch + row, self.size)
-        return int(permutation(self.size, self.seed, epoch)[position]), True
-
-
-@lru_cache(maxsize=4)
-def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return generator("epoch", seed, "train", epoch).permutation(size)
-
-
 class Corpus(NamedTuple):
     """Pieces held in memory, 4 bytes a token on every rank."""
 
@@ -92,8 +65,3 @@ class Corpus(NamedTuple):
     def take(self, step: int, rows: range) -> list[TextPiece]:
         numbers = [self.order.number(step, row) for row in rows]
         return [TextPiece(number, self.pieces[number], scored) for number, scored in numbers]
-
-
-def excerpt(text: str, shown: int = 400) -> str:
-    """A text for a person: of a long one, `shown` characters of each end."""
-    return text if len(text) <= 2 * shown else f"{text[:shown]}\n…\n{text[-shown:]}"

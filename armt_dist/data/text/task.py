@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
-from ..task import Batch, Difficulty, Run, Split, row_words
+from ..sampling import Order, Split, row_words
+from ..task import Batch, Difficulty, Run, excerpt
 from ..tokenizers import encode
 from .files import find_files, read_text, split_files
-from .pieces import Corpus, Order, TextPiece, collate, cut_text, excerpt
+from .pieces import Corpus, TextPiece, collate, cut_text
 from .stream import DatasetConfig, Stream, open_texts
 
 

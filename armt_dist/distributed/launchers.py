@@ -1,0 +1,137 @@
+"""Who this process is: the ranks that the innermost launcher announces in the environment."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..config import ConfigError
+
+
+class Ranks(NamedTuple):
+    """Who this process is. `local_*` count the ranks on this node; `launcher` is the name of what started it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+
+
+class Launcher(NamedTuple):
+    """The variables in which a launcher tells a process its rank; of `A|B` the first that is set counts."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+# Innermost first: torchrun may run inside mpirun or srun, and mpirun starts its remote daemons with srun.
+LAUNCHERS = (
+    Launcher("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE|LOCAL_SIZE"),
+    Launcher("openmpi", *(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    Launcher("mvapich", *(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
+    Launcher("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID|PMI_LOCAL_RANK", "MPI_LOCALNRANKS|PMI_LOCAL_SIZE"),
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_ON_THIS_NODE"),
+)
+MPI = ("openmpi", "mvapich", "mpich")
+# One agent per node starts the ranks; the variable holds how many agents there are.
+AGENTS = {"torchrun": "GROUP_WORLD_SIZE", "deepspeed": "CROSS_SIZE"}
+# Signs of launchers without a row above. Taking such a process for a single one would start N one-rank jobs.
+UNKNOWN = ("PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK", "ALPS_APP_PE")
+# Slurm gives the batch script, the interactive shell and the like step numbers from here on; none is a parallel step.
+SLURM_PSEUDO_STEPS = 0xFFFFFFF0
+
+
+def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """The ranks that the innermost launcher in `environ` announces; a single process where there is none.
+
+    Raises ConfigError where a launcher's variables are incomplete or contradict those of the launcher around it:
+    N tasks that each take themselves for a world of their own must not start.
+    """
+    environ = slurm_step(environ)
+    found = [row for row in LAUNCHERS if row.rank in environ or row.world_size in environ]
+    if not found:
+        for name in UNKNOWN:
+            if name in environ:
+                raise ConfigError(
+                    f"{name}={environ[name]}: a launcher that is not known here started this process; "
+                    "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from its variables"
+                )
+        return Ranks(0, 1, 0, 1, "single")
+    ranks = read_ranks(found[0], environ)
+    for outer in found[1:]:
+        check_outer(ranks, read_ranks(outer, environ), environ)
+    return ranks
+
+
+def claimed_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The rank that the innermost launcher claims, checked or not: who prints when `discover` itself fails."""
+    return next((int(environ[row.rank]) for row in LAUNCHERS if environ.get(row.rank, "").isdigit()), 0)
+
+
+def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with Slurm's variables as the table wants them: none outside a parallel step, counts resolved.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, although it is one process.
+    """
+    environ = dict(environ)
+    step = environ.get("SLURM_STEP_ID", "")
+    if not step.isdigit() or int(step) >= SLURM_PSEUDO_STEPS:
+        environ.pop("SLURM_PROCID", None)
+        environ.pop("SLURM_STEP_NUM_TASKS", None)
+        return environ
+    if {"PMI_RANK", "PMI_SIZE"} <= environ.keys() and (environ["PMI_RANK"], environ["PMI_SIZE"]) == (
+        environ.get("SLURM_PROCID"),
+        environ.get("SLURM_STEP_NUM_TASKS"),
+    ):
+        # srun --mpi=pmi2 speaks PMI itself: there is no mpirun.
+        del environ["PMI_RANK"], environ["PMI_SIZE"]
+    if "SLURM_STEP_TASKS_PER_NODE" in environ:
+        # "2(x3),1" means 2, 2, 2, 1
+        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+        counts = [count for count, repeat in runs for _ in range(int(repeat or 1))]
+        environ["SLURM_TASKS_ON_THIS_NODE"] = counts[int(environ.get("SLURM_NODEID", 0))]
+    return environ
+
+
+def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
+    """One launcher's variables as Ranks. Raises ConfigError for a missing, non-numeric or impossible one."""
+    values = []
+    for names in row[1:]:
+        name = next((name for name in names.split("|") if name in environ), None)
+        if name is None:
+            raise ConfigError(f"{names} is not set although other variables of launcher {row.name!r} are; set it")
+        if not environ[name].isdigit():
+            raise ConfigError(f"{name}={environ[name]!r}: expected a whole number from launcher {row.name!r}")
+        values.append(int(environ[name]))
+    rank, world_size, local_rank, local_world_size = values
+    if not (rank < world_size and local_rank < local_world_size <= world_size):
+        raise ConfigError(
+            f"{row.rank}={rank} of {world_size}, {row.local_rank}={local_rank} of {local_world_size}: "
+            "impossible; unset the stale variables or start through a launcher"
+        )
+    agent = next((name for name, variable in AGENTS.items() if variable in environ), None)
+    return Ranks(*values, launcher=agent if row.name == "environment" and agent else row.name)
+
+
+def check_outer(ranks: Ranks, outer: Ranks, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where the launcher around ours runs tasks that our world does not span."""
+    if ranks.launcher in AGENTS:
+        agents = environ[AGENTS[ranks.launcher]]
+        spans = agents == str(outer.world_size)
+        what = f"{AGENTS[ranks.launcher]}={agents}"
+    elif ranks.launcher in MPI:
+        # The step around is that of mpirun's own daemons: fewer than ranks, never more.
+        spans = ranks.world_size >= outer.world_size
+        what = f"world size {ranks.world_size}"
+    else:
+        spans = ranks[:2] == outer[:2]
+        what = f"RANK={ranks.rank} WORLD_SIZE={ranks.world_size}"
+    if not spans:
+        raise ConfigError(
+            f"{what} from {ranks.launcher} inside {outer.launcher} task {outer.rank} of {outer.world_size}: "
+            "every task would train alone; start one rank or one launcher per task, or unset RANK and WORLD_SIZE"
+        )

@@ -1,0 +1,54 @@
+"""How the world is split: groups of sp ranks that share one sequence, and the ring within a group."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from ..config import ConfigError
+from .launchers import Ranks
+
+
+class Mesh(NamedTuple):
+    """world = dp x sp. The sp ranks of a group are adjacent and share one sequence; `sp_ranks` are this group's."""
+
+    dp: int
+    sp: int
+    dp_rank: int
+    sp_rank: int
+    sp_ranks: tuple[int, ...]
+
+
+def make_mesh(ranks: Ranks, sp: int) -> Mesh:
+    """Split the world into groups of `sp` adjacent ranks. Raises ConfigError where sp does not divide it."""
+    if sp < 1 or ranks.world_size % sp:
+        divisors = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
+        raise ConfigError(f"sp={sp} does not divide the world of {ranks.world_size} ranks; try one of {divisors}")
+    dp_rank, sp_rank = divmod(ranks.rank, sp)
+    return Mesh(ranks.world_size // sp, sp, dp_rank, sp_rank, tuple(range(dp_rank * sp, (dp_rank + 1) * sp)))
+
+
+class Edge(NamedTuple):
+    """A neighbour in the ring of an sp group: its rank in the world, and the process group of the two."""
+
+    peer: int
+    group: dist.ProcessGroup
+
+
+def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
+    """This rank's edges to the sp rank before it and to the one after it; None where sp = 1. Collective.
+
+    Every edge has a group of its own, for the hand-off alone. Between two ranks there are two edges.
+    """
+    before = after = None
+    # Even edges, odd edges, and the one that closes the ring: ranks make groups in one order, each in one at a time.
+    for starts in (range(0, mesh.sp - 1, 2), range(1, mesh.sp - 1, 2), range(mesh.sp - 1, mesh.sp)):
+        pairs = [[i * mesh.sp + j, i * mesh.sp + (j + 1) % mesh.sp] for i in range(mesh.dp) for j in starts]
+        if mesh.sp == 1 or not pairs:
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(pairs, timeout=timedelta(seconds=timeout_s))
+        if mesh.sp_rank in starts:
+            after = Edge(mesh.sp_ranks[(mesh.sp_rank + 1) % mesh.sp], group)
+        elif (mesh.sp_rank - 1) % mesh.sp in starts:
+            before = Edge(mesh.sp_ranks[mesh.sp_rank - 1], group)
+    return before, after
