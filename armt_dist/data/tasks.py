@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
     section: str
     tokenizer: Callable[[Section], PreTrainedTokenizerBase]
-    validate: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
+    build: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
 
 
 KINDS = {

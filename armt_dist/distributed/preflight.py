@@ -43,7 +43,7 @@ class Facts(NamedTuple):
     """
 
     node: str
-    package_versions: dict[str, str]
+    versions: dict[str, str]
     gpus: tuple[str, ...]
     free_host_bytes: int
     free_gpu_bytes: int

@@ -109,7 +109,7 @@ def backward_program(forward: Sequence[Instruction]) -> list[Instruction]:
 class Schedule(NamedTuple):
     """A row of the table of schedules: how it cuts the grid, and the arrows that it respects."""
 
-    fit_grid: Callable[[Grid], Grid]
+    fit: Callable[[Grid], Grid]
     arrows: tuple[Arrow, ...]
 
 
@@ -187,7 +187,7 @@ class Call(NamedTuple):
 
     gather: Instruction
     forward: tuple[Instruction, ...]
-    run_backward: tuple[Instruction, ...]
+    backward: tuple[Instruction, ...]
 
 
 HANDED_ON = (Op.RECV, Op.SEND)
