@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 MAPPED = """
 import ctypes, torch
-from armt_dist import allocator
+from armt_dist.distributed import process
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
@@ -36,6 +36,6 @@ def mapped(before: str, megabytes: int) -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is of glibc 2.33 and later")
 def test_tensors_come_from_the_heap():
     assert mapped("", 48) == mapped("", 24) == 1
-    assert mapped("assert allocator.keep_freed_memory()", 48) == 0
+    assert mapped("assert process.keep_freed_memory()", 48) == 0
     # A C library that takes no more than 32 MB.
-    assert mapped("allocator.HUGE = allocator.HUGE[1:]; assert allocator.keep_freed_memory()", 24) == 0
+    assert mapped("process.HUGE = process.HUGE[1:]; assert process.keep_freed_memory()", 24) == 0
