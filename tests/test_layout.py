@@ -28,3 +28,19 @@ def test_an_export_needs_torch_and_transformers_only(path):
         else:
             known = {"torch", "transformers"} | sys.stdlib_module_names
             assert name.split(".")[0] in known, f"{path.name} imports {name}"
+
+
+def test_the_tree_in_the_docs_is_the_one_on_disk():
+    """Each room and file of the package stands in docs/design.md with a line about it, and nothing else does."""
+    text = (PACKAGE.parent / "docs" / "design.md").read_text()
+    block = text[text.index("```\narmt_dist/") :].split("```")[1]
+    shown, folders = set(), [PACKAGE]
+    for line in block.strip().splitlines()[1:]:
+        name, about = line.split(None, 1)
+        depth = (len(line) - len(line.lstrip())) // 2
+        assert about.strip(), f"{name} has no line about it"
+        folders = [*folders[:depth], folders[depth - 1] / name.strip("/")]
+        if not name.endswith("/"):
+            shown.add(folders[-1])
+    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert shown == files, f"docs/design.md: too much {shown - files}, missing {files - shown}"
