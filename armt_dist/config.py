@@ -22,9 +22,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, no unknown keys, defaults validated too."""
+    """Base of every configuration section: frozen, no unknown keys, defaults validated too.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    The docstring below a field is its description; docs/config.md and ``--help KEY`` show it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=Section)

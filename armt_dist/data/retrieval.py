@@ -33,8 +33,11 @@ class RetrievalConfig(Section):
     """Keys and values are strings of `key_length` and `value_length` symbols."""
 
     key_length: Annotated[int, Field(ge=1)] = 1
+    """Symbols of a key. Example: 3"""
     value_length: Annotated[int, Field(ge=1)] = 1
+    """Symbols of a value. Example: 2"""
     symbols: Annotated[int, Field(ge=2, le=len(ALPHABET))] = 16
+    """Number of different symbols. Example: 32"""
 
     @model_validator(mode="after")
     def strings_can_be_numbered(self) -> "RetrievalConfig":

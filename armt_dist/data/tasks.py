@@ -37,10 +37,15 @@ class DataConfig(Section):
     """`task` and its own section; the section of another task is an error, not ignored."""
 
     task: Literal["rewrite", "remember", "text", "babilong"] = "rewrite"
+    """Task: retrieval with repeated (rewrite) or unique keys (remember), language modelling (text), or BABILong."""
     seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of samples and their order. Example: 1"""
     retrieval: RetrievalConfig | None = None
+    """Settings of the tasks rewrite and remember. Example: {key_length: 2, symbols: 16}"""
     text: TextConfig | None = None
+    """Settings of the task text. Example: {files: benchmarks/data/plays}"""
     babilong: BabilongConfig | None = None
+    """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
 
     @model_validator(mode="after")
     def sections_fit_the_task(self) -> "DataConfig":

@@ -31,15 +31,15 @@ class ParallelConfig(Section):
     """How the work on one sequence is spread and ordered; see `schedule`. world = dp x sp."""
 
     sp: int = Field(1, ge=1)
-    """Ranks that share one sequence."""
+    """Ranks that share one sequence. Example: 8"""
     rounds: int = Field(1, ge=1)
-    """Blocks of segments a rank; each is one more gather of every layer."""
+    """Blocks of segments on each rank; every block costs one more gather of each layer. Example: 2"""
     chunks: int = Field(1, ge=1)
-    """Parts of the micro-batch that are handed on separately."""
+    """Parts of the micro-batch that are handed to the next rank separately. Example: 4"""
     schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
-    """Left out: what the memory allows, wavefront for ARMT and segment_major for RMT."""
+    """Order of the work; null: what the memory allows, wavefront for ARMT and segment_major for RMT."""
     timeout_s: float = Field(600, gt=0)
-    """After so long a wait for another rank the run ends with an error."""
+    """Seconds that a rank waits for another one before the run ends with an error. Example: 1200"""
 
     @model_validator(mode="after")
     def schedule_takes_them(self):

@@ -31,6 +31,7 @@ class BPTTConfig(Section):
     """
 
     states: Literal["store", "rebuild", "recompute"] = "store"
+    """Source of each segment's incoming state in the backward pass: kept, rebuilt from updates, or recomputed."""
 
 
 class Link(Protocol):

@@ -21,22 +21,26 @@ class InitConfig(Section):
     """Standard deviations of a random base model; what is left out is the Hugging Face default."""
 
     linear_std: Std | None = None
-    """Decoder layers' linear weights and the head; biases become zero."""
+    """Standard deviation of the decoder layers' linear weights and the head; biases become zero. Example: 0.125"""
     embedding_std: Std | None = None
+    """Standard deviation of the token embeddings. Example: 0.1"""
     position_std: Std | None = None
+    """Standard deviation of a learned position table (GPT-2). Example: 0.02"""
     memory_std: Std | None = None
-    """Memory rows and sinks; left out: the std of the token embeddings."""
+    """Standard deviation of memory rows and sinks; null: that of the token embeddings. Example: 0.1"""
 
 
 class BaseSection(Section):
     """Where the base model comes from; the other fields of the model section are those of ARMTConfig."""
 
     base: str | None = None
-    """A Hugging Face name or folder, or an exported ARMT folder, to start from."""
+    """Model to start from: a Hugging Face name or folder, or an exported ARMT folder. Example: gpt2"""
     base_config: dict[str, Any] | None = None
-    """Configuration of a random base model, with `model_type`."""
+    """Hugging Face configuration of a random base model, with `model_type`. Example: {model_type: gpt2, n_layer: 2}"""
     trust_remote_code: bool = False
+    """Permission to run the Python code that comes with `base`."""
     init: InitConfig | None = None
+    """Initialisation of a random base model. Example: {linear_std: 0.125, embedding_std: 0.1}"""
 
     @model_validator(mode="after")
     def one_source(self):

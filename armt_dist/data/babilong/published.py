@@ -22,9 +22,11 @@ class PublishedConfig(Section):
     """Which set; `files` are copies of it on this machine (JSON), with ``{task}`` in the name for the task."""
 
     set: Literal["RMT-team/babilong", "facebook/babi_qa"]
-    # A configuration of RMT-team/babilong: 0k (facts alone), 1k, 2k, 4k, ... 1M tokens.
+    """Name of the set on the Hugging Face Hub. Example: facebook/babi_qa"""
     length: str = "0k"
+    """Configuration of RMT-team/babilong: 0k (facts alone), 1k, 2k, 4k, ... 1M tokens. Example: 4k"""
     files: str | None = None
+    """Local JSON copies of the set, with `{task}` for the task's name. Example: babi/{task}.jsonl"""
 
 
 def load_published(config: PublishedConfig, task: str, split: Split) -> list[Story]:

@@ -40,17 +40,21 @@ class BabilongConfig(Section):
     """`tasks` are drawn uniformly; a story has up to `facts` facts. Evaluate one task at a time."""
 
     tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
+    """bAbI tasks, drawn with equal probability. Example: [qa1, qa2]"""
     facts: Annotated[int, Field(ge=2, le=1000)] = 10
-    # Every fact begins a segment that holds no other: where a model from scratch learns what a fact is.
+    """Largest number of facts in a generated story. Example: 4"""
     aligned: bool = False
-    # Text files around the facts, as in text.files; None: random sentences over sixty plain words.
+    """Whether every fact begins a segment of its own, which makes facts easier to learn from scratch."""
     background: str | list[str] | None = None
-    # None: the same as in training
+    """Text files around the facts, as data.text.files; null: random sentences. Example: benchmarks/data/plays"""
     validation_background: str | list[str] | None = None
-    # word (bAbI's words and the `vocabulary` commonest of the background), byte, or a Hugging Face name or folder
+    """Text files around the facts in validation; null: those of training. Example: books/held_out"""
     tokenizer: str = "word"
+    """Tokenizer: word (words of bAbI and the background), byte, or a Hugging Face name or folder. Example: gpt2"""
     vocabulary: Annotated[int, Field(ge=0)] = 1000
+    """Most frequent words of the background that tokenizer=word knows. Example: 5000"""
     published: PublishedConfig | None = None
+    """Published question set to use in place of generated stories. Example: {set: facebook/babi_qa}"""
 
     @model_validator(mode="after")
     def published_stories_are_as_they_are(self) -> "BabilongConfig":

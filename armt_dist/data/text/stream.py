@@ -34,14 +34,21 @@ class DatasetConfig(Section):
     """Arguments of `datasets.load_dataset`; `name` json, text or parquet with `data_files` reads local files."""
 
     name: str
+    """Name of the data set on the Hugging Face Hub, or json, text or parquet. Example: deepmind/pg19"""
     config: str | None = None
+    """Configuration of the data set. Example: wikitext-103-raw-v1"""
     data_files: str | list[str] | None = None
+    """Local files for name json, text or parquet. Example: books/*.jsonl"""
     split: str = "train"
+    """Split to train on. Example: train[:90%]"""
     column: str = "text"
-    # False: the whole split is tokenised into memory and shuffled, as local files are.
+    """Column that holds the text. Example: content"""
     streaming: bool = True
+    """Whether the split is read in order while training; false: all of it is tokenised into memory and shuffled."""
     validation_split: str | None = None
+    """Split to validate on; null: no validation. Example: validation"""
     validation_texts: Annotated[int, Field(ge=1)] = 64
+    """Texts read from the beginning of the validation split. Example: 128"""
 
 
 def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":

@@ -27,15 +27,19 @@ class TextConfig(Section):
     """Give `files` or `dataset`. Each entry of `files` is a file, a folder or a glob."""
 
     files: str | list[str] | None = None
+    """UTF-8 text files to train on: a file, a folder, a glob, or a list of them. Example: benchmarks/data/plays"""
     validation_files: str | list[str] | None = None
-    # Held out by whole files where `validation_files` is not given; 0: no validation.
+    """Files to validate on; they are left out of `files`. Example: benchmarks/data/plays/macbeth.txt"""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of `files` held out for validation where `validation_files` is null; 0: no validation. Example: 0.05"""
     dataset: DatasetConfig | None = None
-    # Join texts before cutting: for data sets of short rows (wikitext), which would be mostly padding.
+    """Data set to read in place of `files`. Example: {name: deepmind/pg19}"""
     pack: bool = False
-    # byte, or the name or folder of a Hugging Face tokenizer
+    """Whether texts are joined before they are cut into sequences; for data sets of short rows such as WikiText."""
     tokenizer: str = "byte"
+    """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer. Example: gpt2"""
     sequence_tokens: Annotated[int, Field(ge=2)] = 8192
+    """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
 
     @model_validator(mode="after")
     def one_source(self) -> "TextConfig":
