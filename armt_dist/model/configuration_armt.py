@@ -36,25 +36,7 @@ def build_base_config(model_type: str | None = None, **fields) -> PreTrainedConf
 
 
 class ARMTConfig(PreTrainedConfig):
-    """Configuration of `ARMTForCausalLM`.
-
-    base_config: configuration (or dict with `model_type`) of the wrapped causal LM, of a family in
-        `backbone.FAMILIES`. A sliding window that is narrower than a segment row is refused.
-    segment_tokens: T, real tokens of a segment. num_mem_tokens: M, learned rows appended to every segment.
-    d_mem, nu, n_heads, maths, use_denom, correction, gating: see `memory.AssociativeMemory`.
-    freeze_mem: the memory projections W_m* get no gradient (as in the authors' code).
-    wrap_pos (GPT-2): memory tokens take the last M rows of the position table instead of continuing the segment's
-        positions; `base_config.n_positions` counts those rows.
-    sink: learned rows before the tokens of every segment (ARMT).
-    sliding_window: a token sees as many tokens before it across the border of its segment, at most segment_tokens; see
-        `window`. None: none.
-    window_positions: "relative", tokens on both sides of a border are as far apart as they are in the text; "restart",
-        as the authors' code has it: all segments but the first start at the same position, so that from the third one
-        on the window lies over the segment.
-    detach_window: no gradient flows through the window (as in the authors' code).
-    k2 (RMT): the memory rows that enter every k2-th segment pass no gradient on; None: gradients flow to the start.
-    segment_alignment: where a length that T does not divide leaves the short segment: left (last), right (first),
-        center (all of nearly equal length).
+    """Configuration of `ARMTForCausalLM`; the docstring below a field says what it means.
 
     Raises ValueError, in one line naming the field, for values that do not fit.
     """
@@ -63,24 +45,43 @@ class ARMTConfig(PreTrainedConfig):
     sub_configs = {"base_config": AutoConfig}
 
     base_config: dict | PreTrainedConfig | None = None
+    """Configuration (or dict with `model_type`) of the wrapped causal LM, of a family in `backbone.FAMILIES`."""
     memory_kind: str = "armt"
+    """Kind of memory: armt (associative memory in every layer) or rmt (recurrent memory tokens)."""
     segment_tokens: int = 512
+    """T, tokens of a segment. Example: 1024"""
     num_mem_tokens: int = 16
+    """M, learned memory rows appended to every segment. Example: 32"""
     d_mem: int = 64
+    """Width of the associative memory's keys and queries. Example: 128"""
     nu: int = 3
+    """Order of the feature map DPFP, which makes 2 nu d_mem features. Example: 1"""
     n_heads: int = 1
+    """Heads of the associative memory; divides d_mem and hidden_size. Example: 4"""
     maths: str = "default"
+    """Variant of the memory's arithmetic; paper: no normalisation of features, as in the first published code."""
     use_denom: bool = True
+    """Whether a read is divided by the normaliser z·q."""
     correction: bool = True
+    """Whether the normaliser counts only what is new in a key (the paper's gamma)."""
     gating: bool = False
+    """Whether the write strength beta is a gate for each channel in place of one for each head."""
     freeze_mem: bool = False
+    """Whether the memory projections W_m* stay as initialised, as in the authors' code."""
     wrap_pos: bool = False
+    """Whether memory tokens take the last M rows of GPT-2's position table instead of the rows after the segment's."""
     segment_alignment: str = "left"
+    """Place of the short segment where T does not divide the length; center: all of nearly equal length."""
     sink: int = 0
+    """Learned rows before the tokens of every segment. Example: 1"""
     sliding_window: int | None = None
+    """Tokens before it that a token sees across the border of its segment; null: none. Example: 512"""
     window_positions: str = "relative"
+    """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
     detach_window: bool = False
+    """Whether gradients stop at the window, as in the authors' code."""
     k2: int | None = None
+    """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""
 
     def __post_init__(self, **kwargs):
         if self.base_config is None:
