@@ -27,7 +27,7 @@ from ranks import ROOT, model_bytes, spawn, tiny_engine
 from armt_dist.checkpoint import folder as checkpoint
 
 # ranks.py has put tests/ on the path.
-from faults import start  # isort: skip
+from support.faults import start  # isort: skip
 
 STEPS, WORLD = 150, 2
 SETTINGS = [

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULTS = ROOT / "benchmarks" / "results"
 
-from harness import spawn  # noqa: E402, F401
+from support.ranks import spawn  # noqa: E402, F401
 
 CPU = torch.device("cpu")
 

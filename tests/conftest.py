@@ -1,7 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import pytest
-from slurm_cluster import ROOT, cluster
+from support.slurm_cluster import ROOT, cluster
 
 
 @pytest.fixture(scope="session")

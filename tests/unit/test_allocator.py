@@ -1,0 +1,41 @@
+"""Tensors of megabytes come from the heap, which stays with the process, rather than from mappings of their own."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+MAPPED = """
+import ctypes, torch
+from armt_dist.distributed import process
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+{before}
+mapped = mallinfo2().hblks
+tensor = torch.empty({megabytes} * 2**20, dtype=torch.uint8)
+print(mallinfo2().hblks - mapped)
+"""
+
+
+def mapped(before: str, megabytes: int) -> int:
+    """How many mappings a tensor costs in a process of its own."""
+    script = MAPPED.format(before=before, megabytes=megabytes)
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=120, check=True, cwd=ROOT)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is of glibc 2.33 and later")
+def test_tensors_come_from_the_heap():
+    assert mapped("", 48) == mapped("", 24) == 1
+    assert mapped("assert process.keep_freed_memory()", 48) == 0
+    # A C library that takes no more than 32 MB.
+    assert mapped("process.HUGE = process.HUGE[1:]; assert process.keep_freed_memory()", 24) == 0

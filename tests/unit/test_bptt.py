@@ -1,0 +1,138 @@
+"""The layer-major fast path against the two-loop oracle: loss and every gradient."""
+
+import pytest
+import torch
+from support.golden import CASES, TOLERANCES, assert_close, assert_gradients, golden_gradients, load_case, load_model
+from support.models import small_model
+from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
+
+from armt_dist.model.memory import apply
+from armt_dist.runtime import executor
+from armt_dist.runtime.executor import ScheduledLM
+from armt_dist.runtime.piece import cut_piece
+
+
+@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cases(name, states):
+    case, model = load_case(name), load_model(name).eval()
+    loss, gradients = scheduled_loss(
+        model, case.io["input_ids"], case.labels, case.io["attention_mask"], states=states, offload=states == "store"
+    )
+    assert_close("loss", loss, case.io["loss"][0], TOLERANCES["loss"])
+    assert_gradients(gradients, golden_gradients(case))
+
+
+FAMILIES = ("gpt2", "gpt_neox", "llama")
+OPTIONS = {
+    "default": {},
+    "heads": dict(n_heads=2),
+    "gating": dict(gating=True, n_heads=2),
+    "no_denominator": dict(use_denom=False),
+    "no_correction": dict(correction=False),
+    "paper": dict(maths="paper"),
+    "right": dict(segment_alignment="right"),
+    "center": dict(segment_alignment="center"),
+    "nu_wider_than_key": dict(d_mem=2, nu=5),
+    "sink": dict(sink=2),
+    "window": dict(sliding_window=5),
+    "window_center": dict(sliding_window=8, segment_alignment="center", use_denom=False),
+    "window_sink_detached": dict(sliding_window=8, sink=1, detach_window=True),
+    "window_restart": dict(sliding_window=8, sink=1, window_positions="restart"),
+    "rmt": dict(memory_kind="rmt"),
+    "rmt_right": dict(memory_kind="rmt", segment_alignment="right"),
+    "rmt_k2": dict(memory_kind="rmt", k2=2),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_oracle(family, options):
+    model = small_model(family, **options).eval()
+    batch = random_batch()
+    loss, gradients = oracle(model, *batch)
+    for states in ("store", "rebuild", "recompute"):
+        fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=GRID._replace(chunks=2), states=states)
+        assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
+        assert_gradients(fast_gradients, gradients)
+
+
+def test_wrapped_positions():
+    model = small_model("gpt2", wrap_pos=True).eval()
+    assert model.position_ids(8, "cpu")[0, -3:].tolist() == [61, 62, 63]
+    loss, gradients = oracle(model, *random_batch())
+    fast_loss, fast_gradients = scheduled_loss(model, *random_batch())
+    assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
+    assert_gradients(fast_gradients, gradients)
+
+
+@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
+def test_rounds_hand_the_state_and_its_gradient_on(states):
+    model, batch = small_model().eval(), random_batch(tokens=44)
+    loss, gradients = oracle(model, *batch)
+    grid = GRID._replace(rounds=3, chunks=2)
+    fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states)
+    assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
+    assert_gradients(fast_gradients, gradients)
+
+
+def without_recomputation(layer, x, work):
+    """The same cells in the same order, in one ordinary graph."""
+    outputs, state = [], layer.memory.initial_state(len(x), x.device)
+    for x_s, context in zip(x.split(work.lengths, 1), work.contexts[0], strict=True):
+        y, update = layer.cell(x_s, state, context)
+        outputs.append(y)
+        state = apply(state, update)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
+def test_dropout_is_replayed(states, monkeypatch):
+    """The re-run draws the masks of the forward run."""
+    dropout = dict(resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.1)
+    model, batch = small_model("gpt2", base=dropout).train(), random_batch()
+    torch.manual_seed(5)
+    fast_loss, fast_gradients = scheduled_loss(model, *batch, states=states)
+    monkeypatch.setattr(executor, "segment_bptt", without_recomputation)
+    torch.manual_seed(5)
+    loss, gradients = scheduled_loss(model, *batch)
+    assert fast_loss == loss
+    assert_gradients(fast_gradients, gradients)
+    torch.manual_seed(6)
+    other, _ = scheduled_loss(model, *batch)
+    assert other != loss, "dropout has no effect here, so nothing was tested"
+
+
+def test_the_rerun_leaves_the_generators_alone():
+    model, batch = small_model("gpt2", base=dict(resid_pdrop=0.2)).train(), random_batch()
+    draws = []
+    for states in ("store", "recompute"):
+        torch.manual_seed(3)
+        scheduled_loss(model, *batch, states=states)
+        draws.append(torch.rand(4))
+    assert torch.equal(*draws), "the backward changed what is drawn after it"
+
+
+def test_rebuilt_states_are_the_stored_ones():
+    """Bit for bit, over 200 segments: any drift would grow where z·q is close to 0."""
+    model, batch = small_model().eval(), random_batch(tokens=1600, batch=1, pad=0)
+    batch = batch[0], batch[1], None
+    _, stored = scheduled_loss(model, *batch, states="store")
+    for states in ("rebuild", "recompute"):
+        _, again = scheduled_loss(model, *batch, states=states)
+        for name in stored:
+            assert torch.equal(again[name], stored[name]), f"d {name} differs between store and {states}"
+
+
+def test_without_gradients_nothing_is_kept():
+    model, batch = small_model().eval(), random_batch()
+    runner = ScheduledLM(model, states="store")
+    piece = cut_piece(batch[0], shifted(batch[1]), batch[2], model.config, GRID._replace(layers=2))
+    with torch.no_grad():
+        totals = runner(piece, count=True)
+    assert not totals.nll.requires_grad
+    logits = model(batch[0], attention_mask=batch[2]).logits
+    labels = shifted(batch[1])
+    wrong = ((logits.argmax(-1) != labels) & (labels >= 0)).sum(1)
+    assert totals.wrong.tolist() == wrong.tolist()
+    assert totals.scored.item() == (labels >= 0).sum().item()

@@ -1,0 +1,121 @@
+"""Checkpoints that were damaged after they were whole, without an engine: what is noticed, and what is loaded then."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import spawn
+
+from armt_dist.checkpoint import folder as checkpoint
+from armt_dist.checkpoint.folder import CheckpointError
+from armt_dist.checkpoint.save import Writer
+
+TAGS = ("step_00000002", "step_00000004")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two whole checkpoints, `latest` at the second."""
+    for tag in TAGS:
+        staged = checkpoint.staging(tmp_path, tag)
+        staged.mkdir()
+        files = [staged / "shard_0.pt", staged / "shard_1.pt"]
+        for number, path in enumerate(files):
+            path.write_bytes(bytes([number]) * 100)
+        facts = {"tag": tag, "world_size": 2, "state": {}}
+        checkpoint.write_manifest(staged, tmp_path / tag, checkpoint.hash_files(staged, files), facts)
+    checkpoint.point_to(tmp_path, "latest", TAGS[1])
+    return tmp_path
+
+
+def truncated(folder: Path) -> None:
+    (folder / "shard_0.pt").write_bytes(bytes(99))
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / "shard_1.pt").read_bytes())
+    content[50] ^= 1
+    (folder / "shard_1.pt").write_bytes(content)
+
+
+def shard_gone(folder: Path) -> None:
+    (folder / "shard_1.pt").unlink()
+
+
+def manifest_gone(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def manifest_cut(folder: Path) -> None:
+    content = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(content[: len(content) // 2])
+
+
+def outside(name: str):
+    """A manifest that names a file somewhere else."""
+
+    def point_outside(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = manifest["files"].pop("shard_0.pt")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return point_outside
+
+
+DAMAGE = {
+    "truncated shard": (truncated, "shard_0.pt has 99 bytes, not 100"),
+    "flipped bit": (flipped, "shard_1.pt is damaged"),
+    "shard gone": (shard_gone, "shard_1.pt is missing"),
+    "manifest gone": (manifest_gone, "no readable manifest.json"),
+    "manifest cut": (manifest_cut, "no readable manifest.json"),
+    "above": (outside("../step_00000002/shard_0.pt"), "outside the folder"),
+    "absolute": (outside("/etc/passwd"), "outside the folder"),
+}
+
+
+def find(ranks, root: Path) -> tuple[str | None, list[str]]:
+    """The checkpoint that a run would go on from, and what it says."""
+    said = []
+    return checkpoint.find_newest(root, said.append), said
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(root, name):
+    damage, says = DAMAGE[name]
+    checkpoint.verify_checkpoint(root / TAGS[1])
+    damage(root / TAGS[1])
+    with pytest.raises(CheckpointError, match=says) as caught:
+        checkpoint.verify_checkpoint(root / TAGS[1])
+    assert str(root / TAGS[1]) in str(caught.value) and "\n" not in str(caught.value)
+    checkpoint.verify_checkpoint(root / TAGS[0])
+
+
+def test_a_damaged_one_is_passed_over_by_all_ranks(root):
+    assert spawn(2, find, root) == [(TAGS[1], [])] * 2
+    manifest_gone(root / TAGS[1])
+    for tag, said in spawn(2, find, root):
+        assert tag == TAGS[0] and len(said) == 1 and TAGS[1] in said[0]
+
+
+def test_what_is_kept(root):
+    for tag in ("step_00000006", "step_00000008"):
+        (root / tag).mkdir()
+    (root / "universal-step_00000004").mkdir()
+    (root / "universal-step_00000008").mkdir()
+    checkpoint.prune(root, keep={"step_00000002"}, keep_last=1, keep_every=6)
+    assert checkpoint.tags(root) == ["step_00000002", "step_00000006", "step_00000008"]
+    assert [path.name for path in root.glob("universal-*")] == ["universal-step_00000008"]
+
+
+def test_what_the_background_writes_is_the_state_of_the_step_that_saved(tmp_path):
+    """The run goes on while the file is written: weights, moments and counters change under the writer."""
+    weights, path = torch.arange(6.0), tmp_path / "shard.pt"
+    writer = Writer(copy=True)
+    writer.save({"module": {"weights": weights}, "shape": weights.shape}, str(path))
+    weights.zero_()
+    entries = writer.write({"torch": torch.get_rng_state()}, tmp_path, rank=0)
+    found = torch.load(path, weights_only=True)
+    assert torch.equal(found["module"]["weights"], torch.arange(6.0)) and found["shape"] == torch.Size([6])
+    assert sorted(entries) == ["rank_0.safetensors", "shard.pt"]
+    assert entries == checkpoint.hash_files(tmp_path, [tmp_path / name for name in entries])

@@ -1,0 +1,224 @@
+"""Other memories than the plain one: the sliding window against the base model with a banded mask, RMT, and the
+segment-major order that it needs."""
+
+import pytest
+import torch
+from support.golden import CASES, TOLERANCES, assert_close, assert_gradients, golden_gradients, load_case, load_model
+from support.models import small_model
+from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
+from support.ranks import spawn
+
+from armt_dist.config import ConfigError
+from armt_dist.model.memory import AssociativeMemory
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime.executor import ParallelConfig, check_memory
+from armt_dist.schedule.program import default_schedule
+
+SEGMENT = 8
+
+# --- sliding window -----------------------------------------------------------------------------------------------
+
+
+def banded(tokens, window):
+    """Additive mask [1, 1, N, N]: all of the own segment up to the query, and `window` tokens back beyond it."""
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    near = (query // SEGMENT == key // SEGMENT) | (query - key <= window)
+    near &= query // SEGMENT - key // SEGMENT <= 1
+    return torch.zeros(tokens, tokens).masked_fill(~(near & (key <= query)), torch.finfo(torch.float32).min)[None, None]
+
+
+def unwrapped(model):
+    """A copy of the base model as Hugging Face makes it."""
+    base = type(model.base)._from_config(model.base.config).eval()
+    base.load_state_dict({name.replace(".layer.", "."): t for name, t in model.base.state_dict().items()}, strict=False)
+    return base
+
+
+@pytest.mark.parametrize("window", [1, 5, SEGMENT])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@torch.no_grad()
+def test_without_memory_it_is_the_base_model_with_a_band(family, window):
+    """Real tokens do not see memory rows, so an empty memory leaves attention alone: at its right distances."""
+    model, plain = (small_model(family, sliding_window=w).eval() for w in (window, None))
+    for layer in [*model.backbone.layers, *plain.backbone.layers]:
+        layer.memory.W_mv.weight.zero_()
+    ids = random_batch(tokens=29)[0]
+    logits = model(ids).logits
+    assert_close(
+        "logits", logits, unwrapped(model)(ids, attention_mask=banded(29, window)).logits, TOLERANCES["logits"]
+    )
+    differs = (plain(ids).logits - logits).abs().amax((0, 2)) > 10 * TOLERANCES["logits"]
+    assert differs.tolist() == [t >= SEGMENT for t in range(29)]
+
+
+def test_a_detached_window_changes_gradients_alone():
+    batch = random_batch()
+    (loss, gradients), (same, detached) = (
+        oracle(small_model(sliding_window=5, detach_window=detach).eval(), *batch) for detach in (False, True)
+    )
+    assert loss == same
+    name = "base.model.layers.0.layer.self_attn.k_proj.weight"
+    assert (gradients[name] - detached[name]).abs().max() > 0.01 * gradients[name].abs().max()
+
+
+def test_flash_attention_has_no_mask_for_a_window():
+    config = small_model(sliding_window=5).config
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation=flash_attention_2: takes no mask"):
+        ARMTForCausalLM(config)
+
+
+# --- segment-major order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
+@pytest.mark.parametrize(
+    "name", ["armt_v2_llama_nocorr_ragged_nfs", "armt_v2_llama_pad_ignore", "armt_sw_llama_sink_nfs"]
+)
+def test_segment_major_gives_the_same_gradients(name, states):
+    assert name in CASES
+    case, model = load_case(name), load_model(name).eval()
+    batch = case.io["input_ids"], case.labels, case.io["attention_mask"]
+    loss, gradients = scheduled_loss(model, *batch, states=states, schedule_name="segment_major")
+    assert_close("loss", loss, case.io["loss"][0], TOLERANCES["loss"])
+    assert_gradients(gradients, golden_gradients(case))
+
+
+BAD_LAYOUTS = {
+    "parallel.sp=2: memory_kind=rmt": dict(sp=2),
+    "rounds=2: schedule=segment_major": dict(rounds=2),
+    "schedule=layer_major: forbidden": dict(schedule="layer_major"),
+    "schedule=wavefront: forbidden": dict(schedule="wavefront"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_LAYOUTS)
+def test_what_rmt_forbids_is_named(message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        check_memory(ParallelConfig(**BAD_LAYOUTS[message]), "rmt")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_allowed():
+    check_memory(ParallelConfig(), "rmt")
+    check_memory(ParallelConfig(schedule="segment_major", chunks=2), "rmt")
+    for layout in (dict(sp=4, rounds=2), dict(schedule="layer_major"), dict(schedule="segment_major")):
+        check_memory(ParallelConfig(**layout), "armt")
+    assert default_schedule(AssociativeMemory.arrows) == "wavefront"
+
+
+# --- RMT ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["oracle", "scheduled"])
+@pytest.mark.parametrize("k2", [None, 1, 2, 3])
+def test_gradients_stop_after_k2_segments(path, k2):
+    """Scored is the last of 6 segments alone, each of its own token: which tokens' embeddings have a gradient?"""
+    model = small_model(memory_kind="rmt", k2=k2, base=dict(tie_word_embeddings=False)).eval()
+    ids = torch.arange(6).repeat_interleave(SEGMENT)[None]
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) <= 5 * SEGMENT, -100)
+    gradients = oracle(model, ids, labels, None)[1] if path == "oracle" else scheduled_loss(model, ids, labels, None)[1]
+    reached = gradients["base.model.embed_tokens.weight"][:6].abs().sum(1) > 0
+    # Memory is cut off where it enters segments k2, 2 k2, ...
+    start = 5 // k2 * k2 if k2 else 0
+    assert reached.tolist() == [s >= start for s in range(6)]
+    assert bool(gradients["memory_tokens.weight"].any()) == (start == 0)
+
+
+@torch.no_grad()
+def test_memory_passes_on_and_can_be_emptied():
+    """What the first segment said changes the logits of the third; not where the states are emptied between."""
+    model = small_model(memory_kind="rmt").eval()
+    ids, other = random_batch(tokens=3 * SEGMENT)[0], random_batch(tokens=3 * SEGMENT, seed=2)[0]
+    other[:, SEGMENT:] = ids[:, SEGMENT:]
+    for emptied in (False, True):
+        last = []
+        for tokens in (ids, other):
+            states = model.initial_states(len(tokens))
+            for segment in tokens.split(SEGMENT, 1):
+                hidden, states = model.segment(segment, states)
+                states = model.initial_states(len(tokens)) if emptied else states
+            last.append(hidden)
+        assert torch.equal(*last) == emptied
+
+
+# --- through the engine -------------------------------------------------------------------------------------------
+
+RUNS = {"rmt": (dict(memory_kind="rmt"), None), "segment_major": ({}, "segment_major")}
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+# Less than the norm of any step's gradient.
+CLIP = 0.5
+# Segments of the steps: gathers of earlier steps are no guide to the later ones.
+LENGTHS = (4, 4, 4, 2, 5)
+
+
+def model_of(name):
+    """Its own rounding stays far below the tolerances."""
+    return small_model(d_mem=16, base=dict(initializer_range=0.1), **RUNS[name][0])
+
+
+def batches():
+    for seed, segments in enumerate(LENGTHS):
+        yield random_batch(tokens=segments * SEGMENT - 3, pad=0, seed=seed)
+
+
+def train(ranks, folders):
+    """Losses and final weights of each run, every rank with its rows."""
+    import deepspeed
+
+    from armt_dist.config import validate as section
+    from armt_dist.runtime.executor import ScheduledLM, run_backward
+    from armt_dist.runtime.piece import cut_piece
+    from armt_dist.zero3 import partitioned_model
+    from armt_dist.zero3.ds_config import prepare
+    from armt_dist.zero3.engine import start_engine
+
+    found, device = {}, torch.device("cpu")
+    for name, (_, schedule_name) in RUNS.items():
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        ds = {"train_batch_size": 4, "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": ADAMW}}
+        ds["gradient_clipping"] = CLIP
+        prepared = prepare(ds, ranks.world_size, ranks.world_size, device)
+        config = section(partitioned_model.ModelConfig, {"base": str(folders / name)})
+        armt = partitioned_model.armt_config(config, {}, None)
+        model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
+        runner = ScheduledLM(model, schedule_name=schedule_name)
+        grid = GRID._replace(layers=armt.num_hidden_layers, chunks=2)
+        trained, losses = start_engine(runner, prepared.ds_config, grid, device), []
+        rows = slice(ranks.rank * 2, ranks.rank * 2 + 2)
+        for ids, labels, _ in batches():
+            labels = shifted(labels)
+            totals = trained(cut_piece(ids[rows], labels[rows], None, armt, grid))
+            run_backward(trained, totals.nll * ranks.world_size / (labels >= 0).sum())
+            trained.step()
+            losses.append(totals.nll.detach() / (labels >= 0).sum())
+            torch.distributed.all_reduce(losses[-1])
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            found[name] = losses, {n: p.detach().clone() for n, p in model.named_parameters()}
+        trained.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in RUNS:
+        model_of(name).save_pretrained(root / name)
+    return spawn(2, train, root)[0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_of_adamw(name, trained):
+    """ZeRO-3, two ranks, lengths that change; a layer is called once per segment."""
+    losses, weights = trained[name]
+    model = model_of(name)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for t, (ids, labels, _) in enumerate(batches()):
+        loss = model(ids, labels=labels).loss
+        assert_close(f"loss of step {t}", losses[t], loss.detach(), TOLERANCES["trajectory_loss"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    for parameter, value in model.named_parameters():
+        assert_close(parameter, weights[parameter], value, TOLERANCES["weights"], relative=True)

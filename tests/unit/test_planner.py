@@ -1,0 +1,222 @@
+"""The planner's arithmetic against facts from elsewhere: published sizes, the schedules themselves, the simulator."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from armt_dist.config import ConfigError
+from armt_dist.schedule.grid import Grid
+from armt_dist.schedule.hardware import H100
+from armt_dist.schedule.model_sizes import MODELS, StepWork, from_hf
+from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
+from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
+from armt_dist.schedule.simulator import simulate_step
+
+ROOT = Path(__file__).parents[2]
+SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]
+
+
+def simulated(model, work, layout):
+    result = plan(model, work, layout)
+    report = simulate_step(schedule_name(model), result.grid, result.costs, KINDS[model.kind])
+    return plan(model, work, layout, pipeline_s=report.makespan_s), report
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "within"),
+    # GPT-2's positions and biases are not counted.
+    [("llama-1b", 1_235_814_400, 1e-3), ("llama-8b", 8_030_261_248, 1e-3), ("gpt2", 124_439_808, 1e-2)],
+)
+def test_backbones_have_the_published_number_of_parameters(name, published, within):
+    assert MODELS[name]._replace(kind="rmt").parameters == pytest.approx(published, rel=within)
+
+
+def test_state_and_update_sizes_of_a_1b_model():
+    assert SMALL.state_bytes == (384 * 2048 + 384) * 4
+    assert 18 < SMALL.state_bytes / SMALL.update_bytes < 22
+
+
+def test_operations_follow_the_six_parameters_rule():
+    work = StepWork(131072)
+    plain = LARGE._replace(kind="rmt")
+    # Per parameter and token 2 forward, 2 re-run, 4 backward (the head is not re-run); attention and the memory's
+    # rows come on top.
+    layers, head = plain.layers * plain.layer_parameters, plain.hidden * plain.vocab
+    ratio = plan(plain, work, Layout()).flops / ((8 * layers + 6 * head) * work.sequence_tokens)
+    assert 1.0 < ratio < 1.1
+    result = plan(LARGE, work, Layout())
+    # RMT has its memory rows twice, ARMT reads F x D of a state at every position: about the same.
+    assert result.flops == pytest.approx(plan(plain, work, Layout()).flops, rel=0.02)
+    assert result.mfu < result.efficiency * H100.kernel_efficiency
+
+
+def test_layer_major_gathers_the_model_twice_and_rmt_twice_per_segment():
+    layers = LARGE.layers * LARGE.layer_parameters * 2
+    once = plan(LARGE, StepWork(131072), Layout(dp=4, sp=8)).gather_bytes
+    twice = plan(LARGE, StepWork(131072), Layout(dp=4, sp=8, rounds=2)).gather_bytes
+    assert once <= 2.2 * LARGE.parameters * 2
+    assert twice - once == pytest.approx(2 * layers * 31 / 32)
+    rmt = LARGE._replace(kind="rmt")
+    assert plan(rmt, StepWork(131072), Layout(dp=32)).gather_bytes > 128 * 1.8 * layers * 0.9
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 4), Layout(1, 4, 2, 2), Layout(1, 8, 1, 4)])
+def test_hand_off_bytes_are_those_of_the_schedule(layout):
+    work = StepWork(16 * 1024, micro_batch=4)
+    result = plan(SMALL, work, layout)
+    program = wavefront(result.grid, 1)
+    sends = sum(i.op in (Op.SEND, Op.SEND_GRAD) for i in program + backward_program(program))
+    assert result.handoff_bytes == sends * result.handoff_unit_bytes
+    assert plan(SMALL, work, Layout(8, 1)).handoff_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "segments", "micro_batch"),
+    [
+        (LARGE, Layout(16, 8, 1, 2), 16, 4),
+        (SMALL, Layout(1, 4, 2, 4), 16, 4),
+        (SMALL, Layout(1, 16, 4, 2), 256, 2),
+        (SMALL, Layout(1, 32, 2, 1), 128, 2),
+        (LARGE, Layout(16, 1, 1, 1), 12, 2),
+        (LARGE, Layout(8, 4, 1, 1), 32, 1),
+    ],
+)
+def test_the_closed_form_agrees_with_the_simulator(model, layout, segments, micro_batch):
+    work = StepWork(segments * 1024, micro_batch=micro_batch)
+    exact, report = simulated(model, work, layout)
+    assert plan(model, work, layout).step_s == pytest.approx(exact.step_s, rel=0.01)
+    assert report.peak_live_layers <= exact.window + 1
+
+
+def test_where_gathers_dominate_the_closed_form_is_rougher():
+    work = StepWork(8 * 1024)
+    exact, report = simulated(SMALL, work, Layout(16, 2, 4))
+    assert report.gather_wait_s[0] > 0.1 * report.makespan_s
+    assert plan(SMALL, work, Layout(16, 2, 4)).step_s == pytest.approx(exact.step_s, rel=0.15)
+
+
+def test_memory_follows_states_and_offload():
+    def items(**options):
+        result = plan(LARGE, StepWork(262144, **options), Layout(4, 2))
+        return result.gpu_bytes, result.host_bytes
+
+    store, rebuild, recompute = (items(states=name)[0]["states"] for name in ("store", "rebuild", "recompute"))
+    assert store == 32 * 128 * LARGE.state_bytes
+    assert store > 10 * rebuild > 10 * recompute
+    device, host = items()
+    assert sum(host.values()) == 0
+    assert device["layer inputs H"] == 32 * 128 * (1024 + 16) * 4096 * 2
+    assert device["optimizer (shard)"] == 12 * LARGE.parameters / 8
+    for flag, item in [("activations", "layer inputs H"), ("parameters", "parameters (shard)")]:
+        offloaded, on_host = items(**{f"offload_{flag}": True})
+        assert on_host[item] == device[item]
+        assert offloaded[item] <= device[item] / 16
+    offloaded, on_host = items(offload_optimizer=True)
+    assert offloaded["optimizer (shard)"] == 0 < on_host["gradients and optimizer (shard)"]
+
+
+def test_offloaded_inputs_cannot_be_faster_than_the_link_to_the_host():
+    slow = H100._replace(host_link_bytes_per_s=1e9)
+    work = StepWork(131072, offload_activations=True)
+    assert plan(SMALL, work, Layout(), slow).costs.cell_s == pytest.approx(1040 * 2048 * 2 / 1e9)
+
+
+def test_rounds_cost_gathers_and_whole_gradients_and_buy_efficiency():
+    one, four = (plan(LARGE, StepWork(2**20, states="rebuild"), Layout(1, 64, rounds)) for rounds in (1, 4))
+    assert four.efficiency > one.efficiency
+    assert four.gather_bytes > 3 * one.gather_bytes
+    assert four.gpu_bytes["whole layer gradients"] > 10 * one.gpu_bytes["whole layer gradients"]
+
+
+def test_no_layout_is_faster_than_the_chosen_one():
+    work, cap = StepWork(2**15), 2**17
+    best, layout = choose(SMALL, work, 8, max_step_tokens=cap)
+    assert layout.dp * layout.sp == 8
+    assert layout.dp * best.micro_batch * best.sequence_tokens <= cap
+    chosen, _ = simulated(SMALL, best, layout)
+    others = [row for row in candidates(SMALL, work, 8, cap) if fits(plan(SMALL, *row))]
+    assert len(others) > 10
+    fastest = max(simulated(SMALL, *row)[0].tokens_per_s for row in others)
+    assert chosen.tokens_per_s >= 0.98 * fastest
+
+
+def test_the_choice_shares_a_sequence_only_when_it_must():
+    assert choose(LARGE, StepWork(2**17), 64)[1] == Layout(64, 1, 1, 1)
+    work, layout = choose(LARGE, StepWork(2**22, states="rebuild", offload_activations=True), 64)
+    assert layout.sp > 1
+    assert fits(plan(LARGE, work, layout))
+    assert choose(LARGE._replace(kind="rmt"), StepWork(2**15), 8)[1].sp == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "work", "layout", "message"),
+    [
+        (SMALL, StepWork(4096, 1000), Layout(), "segment_tokens=1000 does not divide sequence_tokens=4096; try 1024"),
+        (SMALL, StepWork(4096, states="keep"), Layout(), "states=keep: unknown; known here: store, rebuild, recompute"),
+        (SMALL, StepWork(4096, micro_batch=3), Layout(chunks=2), "chunks=2 does not divide micro_batch=3"),
+        (SMALL, StepWork(4096), Layout(sp=8), "segments=4 is fewer than sp=8 x rounds=1"),
+        (SMALL, StepWork(4096), Layout(dp=0), "dp=0: must be at least 1"),
+        (SMALL._replace(kind="lstm"), StepWork(4096), Layout(), "kind=lstm: unknown; known here: armt, rmt"),
+        (SMALL._replace(kind="rmt"), StepWork(4096), Layout(sp=2), "sp=2: schedule=segment_major"),
+    ],
+)
+def test_wrong_sizes_are_refused(model, work, layout, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(model, work, layout)
+
+
+def test_a_choice_that_cannot_be_made_says_why():
+    with pytest.raises(ConfigError, match="gpus=8: .*needs more memory; use more gpus, states=rebuild"):
+        choose(LARGE, StepWork(2**24), 8)
+    with pytest.raises(ConfigError, match="has more than max_step_tokens=1000; "):
+        choose(SMALL, StepWork(2**15), 8, max_step_tokens=1e3)
+
+
+def test_sizes_from_hugging_face_configs():
+    llama = {
+        "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True, "head_dim": 64,
+        "vocab_size": 128256,
+    }  # fmt: skip
+    assert from_hf(llama, {})._replace(head_width=0) == SMALL
+    gpt2 = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_inner": None}
+    assert from_hf(gpt2, {"d_mem": 32}) == MODELS["gpt2"]._replace(d_mem=32)
+    with pytest.raises(ConfigError, match="num_hidden_layers is missing"):
+        from_hf({"model_type": "vit"}, {})
+
+
+def test_the_live_layers_of_the_plan_cover_those_of_the_schedule():
+    grid = Grid(8, 32, 8)
+    report = simulate_step("wavefront", grid)
+    result = plan(LARGE, StepWork(8 * 1024), Layout(1, 8))
+    assert result.gpu_bytes["live layers"] >= report.peak_live_layers * LARGE.layer_parameters * 2
+    assert build_program("wavefront", result.grid, 3) == wavefront(grid, 3)
+
+
+def run_plan(*arguments):
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_command_prints_the_table_and_draws(tmp_path):
+    config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run_plan(
+        *("--model", str(tmp_path / "config.json"), "--gpus", "8", "--sp", "8", "--sequence-tokens", "8192"),
+        *("--timeline", "--png", str(tmp_path / "timeline.png")),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for wanted in ("dp 1 x sp 8", "fits", "warning: sp=8 > layers x chunks = 4", "rank   7 |"):
+        assert wanted in done.stdout
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+
+
+def test_command_reports_a_mistake_in_one_line():
+    done = run_plan("--gpus", "8", "--sp", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: sp=3 does not divide gpus=8; try sp=1\n"
