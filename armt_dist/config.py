@@ -1,14 +1,14 @@
 """Strict configuration: defaults < YAML file < ``key=value``; an unknown key is an error.
 
 Each section of the run configuration is a `Section` declared beside the code it configures; this file only
-knows how to fill one and how to say in one line what is wrong with it.
+fills one and describes in one line what is wrong with it.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +24,8 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every configuration section: frozen, no unknown keys, defaults validated too.
 
-    The docstring below a field is its description; docs/config.md and ``--help KEY`` show it.
+    The docstring below a field is its description, and may end with "Example: VALUE"; docs/config.md and ``--help KEY``
+    show both.
     """
 
     model_config = ConfigDict(
@@ -55,7 +56,7 @@ def validate(schema: type[S], tree: dict) -> S:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """A YAML file as a dict (empty file: empty dict). Raises ConfigError naming the file."""
+    """Read a YAML file as a dict (empty file: empty dict). Raises ConfigError naming the file."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,40 +75,46 @@ def assign(tree: dict, override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"override={override!r}: expected key=value, for example train.steps=100")
+        raise ConfigError(f"override={override!r}: expected key=value, for example train.max_steps=100")
+    node: Any = tree
+    for i, key in enumerate(keys[:-1]):
+        entry = entry_of(node, key, override, keys[:i])
+        if isinstance(node, dict) and node.get(entry) is None:
+            node[entry] = {}
+        node = node[entry]
+    node[entry_of(node, keys[-1], override, keys[:-1])] = parse_value(path, text)
+
+
+def entry_of(node: Any, key: str, override: str, above: list[str]) -> str | int:
+    """Return `key` as `node` takes it: text for a mapping, an index for a list (``curriculum.0.steps``)."""
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ConfigError(f"{override}: {key!r} is not one of the list's 0..{len(node) - 1}")
+        return int(key)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override}: {above[-1]!r} holds {node!r}, not a section")
+    return key
+
+
+def parse_value(path: str, text: str) -> Any:
+    """Parse the value of a ``path=text`` override as YAML. Raises ConfigError."""
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}={text!r}: not a valid YAML value ({one_line(error)})") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; anyone who types it means the number.
-        value = as_number(value)
-    node: dict | list = tree
-    for i, key in enumerate(keys):
-        if isinstance(node, list):
-            # curriculum.0.steps: an entry of a list
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"{path}={text}: {key!r} is not one of the list's 0..{len(node) - 1}")
-            key = int(key)
-        elif not isinstance(node, dict):
-            raise ConfigError(f"{path}={text}: {keys[i - 1]!r} holds {node!r}, not a section")
-        if i == len(keys) - 1:
-            node[key] = value
-        elif isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-        node = node[key]
+    return as_number(value) if isinstance(value, str) else value
 
 
 def as_number(text: str) -> str | float:
-    """``"1e-4"`` -> 1e-4; any other text unchanged."""
+    """Return 1e-4 for ``"1e-4"``, which YAML 1.1 reads as text; any other text unchanged."""
     try:
         return float(text) if text[:1] in "+-.0123456789" else text
     except ValueError:
         return text
 
 
-def describe_error(error: dict, schema: type[BaseModel]) -> str:
-    """One pydantic error as ``field=value: what is wrong``, with the known keys for an unknown one."""
+def describe_error(error: Mapping[str, Any], schema: type[BaseModel]) -> str:
+    """Describe one pydantic error as ``field=value: what is wrong``, with the known keys for an unknown one."""
     field = ".".join(str(part) for part in error["loc"]) or schema.__name__
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -119,7 +126,7 @@ def describe_error(error: dict, schema: type[BaseModel]) -> str:
 
 
 def known_keys(schema: type[BaseModel], location: tuple) -> list[str]:
-    """The keys that the section around `location` accepts."""
+    """List the keys that the section around `location` accepts."""
     for part in location[:-1]:
         field = schema.model_fields.get(part) if isinstance(part, str) else None
         candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -129,7 +136,7 @@ def known_keys(schema: type[BaseModel], location: tuple) -> list[str]:
 
 
 def one_line(value: object, limit: int = 120) -> str:
-    """Any value as text on a single line of at most `limit` characters."""
+    """Return any value as text on a single line of at most `limit` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -137,8 +144,8 @@ def one_line(value: object, limit: int = 120) -> str:
 def run_main(main: Callable[[], int | None], rank: int) -> None:
     """Run a command's `main` and exit: a ConfigError is one line on stderr and exit code 2.
 
-    Rank 0 speaks at once. The others wait, because a launcher ends all ranks as soon as one has gone, and speak only
-    if they are still there then: the error was theirs alone.
+    Rank 0 prints at once. The others wait, because a launcher ends all ranks as soon as one has exited, and print only
+    if they are still alive then: the error was theirs alone.
     """
     try:
         sys.exit(main() or 0)

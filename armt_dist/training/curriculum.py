@@ -13,36 +13,45 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Until(Section):
-    """End a stage early: once the mean training accuracy of the last `over` steps is at least `accuracy`."""
+    """Early end of a stage by its training accuracy."""
 
     accuracy: Fraction
+    """Mean training accuracy at which the stage ends. Example: 0.97"""
     over: Positive = 50
+    """Number of last steps that the mean is taken over. Example: 100"""
 
 
 class Stage(Section):
-    """One stage. Samples have a random number of pairs (retrieval) or segments (text, BABILong) up to the given one."""
+    """One stage. Its samples have a random number of pairs (retrieval) or segments (text, BABILong) up to a maximum."""
 
     pairs: Positive | None = None
+    """Largest number of key-value pairs of a sample, for the tasks rewrite and remember. Example: 10"""
     segments: Positive | None = None
+    """Largest number of segments of a sample, for the tasks text and babilong. Example: 8"""
     at_least: Fraction = 0.0
-    """Shortest samples as a fraction of the longest."""
+    """Length of the shortest samples as a fraction of the longest. Example: 0.3"""
     key_length: Positive | None = None
-    """Retrieval: symbols of a key that vary, the ones before them are 0; left out: all."""
+    """Retrieval: symbols of a key that vary, those before them are 0; null: all. Example: 2"""
     symbols: Annotated[int, Field(ge=2)] | None = None
-    """Retrieval: different symbols in keys; left out: all. Few make keys alike: each symbol of them counts."""
+    """Retrieval: number of different symbols in keys; few make keys alike; null: all. Example: 4"""
     steps: Positive
+    """Largest number of optimizer steps of the stage. Example: 1000"""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; left out: that of the ds_config."""
+    """Peak learning rate; null: ds_config.optimizer.params.lr. Example: 5.0e-4"""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises linearly to its peak; below `steps`. Example: 100"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up, down to `final` times the peak at the stage's last step."""
+    """Shape of the learning rate after the warm-up, down to `final` times the peak. Example: cosine"""
     final: Fraction = 0.0
+    """Fraction of the peak learning rate at the last step (linear, cosine). Example: 0.1"""
     until: Until | None = None
+    """Condition that ends the stage early; null: none. Example: {accuracy: 0.97, over: 50}"""
     start: Literal["best", "last"] = "best"
-    """Begin from the best checkpoint of the stage before, or from its last step."""
+    """Checkpoint of the stage before from which this one starts: its best or its last. Example: last"""
 
     @model_validator(mode="after")
     def one_length(self) -> "Stage":
+        """Check the length and the warm-up."""
         if (self.pairs is None) == (self.segments is None):
             raise ValueError("curriculum stage: give exactly one of pairs and segments")
         if self.warmup_steps >= self.steps:
@@ -51,27 +60,29 @@ class Stage(Section):
 
     @property
     def length(self) -> int:
-        """The longest sample in the task's unit."""
-        return self.pairs or self.segments
+        """Return the longest sample in the task's unit."""
+        return self.pairs or self.segments or 0
 
     @property
     def keys(self) -> dict[str, int | None]:
-        """Which keys its samples have (retrieval); None: the task's own."""
+        """Return which keys its samples have (retrieval); None: the task's own."""
         return {"key_length": self.key_length, "symbols": self.symbols}
 
     @property
     def difficulty(self) -> Difficulty:
-        """Of its training samples."""
-        return Difficulty.at_least(self.length, self.at_least)._replace(**self.keys)
+        """Return the difficulty of its training samples."""
+        return Difficulty.at_least(self.length, self.at_least)._replace(
+            key_length=self.key_length, symbols=self.symbols
+        )
 
     @property
     def unit(self) -> str:
-        """What `length` counts, as Task.unit."""
+        """Return what `length` counts, as Task.unit."""
         return "pairs" if self.pairs else "segments"
 
 
 def learning_rate(stage: Stage, step: int, peak: float) -> float:
-    """The rate of the stage's step `step` (from 0): linear warm-up, then the stage's schedule."""
+    """Return the rate of the stage's step `step` (from 0): linear warm-up, then the stage's schedule."""
     peak = stage.lr or peak
     if step < stage.warmup_steps:
         return peak * (step + 1) / stage.warmup_steps

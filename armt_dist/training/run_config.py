@@ -1,61 +1,92 @@
-"""The run configuration, and the run folder in which it is written down."""
+"""The run configuration, and how it is put together from a recipe, a ds_config file and the command line."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import Section
+from ..config import Section, load_config
 from ..data.tasks import DataConfig
 from ..monitoring.bad_steps import Rollback
 from ..monitoring.watchdog import WatchdogConfig
 from ..runtime.executor import ParallelConfig
 from ..runtime.segment_bptt import BPTTConfig
+from ..zero3.ds_config import check_section, is_whole, read_ds_config
 from ..zero3.partitioned_model import ModelConfig
 from .curriculum import Stage
 
 Positive = Annotated[int, Field(ge=1)]
+DS_CONFIG = "ds_config."
 
 
 class TrainConfig(Section):
-    """The loop around the steps."""
+    """The training loop: seeds, logs, validations, checkpoints."""
 
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the initial weights and of dropout. Example: 1"""
     max_steps: Positive | None = None
-    """Stop after so many steps in all, wherever the curriculum is."""
+    """Number of optimizer steps after which the run ends, in whatever stage; null: no limit. Example: 1000"""
     log_every: Positive = 10
-    """Steps between two lines in a log file; metrics.jsonl has every step."""
+    """Steps between two lines of the log; metrics.jsonl has every step. Example: 50"""
     save_every: Positive = 500
+    """Steps between two checkpoints. Example: 1000"""
     keep_last: Positive = 2
+    """Number of newest checkpoints that are kept. Example: 5"""
     keep_every: Positive | None = None
-    """Keep the checkpoints of every so many steps for good, besides the newest and the best."""
+    """Interval in steps of checkpoints that are kept for good; null: none but the newest and the best. Example: 5000"""
     save_in_background: bool = False
-    """Go on while a checkpoint's files are written, from a copy of the rank's state in host memory."""
+    """Whether training continues while a checkpoint's files are written, from a copy in host memory."""
     validate_every: Positive = 200
+    """Steps between two validations. Example: 500"""
     validation_steps: Positive = 4
-    """Global batches of one validation; fewer where the validation data end before."""
+    """Global batches of one validation; fewer if the validation data end earlier. Example: 16"""
     patience: Positive | None = None
-    """End a stage after so many validations without a new best."""
+    """Number of validations without a new best after which a stage ends; null: no limit. Example: 10"""
     best: str | None = None
-    """Validation metric that decides which checkpoint is best; left out: accuracy where there is one, else loss."""
+    """Validation metric that decides which checkpoint is best; null: accuracy if any, else loss. Example: loss"""
     max_skipped: Positive = 5
-    """End the run, exit code 1, after so many steps in a row whose loss or gradients were not finite."""
+    """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None
-    """Answer a jump of the loss with the last checkpoint and other samples; left out: go on."""
+    """Return to the last checkpoint, and other samples, when the loss jumps; null: none. Example: {over: 50}"""
 
 
 class RunConfig(Section):
-    """Everything but the ds_config, which owns batch, precision, optimizer, clipping, ZeRO and offload."""
+    """One training run."""
 
     model: ModelConfig
+    """Base model, memory and segments. Example: {base: gpt2, num_mem_tokens: 16}"""
     data: DataConfig = DataConfig()
+    """Task and its samples. Example: {task: rewrite}"""
     bptt: BPTTConfig = BPTTConfig()
+    """Backward pass through the segments. Example: {states: rebuild}"""
     parallel: ParallelConfig = ParallelConfig()
+    """Distribution of one sequence over ranks, and the order of the work. Example: {sp: 8, chunks: 2}"""
     train: TrainConfig = TrainConfig()
+    """Training loop: seed, logs, validations, checkpoints. Example: {max_steps: 1000, save_every: 500}"""
     curriculum: Annotated[list[Stage], Field(min_length=1)]
+    """Stages of training in their order: sample length, steps, learning rate. Example: [{pairs: 5, steps: 700}]"""
     watchdog: WatchdogConfig = WatchdogConfig()
+    """Time limits after which a stuck rank ends the run. Example: {step_s: 1200}"""
+    ds_config: dict[str, Any] = {}
+    """Batch, precision, optimizer, ZeRO, offload; merged over the --ds_config file. Example: {train_batch_size: 64}"""
     profile: bool = False
-    """Write a timeline of all ranks, as a picture and a Chrome trace, after the third step."""
+    """Whether a timeline of all ranks, a picture and a Chrome trace, is written after the third step."""
     deterministic: bool = False
-    """Only kernels that give the same bits in every run; slower."""
+    """Whether only kernels that give the same bits in every run are used; slower."""
     digests: bool = False
-    """Write a digest of every memory state of every step, for `python -m armt_dist.digest RUN_A RUN_B`; slow."""
+    """Whether digests of all memory states are written, for `python -m armt_dist.digest RUN_A RUN_B`; slow."""
+
+
+def load_run(config: Path, ds_config: Path | None, default_ds_config: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of the run that would start; its `ds_config` is complete.
+
+    The recipe `config` is merged over the file `ds_config`, or over `default_ds_config` where none was given and the
+    recipe does not stand alone (`is_whole`); ``ds_config.key=value`` overrides both. Raises ConfigError.
+    """
+    of_ds_config = [text for text in overrides if text.startswith(DS_CONFIG)]
+    run = load_config(RunConfig, config, [text for text in overrides if text not in of_ds_config])
+    section = check_section(run.ds_config, config)
+    file = default_ds_config if ds_config is None and not is_whole(section) else ds_config
+    complete = read_ds_config(file, [text.removeprefix(DS_CONFIG) for text in of_ds_config], section)
+    return run.model_copy(update={"ds_config": complete})

@@ -1,4 +1,4 @@
-"""What a run writes down about itself before its first step, and what may not change when it goes on."""
+"""What a run records about itself before its first step, and what may not change when it resumes."""
 
 import json
 import platform
@@ -15,15 +15,18 @@ from ..model.configuration_armt import ARMTConfig
 from .run_config import RunConfig
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
-# What may not change when a run goes on.
+# Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 
 
 def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTConfig, task: Task) -> None:
-    """Write the resolved configuration, versions, and model/ (configuration and tokenizer) into the run folder."""
+    """Write the resolved configuration, versions, and model/ (configuration and tokenizer) into the run folder.
+
+    config.yaml has the complete `ds_config` too, so that it alone describes the run.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+        (folder / "config.yaml").write_text(as_yaml(config.model_copy(update={"ds_config": ds_config})))
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         armt.save_pretrained(folder / "model")
@@ -37,12 +40,17 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
 
 
 def resolved(config: RunConfig) -> dict:
-    """The configuration with its defaults, as plain values."""
+    """Return the configuration with its defaults, as plain values."""
     return config.model_dump(mode="json")
 
 
+def as_yaml(config: RunConfig) -> str:
+    """Return the configuration with its defaults as YAML, which --config accepts."""
+    return yaml.safe_dump(resolved(config), sort_keys=False)
+
+
 def check_same(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where a run that goes on was started with another model, data or curriculum."""
+    """Raise ConfigError where a run that resumes was started with another model, data or curriculum."""
     before, now = read_yaml(folder / "config.yaml"), resolved(config)
     for section in FIXED:
         old, new = flat(before.get(section), section), flat(now[section], section)
@@ -55,7 +63,7 @@ def check_same(folder: Path, config: RunConfig) -> None:
 
 
 def flat(value: object, path: str) -> dict[str, object]:
-    """Leaves of nested mappings and lists by their path."""
+    """Return the leaves of nested mappings and lists by their path."""
     if isinstance(value, dict):
         return {k: v for name, child in value.items() for k, v in flat(child, f"{path}.{name}").items()}
     if isinstance(value, list):
@@ -64,8 +72,8 @@ def flat(value: object, path: str) -> dict[str, object]:
 
 
 def environment() -> dict:
-    """Versions, Python and git commit, as far as they can be known."""
-    facts = {"python": platform.python_version(), "platform": platform.platform()}
+    """Return versions, Python and git commit, as far as they can be known."""
+    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
             facts[package] = version(package)

@@ -1,55 +1,22 @@
 """The rules of the ds_config: which keys are honoured, and what takes the place of the others.
 
-It owns batch, precision, optimizer, clipping, ZeRO and offload. A key that is not honoured is an error.
+It owns batch, precision, optimizer, clipping, ZeRO and offload. A key that is not honoured is an error. It comes from a
+JSON file, from a recipe's `ds_config` section, which is merged over the file, and from the command line.
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from ..config import ConfigError, as_number, assign, one_line
+from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED
 
-from ..config import ConfigError, assign, one_line
+if TYPE_CHECKING:
+    import torch
 
-ANY = object()
-# Key -> its honoured sub-keys, or ANY.
-HONOURED = {
-    "train_batch_size": ANY,
-    "train_micro_batch_size_per_gpu": ANY,
-    "gradient_accumulation_steps": ANY,
-    "optimizer": {"type", "params"},
-    "gradient_clipping": ANY,
-    "bf16": {"enabled"},
-    "communication_data_type": ANY,
-    "data_types": {"grad_accum_dtype"},
-    "zero_optimization": {
-        "stage",
-        "contiguous_gradients",
-        "overlap_comm",
-        "reduce_scatter",
-        "reduce_bucket_size",
-        "sub_group_size",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_model_persistence_threshold",
-        "offload_param",
-        "offload_optimizer",
-        "zero_hpz_partition_size",
-        "round_robin_gradients",
-    },
-    "activation_checkpointing": {"cpu_checkpointing"},
-    "zero_allow_untested_optimizer": ANY,
-    "zero_force_ds_cpu_optimizer": ANY,
-    "steps_per_print": ANY,
-    "wall_clock_breakdown": ANY,
-    "memory_breakdown": ANY,
-    "comms_logger": ANY,
-    "aio": ANY,
-}
-# Keys that people do have, and what takes their place.
+# Keys that other DeepSpeed runs use, and what takes their place.
 REMEDIES = {
     "scheduler": "learning-rate schedules are part of the curriculum's stages in the YAML config",
     "fp16": "use bf16 (float16's range does not fit the memory states)",
@@ -66,7 +33,6 @@ OBJECTS = (
     ("zero_optimization", "offload_optimizer"),
     ("zero_optimization", "offload_param"),
 )
-DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 1e-3}}
 
 
 class BatchSizes(NamedTuple):
@@ -86,8 +52,21 @@ class Prepared(NamedTuple):
     offload_activations: bool
 
 
-def read_ds_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
-    """The file, with ``a.b=value`` overrides. Raises ConfigError for what is not a JSON object or not honoured."""
+def read_ds_config(path: str | Path | None, overrides: Iterable[str] = (), section: dict | None = None) -> dict:
+    """Return the file `path` (None: empty), the recipe's `section` over it, and ``a.b=value`` overrides over both.
+
+    Raises ConfigError for what is not a JSON object or not honoured. `section` was checked by `check_section`.
+    """
+    config = merge(read_file(path) if path is not None else {}, section or {})
+    for override in overrides:
+        assign(config, override)
+    check_keys(config)
+    check_stage(config)
+    return plain_values(config)
+
+
+def read_file(path: str | Path) -> dict:
+    """Read a ds_config from JSON and check its keys. Raises ConfigError naming the file."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -96,29 +75,84 @@ def read_ds_config(path: str | Path, overrides: Iterable[str] = ()) -> dict:
         raise ConfigError(f"ds_config={path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config={path}: expected a JSON object, got {type(config).__name__}")
-    for override in overrides:
-        assign(config, override)
-    check_keys(config)
+    check_keys(config, f" in {path}")
     return config
 
 
-def check_keys(config: dict) -> None:
-    """Every key must be one that has an effect here. Raises ConfigError naming the first that has none."""
+def check_section(section: dict, where: str | Path) -> dict:
+    """Check a recipe's `ds_config` section as a file is checked, and return its `plain_values`.
+
+    Raises ConfigError naming the recipe `where`.
+    """
+    check_keys(section, f" in {where}")
+    return plain_values(section, f" in {where}")
+
+
+def plain_values(config: dict, where: str = "") -> dict:
+    """Return a copy with ``1e-4``, which is text in YAML, as a number. Raises ConfigError for what JSON lacks."""
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(child, f"{path}.{name}") for name, child in value.items()}
+        if isinstance(value, list):
+            return [plain(child, f"{path}.{i}") for i, child in enumerate(value)]
+        value = as_number(value) if isinstance(value, str) else value
+        if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(f"ds_config {path}={one_line(value)}{where}: not a JSON value; give a number or text")
+        return value
+
+    try:
+        return {key: plain(value, key) for key, value in config.items()}
+    except RecursionError:
+        raise ConfigError(f"ds_config{where}: contains itself; write its values out") from None
+
+
+def is_whole(section: dict) -> bool:
+    """Tell whether a recipe's section stands without a file: it names the stage of ZeRO."""
+    zero = section.get("zero_optimization")
+    return isinstance(zero, dict) and "stage" in zero
+
+
+def merge(under: dict, over: Mapping[str, Any]) -> dict:
+    """Return `under` with `over` merged over it, key by key; another optimizer type replaces the whole optimizer."""
+    if isinstance(under.get("optimizer"), dict) and isinstance(over.get("optimizer"), dict):
+        types = under["optimizer"].get("type"), over["optimizer"].get("type")
+        if types[1] not in (None, types[0]):
+            under = {**under, "optimizer": {}}
+    return merge_mappings(under, over)
+
+
+def merge_mappings(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict:
+    """Return the entries of both, those of `over` where both have one; mappings are merged in turn."""
+    merged = dict(under)
+    for key, value in over.items():
+        before = merged.get(key)
+        merged[key] = merge_mappings(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check_keys(config: dict, where: str = "") -> None:
+    """Require that every key has an effect here. Raises ConfigError naming the first that has none, and `where`."""
     for key, value in config.items():
         if key not in HONOURED:
             remedy = REMEDIES.get(key, f"remove it; honoured are {', '.join(HONOURED)}")
-            raise ConfigError(f"ds_config {key}={one_line(value)}: not honoured; {remedy}")
-        if HONOURED[key] is ANY:
+            raise ConfigError(f"ds_config {key}={one_line(value)}{where}: not honoured; {remedy}")
+        known = HONOURED[key]
+        if known is None:
             continue
         if not isinstance(value, dict):
-            raise ConfigError(f"ds_config {key}={one_line(value)}: expected an object")
+            raise ConfigError(f"ds_config {key}={one_line(value)}{where}: expected an object")
         for name in value:
-            if name not in HONOURED[key]:
-                remedy = REMEDIES.get(key, f"remove it; honoured are {', '.join(sorted(HONOURED[key]))}")
-                raise ConfigError(f"ds_config {key}.{name}={one_line(value[name])}: not honoured; {remedy}")
+            if name not in known:
+                remedy = REMEDIES.get(key, f"remove it; honoured are {', '.join(sorted(known))}")
+                raise ConfigError(f"ds_config {key}.{name}={one_line(value[name])}{where}: not honoured; {remedy}")
     for key, name in OBJECTS:
         if not isinstance(config.get(key, {}).get(name, {}), dict):
-            raise ConfigError(f"ds_config {key}.{name}={one_line(config[key][name])}: expected an object")
+            raise ConfigError(f"ds_config {key}.{name}={one_line(config[key][name])}{where}: expected an object")
+
+
+def check_stage(config: dict) -> None:
+    """Require ZeRO's stage 3. Raises ConfigError."""
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3 or isinstance(stage, bool):
         raise ConfigError(
@@ -127,22 +161,19 @@ def check_keys(config: dict) -> None:
 
 
 def batch_sizes(config: dict, dp: int) -> BatchSizes:
-    """DeepSpeed's rule, train_batch_size = micro x accumulation x dp, with the missing one filled in.
+    """Apply DeepSpeed's rule, train_batch_size = micro x accumulation x dp, with the missing one filled in.
 
     Raises ConfigError for sizes that are not positive integers or do not fit the world.
     """
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    values = [config.get(name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"ds_config {name}={one_line(value)}: expected a positive integer")
-    total, micro, accumulation = values
+    total = batch_size(config, "train_batch_size")
+    micro = batch_size(config, "train_micro_batch_size_per_gpu")
+    accumulation = batch_size(config, "gradient_accumulation_steps")
     if total is None and micro is None:
         raise ConfigError("ds_config train_batch_size: missing; set it, or train_micro_batch_size_per_gpu")
     if accumulation is None:
         accumulation = 1 if total is None or micro is None else max(1, total // (micro * dp))
     if micro is None:
-        micro = max(1, total // (accumulation * dp))
+        micro = max(1, (total or 1) // (accumulation * dp))
     if total is None:
         total = micro * accumulation * dp
     if total != micro * accumulation * dp:
@@ -153,26 +184,36 @@ def batch_sizes(config: dict, dp: int) -> BatchSizes:
     return BatchSizes(total, micro, accumulation)
 
 
-def prepare(config: dict, dp: int, world: int, device: torch.device) -> Prepared:
+def batch_size(config: dict, name: str) -> int | None:
+    """Return one of the batch sizes. Raises ConfigError where it is not a positive integer."""
+    value = config.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ConfigError(f"ds_config {name}={one_line(value)}: expected a positive integer")
+    return value
+
+
+def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepared:
     """Check a ds_config and complete it as far as that is possible before there is a model."""
     check_keys(config)
+    check_stage(config)
     sizes = batch_sizes(config, dp)
     ds = json.loads(json.dumps(config))
-    optimizer = ds.setdefault("optimizer", json.loads(json.dumps(DEFAULT_OPTIMIZER)))
+    defaults = {"lr": DEFAULT_LR, "betas": list(DEFAULT_BETAS), "weight_decay": DEFAULT_WEIGHT_DECAY}
+    optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
     params = optimizer.setdefault("params", {})
-    lr = params.setdefault("lr", DEFAULT_OPTIMIZER["params"]["lr"])
+    lr = params.setdefault("lr", DEFAULT_LR)
     if not isinstance(lr, int | float) or isinstance(lr, bool) or lr <= 0:
         raise ConfigError(f"ds_config optimizer.params.lr={one_line(lr)}: expected a positive number")
     offloaded = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if device.type == "cpu" and not offloaded and optimizer.get("type") in ("Adam", "AdamW"):
-        # DeepSpeed's fused CPU Adam is compiled at first use, for about a minute; torch's is there.
+        # DeepSpeed's fused CPU Adam is compiled at first use, for about a minute; torch's is ready.
         params.setdefault("torch_adam", True)
     # DeepSpeed counts every rank as data-parallel. Its sizes only feed its own arithmetic; ours are in `sizes`.
     ds["train_micro_batch_size_per_gpu"] = sizes.micro
     ds["gradient_accumulation_steps"] = sizes.accumulation
     ds["train_batch_size"] = sizes.micro * sizes.accumulation * world
     ds.setdefault("steps_per_print", 2**31)
-    # DeepSpeed's own default, said aloud: without the key it clips all the same. 0 turns clipping off.
+    # DeepSpeed's own default, made explicit: without the key it clips all the same. 0 turns clipping off.
     ds.setdefault("gradient_clipping", 1.0)
     offload = ds.pop("activation_checkpointing", {}).get("cpu_checkpointing", False)
     return Prepared(ds, sizes, float(lr), bool(offload))
