@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them all:  bash tests/run.sh [pytest arguments]
+# Install what the tests need and run them:
+#
+#   bash tests/run.sh                      # all; as root, it also installs Slurm and shellcheck
+#   bash tests/run.sh --quick              # unit tests and the cheapest of several ranks, in less than four minutes
+#   bash tests/run.sh [pytest arguments]   # for example a file
+#
+# Tests whose requirements are missing are skipped; the last lines say which, and what would make them run.
+# ARMT_NO_SKIPS=1 makes a skip an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The cluster tests run a real Slurm on this machine.
+# Daemons of Slurm are in sbin.
 export PATH="$PATH:/usr/sbin:/sbin"
-missing=()
-for program in slurmctld slurmd munged shellcheck; do
-    command -v "$program" >/dev/null || missing+=("$program")
-done
-if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge shellcheck >/dev/null
-    else
-        echo "tests/run.sh: ${missing[*]} not found; install slurm-wlm, munge and shellcheck for the cluster tests" >&2
+if [ $# -eq 0 ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    missing=()
+    for program in slurmctld slurmd munged shellcheck; do
+        command -v "$program" >/dev/null || missing+=("$program")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge shellcheck; } >/dev/null ||
+            echo "tests/run.sh: ${missing[*]} cannot be installed; the tests that need them are skipped" >&2
     fi
 fi
 bash launch/install.sh test

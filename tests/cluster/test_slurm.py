@@ -1,11 +1,13 @@
-"""The scripts in slurm/, unchanged, on a real Slurm of eight nodes on this machine (slurm_cluster.py)."""
+"""The scripts in slurm/, unchanged, on a real Slurm of eight nodes on this machine (support/slurm_cluster.py)."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
-from support.slurm_cluster import ROOT, log_of
+from support.paths import ROOT
+from support.slurm_cluster import log_of
+
+pytestmark = pytest.mark.needs("slurm")
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 ENVIRON = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -44,13 +46,6 @@ def counting(checkout):
         (checkout / "launch" / name).symlink_to(ROOT / "launch" / name)
     (checkout / "launch/train.py").write_text(COUNTER)
     return checkout
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck(script):
-    assert shutil.which("shellcheck"), "shellcheck is not installed"
-    result = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name)

@@ -1,23 +1,17 @@
 """Training through the real command: launcher, ZeRO-3, two gloo ranks; stops, resumes, mistakes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from support.commands import curve, train
+from support.paths import FP32, ROOT
 
 from armt_dist.checkpoint import folder as checkpoint
-from armt_dist.config import ConfigError, load_config
-from armt_dist.distributed.rendezvous import free_port
-from armt_dist.training.curriculum import Stage, learning_rate
-from armt_dist.training.progress import Progress, stage_over
 
-ROOT = Path(__file__).parents[2]
-FP32 = ROOT / "ds_configs/zero3_fp32.json"
 # Two stages, dropout, validations and saves at steps of their own: all that a resume could get wrong.
 SHORT = [
     "model.base_config.resid_pdrop=0.1",
@@ -28,20 +22,6 @@ SHORT = [
     "train.save_every=6",
     "train.validation_steps=1",
 ]
-
-
-def train(*arguments, ranks=2, timeout_s=300):
-    """The finished process of one training command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "launch/train.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
-
-
-def curve(run):
-    """Loss and gradient norm by kind and step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(r["kind"], r["step"]): (r["loss"], r.get("grad_norm")) for r in records}
 
 
 @pytest.fixture(scope="module")
@@ -164,34 +144,3 @@ def test_a_mistake_is_one_line_from_one_rank(name, runs, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], result.stderr[-2000:]
     assert "Traceback" not in result.stderr + result.stdout
     assert out.name == "whole" or not out.exists(), "something half-written was left"
-
-
-def test_learning_rates():
-    stage = Stage(pairs=2, steps=110, warmup_steps=10, schedule="cosine", final=0.1, lr=2.0)
-    assert learning_rate(stage, 0, 1.0) == pytest.approx(0.2)
-    assert learning_rate(stage, 9, 1.0) == learning_rate(stage, 10, 1.0) == pytest.approx(2.0)
-    assert learning_rate(stage, 109, 1.0) == pytest.approx(0.2)
-    assert learning_rate(Stage(segments=2, steps=3), 2, 0.5) == 0.5
-    linear = Stage(segments=2, steps=3, schedule="linear")
-    assert [learning_rate(linear, s, 1.0) for s in range(3)] == [1.0, 0.5, 0.0]
-
-
-def test_a_stage_ends_by_steps_by_accuracy_or_by_patience():
-    stage = Stage(pairs=2, steps=10, until={"accuracy": 0.9, "over": 3})
-    progress = Progress(stage_step=5, recent=(0.8, 0.9, 0.95))
-    assert not stage_over(stage, progress, None)
-    assert stage_over(stage, progress._replace(recent=(0.9, 0.9, 0.9)), None)
-    assert not stage_over(stage, progress._replace(recent=(1.0, 1.0)), None), "too few steps to judge"
-    assert stage_over(stage, progress._replace(stage_step=10), None)
-    assert stage_over(stage, progress._replace(stale=2), 2) and not stage_over(stage, progress._replace(stale=1), 2)
-
-
-def test_overrides_reach_into_lists(tmp_path):
-    from armt_dist.training.run_config import RunConfig
-
-    default = ROOT / "launch/configs/default.yaml"
-    config = load_config(RunConfig, default, ["curriculum.1.pairs=7", "train.seed=3", "model.d_mem=8"])
-    assert config.curriculum[1].pairs == 7 and config.train.seed == 3 and config.model.d_mem == 8
-    for bad in ("curriculum.5.pairs=7", "curriculum.x.pairs=7", "train", "train.seed.x=1", "train.seed=-1"):
-        with pytest.raises(ConfigError):
-            load_config(RunConfig, default, [bad])

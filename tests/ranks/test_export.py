@@ -1,7 +1,6 @@
 """Export: what plain transformers loads from the folder is the model that was trained."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import call_script
 from support.ranks import spawn
 
-from armt_dist.checkpoint.export import PREFIX, export, skeleton
-from armt_dist.checkpoint.zero_shards import open_checkpoint
+from armt_dist.checkpoint.export import PREFIX, export
 from armt_dist.config import ConfigError
-from armt_dist.model.configuration_armt import ARMTConfig
 
-ROOT = Path(__file__).parents[2]
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8}
 LLAMA = {
     "model_type": "llama",
@@ -239,21 +236,13 @@ BAD_ARGUMENTS = {
 }
 
 
-def run_command(name, arguments, monkeypatch, capsys):
-    """Exit code, stdout and stderr of a launch script."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "launch" / name), run_name="__main__")
-    return stop.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("says", BAD_ARGUMENTS)
 def test_bad_arguments_are_one_line(says, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/file").touch()
     arguments = [trained[0] / "gpt2_untied" if word == "RUN" else word for word in BAD_ARGUMENTS[says]]
-    code, _, stderr = run_command("consolidate.py", arguments, monkeypatch, capsys)
+    code, _, stderr = call_script("consolidate.py", arguments, monkeypatch, capsys)
     assert code == 2 and stderr.startswith(f"error: {says}") and stderr.count("\n") == 1
     assert {path.name for path in tmp_path.rglob("*")} == {"full", "file"}
 
@@ -262,75 +251,11 @@ def test_commands_in_a_row(trained, tmp_path, monkeypatch, capsys):
     """consolidate, then evaluate, which knows the task from the folder; an empty folder may be there already."""
     out = tmp_path / "out"
     out.mkdir()
-    code, stdout, _ = run_command("consolidate.py", [trained[0] / "llama_tied", "--out", out], monkeypatch, capsys)
+    code, stdout, _ = call_script("consolidate.py", [trained[0] / "llama_tied", "--out", out], monkeypatch, capsys)
     assert code == 0 and f"launch/evaluate.py --model {out}" in stdout
-    code, stdout, _ = run_command("evaluate.py", ["--model", out, "--samples", 8], monkeypatch, capsys)
+    code, stdout, _ = call_script("evaluate.py", ["--model", out, "--samples", 8], monkeypatch, capsys)
     assert code == 0 and stdout.splitlines()[0].split()[:2] == ["pairs", "samples"]
     result = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert [row["length"] for row in result["rows"]] == [5, 10, 20, 50]
     assert result["data"]["retrieval"]["symbols"] == 8
     assert (out / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-
-
-PEAK = """
-import sys, threading, time
-from pathlib import Path
-from armt_dist.checkpoint.export import export
-
-def anonymous_mb():
-    # Pages of mapped files are the kernel's to take back; these are not.
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous_mb())
-        time.sleep(0.001)
-
-def run(name):
-    global peak
-    start = peak = anonymous_mb()
-    export(Path(sys.argv[1]), Path(sys.argv[1]) / name, dtype=name.split("_")[-1])
-    return peak - start
-
-peak = 0
-threading.Thread(target=watch, daemon=True).start()
-print(run("warm_bfloat16"), run("float32"), run("bfloat16"))
-"""
-
-
-def write_large_run(run):
-    """A run of 2 ranks of a model of about 200 MB, as DeepSpeed lays it out. Returns its bytes."""
-    base = {**GPT2, "n_embd": 512, "n_layer": 15, "vocab_size": 4096}
-    config = ARMTConfig(base_config=base, segment_tokens=4, num_mem_tokens=2, d_mem=16)
-    config.save_pretrained(run / "model")
-    model = skeleton(run / "model", "float32")
-    shapes = {PREFIX + name: parameter.shape for name, parameter in model.named_parameters()}
-    part = sum(-(-shape.numel() // 2) for shape in shapes.values())
-    folder = run / "checkpoints" / "step_00000001"
-    folder.mkdir(parents=True)
-    for rank in range(2):
-        prefix = folder / f"zero_pp_rank_{rank}_mp_rank_00"
-        flat = torch.arange(rank * part, (rank + 1) * part, dtype=torch.float32)
-        # Sub-groups that end in the middle of parameters.
-        state = {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": list(flat.split(10_000_019))}
-        torch.save({"optimizer_state_dict": state}, f"{prefix}_optim_states.pt")
-        torch.save({"param_shapes": [shapes]}, f"{prefix}_model_states.pt")
-    return 8 * part
-
-
-def test_host_memory_is_a_layer_not_the_model(tmp_path):
-    model_mb = write_large_run(tmp_path) / 2**20
-    assert model_mb > 190
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, tmp_path], cwd=ROOT, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    # A layer has 12.7 MB; the last two runs have no imports left to make.
-    for peak_mb in map(float, done.stdout.split()[1:]):
-        assert peak_mb < 16, f"{peak_mb:.0f} MB for a model of {model_mb:.0f} MB"
-    parameters = open_checkpoint(tmp_path / "checkpoints" / "step_00000001")
-    exported = load_file(tmp_path / "float32" / "model.safetensors")
-    for name, tensor in exported.items():
-        assert torch.equal(tensor.flatten(), torch.cat(parameters[PREFIX + name].pieces)), name

@@ -12,6 +12,18 @@ import pytest
 from armt_dist.distributed.rendezvous import free_port
 from support.paths import ROOT
 
+# Arguments of a short run that saves every other step. Frozen memory projections are parameters that no optimizer
+# knows.
+SAVE_OFTEN = [
+    "model.freeze_mem=true",
+    "curriculum.0.at_least=1.0",
+    "curriculum.0.warmup_steps=5",
+    "curriculum.0.steps=12",
+    "ds_config.train_batch_size=8",
+    "train.validate_every=100",
+    "train.save_every=2",
+]
+
 
 def train(*arguments, ranks=2, timeout_s=300) -> subprocess.CompletedProcess:
     """Run launch/train.py to its end under the deepspeed launcher."""

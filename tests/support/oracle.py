@@ -34,11 +34,11 @@ def oracle(model, ids, labels, mask):
     return loss.detach(), gradients
 
 
-def scheduled_loss(model, ids, labels, mask, grid=GRID, **options):
+def scheduled_loss(model, ids, labels, mask, grid=GRID, schedule_name=None, **options):
     """Mean loss and gradients of the scheduled executor; `options` are those of ScheduledLM."""
     runner = ScheduledLM(model, **options)
     grid = grid._replace(layers=model.config.num_hidden_layers)
-    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid))
+    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid, schedule_name=schedule_name))
     loss = totals.nll / totals.scored
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from support.programs import find
+
 NODES = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 # Below Linux's ephemeral ports and above every MASTER_PORT that the scripts choose.
@@ -136,11 +137,6 @@ def cluster() -> Iterator[Cluster]:
     finally:
         stop(running)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def find(program: str) -> str | None:
-    """The path of a program; Debian keeps daemons in sbin, which is not on every PATH."""
-    return shutil.which(program) or shutil.which(program, path="/usr/local/sbin:/usr/sbin:/sbin")
 
 
 def configure(folder: Path) -> None:

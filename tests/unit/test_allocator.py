@@ -1,13 +1,10 @@
 """Tensors of megabytes come from the heap, which stays with the process, rather than from mappings of their own."""
 
-import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
 
 MAPPED = """
 import ctypes, torch
@@ -33,7 +30,7 @@ def mapped(before: str, megabytes: int) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is of glibc 2.33 and later")
+@pytest.mark.needs("mallinfo2")
 def test_tensors_come_from_the_heap():
     assert mapped("", 48) == mapped("", 24) == 1
     assert mapped("assert process.keep_freed_memory()", 48) == 0

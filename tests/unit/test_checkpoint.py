@@ -5,27 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import spawn
+from support.checkpoints import TAGS, write_checkpoints
 
 from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.checkpoint.folder import CheckpointError
 from armt_dist.checkpoint.save import Writer
 
-TAGS = ("step_00000002", "step_00000004")
-
 
 @pytest.fixture
 def root(tmp_path):
     """Two whole checkpoints, `latest` at the second."""
-    for tag in TAGS:
-        staged = checkpoint.staging(tmp_path, tag)
-        staged.mkdir()
-        files = [staged / "shard_0.pt", staged / "shard_1.pt"]
-        for number, path in enumerate(files):
-            path.write_bytes(bytes([number]) * 100)
-        facts = {"tag": tag, "world_size": 2, "state": {}}
-        checkpoint.write_manifest(staged, tmp_path / tag, checkpoint.hash_files(staged, files), facts)
-    checkpoint.point_to(tmp_path, "latest", TAGS[1])
+    write_checkpoints(tmp_path)
     return tmp_path
 
 
@@ -74,12 +64,6 @@ DAMAGE = {
 }
 
 
-def find(ranks, root: Path) -> tuple[str | None, list[str]]:
-    """The checkpoint that a run would go on from, and what it says."""
-    said = []
-    return checkpoint.find_newest(root, said.append), said
-
-
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named(root, name):
     damage, says = DAMAGE[name]
@@ -89,13 +73,6 @@ def test_damage_is_named(root, name):
         checkpoint.verify_checkpoint(root / TAGS[1])
     assert str(root / TAGS[1]) in str(caught.value) and "\n" not in str(caught.value)
     checkpoint.verify_checkpoint(root / TAGS[0])
-
-
-def test_a_damaged_one_is_passed_over_by_all_ranks(root):
-    assert spawn(2, find, root) == [(TAGS[1], [])] * 2
-    manifest_gone(root / TAGS[1])
-    for tag, said in spawn(2, find, root):
-        assert tag == TAGS[0] and len(said) == 1 and TAGS[1] in said[0]
 
 
 def test_what_is_kept(root):

@@ -1,16 +1,15 @@
 """Every recipe is a valid configuration, names its initialisation where it starts from nothing, and fits its task."""
 
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-from armt_dist.config import load_config
+from armt_dist.config import ConfigError, load_config
 from armt_dist.data.tasks import make_task
 from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3 import partitioned_model as build
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from experiments import EXPERIMENTS
 
@@ -51,3 +50,12 @@ def test_experiment(name):
         settings = [s for s in (*experiment.settings, *leg.overrides) if not s.startswith("ds_config.")]
         config = load_config(RunConfig, ROOT / "launch/configs" / experiment.recipe, settings)
         assert {stage.unit for stage in config.curriculum} == {experiment.unit}
+
+
+def test_overrides_reach_into_lists(tmp_path):
+    default = ROOT / "launch/configs/default.yaml"
+    config = load_config(RunConfig, default, ["curriculum.1.pairs=7", "train.seed=3", "model.d_mem=8"])
+    assert config.curriculum[1].pairs == 7 and config.train.seed == 3 and config.model.d_mem == 8
+    for bad in ("curriculum.5.pairs=7", "curriculum.x.pairs=7", "train", "train.seed.x=1", "train.seed=-1"):
+        with pytest.raises(ConfigError):
+            load_config(RunConfig, default, [bad])

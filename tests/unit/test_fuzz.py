@@ -5,13 +5,13 @@ import hashlib
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.golden import GOLDEN
+from support.paths import ROOT
 
 from armt_dist import reference
 from armt_dist.checkpoint import folder as checkpoint
@@ -20,7 +20,6 @@ from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3 import partitioned_model as build
 from armt_dist.zero3.ds_config import prepare, read_ds_config
 
-ROOT = Path(__file__).parents[2]
 CASE = GOLDEN / "armt_v2_gpt2_freezemem"
 KINDS = 4
 EXAMPLES = 1000 // KINDS

@@ -2,11 +2,11 @@
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-PACKAGE = Path(__file__).parents[2] / "armt_dist"
+PACKAGE = ROOT / "armt_dist"
 MODEL = sorted((PACKAGE / "model").glob("*.py"))
 
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from support.golden import (
     norm_tolerance,
 )
 from support.models import BASES
+from support.paths import ROOT
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,8 +33,6 @@ from armt_dist import reference
 from armt_dist.model.backbone import FAMILIES
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM, segment_lengths
-
-ROOT = Path(__file__).parents[2]
 
 # --- golden cases -------------------------------------------------------------------------------------------------
 

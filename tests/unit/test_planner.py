@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
@@ -16,7 +16,6 @@ from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, 
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
 
-ROOT = Path(__file__).parents[2]
 SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]
 
 

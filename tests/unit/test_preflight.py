@@ -1,19 +1,7 @@
 """Preflight: judgements on made-up facts, then real measurements with one rank made unfit on purpose."""
 
-import contextlib
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-from unittest import mock
-
 import pytest
-import torch
-import torch.distributed as dist
-from support.ranks import spawn
 
-from armt_dist.distributed import preflight
 from armt_dist.distributed.preflight import GIB, MIB, Facts, Thresholds, judge, link_turn, report
 
 LIMITS = Thresholds(gpus=1, folder_bytes=GIB, clock_s=5.0, slow=1.5)
@@ -94,91 +82,3 @@ def test_report_has_a_line_per_node_and_the_bandwidth():
     assert [line.split()[0] for line in lines[1:6]] == ["n1", "n2", "n3", "n4", "n5"]
     # 2 * 4 / 5 * 10 MiB / 1 ms
     assert "bus 16.78 GB/s" in lines[-1]
-
-
-@contextlib.contextmanager
-def broken(how: str, folder: Path):
-    """Make this process unfit from outside, and whole again."""
-    with contextlib.ExitStack() as stack:
-        patch = lambda module, **new: stack.enter_context(mock.patch.multiple(module, **new))  # noqa: E731
-        if how == "compute":
-            compute_s = preflight.compute_s
-            patch(preflight, compute_s=lambda device: compute_s(device) + 1.0)
-        elif how == "links":
-            send, recv = dist.send, dist.recv
-            patch(dist, send=lambda *a: time.sleep(0.02) or send(*a), recv=lambda *a: time.sleep(0.02) or recv(*a))
-        elif how == "full":
-            # a link to a device on which every write fails with "No space left on device"
-            (folder / ".preflight.2.part").symlink_to("/dev/full")
-        elif how == "version":
-            fake = folder / "site" / "transformers-0.0.1.dist-info"
-            fake.mkdir(parents=True)
-            (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
-            patch(sys, path=[str(fake.parent), *sys.path])
-        yield
-
-
-def examine_broken(ranks, folder, hows):
-    """For each way to break rank 2: the faults that `judge` finds, and the files left in the folder."""
-    ranks = ranks._replace(local_world_size=1)
-    os.environ["SLURMD_NODENAME"] = f"n{ranks.rank}"
-    limits = Thresholds(gpus=0, folder_bytes=0, clock_s=30.0, slow=20.0)
-    folder, results = Path(folder), []
-    for how in hows:
-        here = folder / "only here" if how == "folder" and ranks.rank == 2 else folder
-        with broken(how if ranks.rank == 2 else "", folder):
-            faults = judge(preflight.examine(ranks, torch.device("cpu"), here, payload_bytes=2**18), limits)
-        results.append((faults, [path.name for path in folder.glob("**/.preflight*")]))
-        # The next round's files must not count as this one's leftovers.
-        dist.barrier()
-    return results
-
-
-def test_a_broken_rank_is_found_among_four(tmp_path):
-    expected = {
-        "": None,
-        "compute": "n2: slow, computes in 10",
-        "links": "n2: slow links",
-        "version": "n2: transformers=0.0.1",
-        "folder": "n2: does not see what rank 0 wrote",
-        "full": "n2: cannot write to",
-    }
-    for results in spawn(4, examine_broken, str(tmp_path), list(expected), timeout_s=90):
-        for how, (faults, leftovers) in zip(expected, results, strict=True):
-            assert leftovers == [], how
-            assert (faults == []) if not how else any(fault.startswith(expected[how]) for fault in faults), (
-                how,
-                faults,
-            )
-
-
-def preflight_command(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, str(root / "launch/preflight.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | environ,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-
-
-def test_command_passes_on_one_fit_node(tmp_path):
-    result = preflight_command("--nodes=1", f"--folder={tmp_path}", "--need-gib=0")
-    assert result.returncode == 0, result.stderr
-    assert "preflight: 1 nodes fit" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--nodes=2"], "nodes=2: 1 take part"),
-        (["--gpus=64"], "GPUs of 64"),
-        (["--need-gib=1e9"], "GiB free in the run's folder, 1000000000.0 wanted"),
-    ],
-)
-def test_command_ends_with_one_line_and_code_2(tmp_path, arguments, words):
-    result = preflight_command(f"--folder={tmp_path}", *arguments)
-    assert result.returncode == 2
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], result.stderr

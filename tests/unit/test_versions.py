@@ -2,12 +2,9 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +12,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support.models import small_model
+from support.paths import ROOT
 
 from armt_dist import versions
 from armt_dist.checkpoint import exported_code
 from armt_dist.config import ConfigError
-from armt_dist.data.tokenizers import character_tokenizer
 from armt_dist.evaluation.exported import small_twin
 from armt_dist.model import tested
 from armt_dist.model.configuration_armt import ARMTConfig
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
@@ -102,82 +98,12 @@ def test_strict_versions_end_the_command(command, installed, monkeypatch, capsys
     assert stop.value.code == 2 and error.startswith("error: strict-versions: ") and error.count("\n") == 1
 
 
-# --- the code in an exported folder -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def exported(tmp_path):
-    """An exported model whose modelling code is of an older version, without the guard against other transformers."""
-    folder = tmp_path / "model"
-    small_model().save_pretrained(folder)
-    characters = "".join(map(chr, range(65, 115)))
-    character_tokenizer(characters, {"eos_token": "A", "pad_token": "B"}).save_pretrained(folder)
-    (folder / "generation.py").unlink()
-    old = (folder / "modeling_armt.py").read_text().replace("ARMTGenerationMixin", "GenerationMixin")
-    old = old.replace(
-        "from .generation import GenerationMixin, check_others", "from transformers import GenerationMixin"
-    )
-    (folder / "modeling_armt.py").write_text(old)
-    return folder
-
-
-def command(name, *arguments):
-    """The finished process of a launch script."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, ROOT / "launch" / name, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def test_an_export_has_todays_code(tmp_path):
     small_model().save_pretrained(tmp_path)
     assert not exported_code.is_stale(tmp_path)
     assert {file.name for file in exported_code.code_files()} == {path.name for path in tmp_path.glob("*.py")}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == exported_code.AUTO_MAP
     assert exported_code.refresh(tmp_path) == []
-
-
-def test_old_code_is_recognised_and_refreshed(exported, tmp_path):
-    before = contents(exported)
-    refresh = f"launch/consolidate.py --refresh {exported}"
-    asked = command("ask.py", "--model", exported, "question")
-    assert asked.returncode == 2 and refresh in asked.stderr and "Traceback" not in asked.stderr
-    evaluated = command("evaluate.py", "--model", exported, "--task", "text", "--samples", "4", "--lengths", "2")
-    assert refresh in evaluated.stderr and "is not this version's" in evaluated.stderr
-    assert contents(exported).keys() - before.keys() == set(), "nothing but code is written"
-    done = command("consolidate.py", "--refresh", exported)
-    assert done.returncode == 0, done.stderr
-    assert "replaced generation.py, modeling_armt.py" in done.stdout
-    after = contents(exported)
-    for name in before.keys() - {"modeling_armt.py"}:
-        assert after[name] == before[name], f"{name} was touched"
-    assert not exported_code.is_stale(exported)
-    again = command("consolidate.py", "--refresh", exported)
-    assert again.returncode == 0 and "is this version's already" in again.stdout
-
-
-BAD_FOLDERS = {
-    "no readable config.json": None,
-    "holds no ARMT": '{"model_type": "gpt2"}',
-    "no readable config.json in it": "{",
-}
-
-
-@pytest.mark.parametrize("says", BAD_FOLDERS)
-def test_a_folder_without_a_model_is_not_refreshed(says, tmp_path):
-    if BAD_FOLDERS[says]:
-        (tmp_path / "config.json").write_text(BAD_FOLDERS[says])
-    done = command("consolidate.py", "--refresh", tmp_path)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("*.py"))
-
-
-def test_refresh_goes_without_a_run(tmp_path):
-    done = command("consolidate.py", "run", "--refresh", tmp_path)
-    assert done.returncode == 2 and "--refresh takes no run" in done.stderr
 
 
 @pytest.mark.parametrize("family", FAMILIES)

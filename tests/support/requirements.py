@@ -1,0 +1,67 @@
+"""What a test may need beyond Python packages: `@pytest.mark.needs(name)`, and the command that provides it."""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+from support.programs import find, find_mpirun
+
+
+class Requirement(NamedTuple):
+    """`missing` says what is missing, or nothing; `command` makes the tests run."""
+
+    missing: Callable[[], str]
+    command: str
+
+
+def missing_programs(*programs: str) -> Callable[[], str]:
+    """A check for programs on the PATH or in sbin."""
+
+    def missing() -> str:
+        absent = [program for program in programs if find(program) is None]
+        return f"{', '.join(absent)} not found" if absent else ""
+
+    return missing
+
+
+def cannot_mount() -> str:
+    """Try it: root in a container may lack the right to mount."""
+    if os.geteuid() != 0:
+        return "not root"
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+            return "root without the right to mount"
+        subprocess.run(["umount", folder], check=True)
+    return ""
+
+
+def no_mpirun() -> str:
+    return "" if find_mpirun() else "mpirun not found"
+
+
+def no_mallinfo2() -> str:
+    return "" if hasattr(ctypes.CDLL(None), "mallinfo2") else "the C library has no mallinfo2"
+
+
+REQUIREMENTS = {
+    "root": Requirement(cannot_mount, "sudo bash tests/run.sh (in a container: docker run --privileged)"),
+    "slurm": Requirement(
+        missing_programs("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo"),
+        "apt-get install slurm-wlm munge",
+    ),
+    "mpi": Requirement(no_mpirun, "bash launch/install.sh test, or apt-get install openmpi-bin"),
+    "shellcheck": Requirement(missing_programs("shellcheck"), "apt-get install shellcheck"),
+    "mallinfo2": Requirement(no_mallinfo2, "bash tests/run.sh on a system with glibc 2.33 or later"),
+}
+
+
+@cache
+def reason_to_skip(name: str) -> str:
+    """Why tests that need `name` cannot run here, and the command that changes it; empty where they can."""
+    requirement = REQUIREMENTS[name]
+    missing = requirement.missing()
+    return f"needs {name}: {missing}; to run it: {requirement.command}" if missing else ""

@@ -1,0 +1,26 @@
+"""Stages of the curriculum: their learning rates, and when each ends."""
+
+import pytest
+
+from armt_dist.training.curriculum import Stage, learning_rate
+from armt_dist.training.progress import Progress, stage_over
+
+
+def test_learning_rates():
+    stage = Stage(pairs=2, steps=110, warmup_steps=10, schedule="cosine", final=0.1, lr=2.0)
+    assert learning_rate(stage, 0, 1.0) == pytest.approx(0.2)
+    assert learning_rate(stage, 9, 1.0) == learning_rate(stage, 10, 1.0) == pytest.approx(2.0)
+    assert learning_rate(stage, 109, 1.0) == pytest.approx(0.2)
+    assert learning_rate(Stage(segments=2, steps=3), 2, 0.5) == 0.5
+    linear = Stage(segments=2, steps=3, schedule="linear")
+    assert [learning_rate(linear, s, 1.0) for s in range(3)] == [1.0, 0.5, 0.0]
+
+
+def test_a_stage_ends_by_steps_by_accuracy_or_by_patience():
+    stage = Stage(pairs=2, steps=10, until={"accuracy": 0.9, "over": 3})
+    progress = Progress(stage_step=5, recent=(0.8, 0.9, 0.95))
+    assert not stage_over(stage, progress, None)
+    assert stage_over(stage, progress._replace(recent=(0.9, 0.9, 0.9)), None)
+    assert not stage_over(stage, progress._replace(recent=(1.0, 1.0)), None), "too few steps to judge"
+    assert stage_over(stage, progress._replace(stage_step=10), None)
+    assert stage_over(stage, progress._replace(stale=2), 2) and not stage_over(stage, progress._replace(stale=1), 2)
