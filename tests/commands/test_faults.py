@@ -1,4 +1,4 @@
-"""When something goes wrong: stuck ranks, bad numbers, runs that should be equal and are not."""
+"""Faults planted in a run: stuck ranks, non-finite losses, jumps of the loss, a slow rank, a disturbed memory."""
 
 import json
 import math

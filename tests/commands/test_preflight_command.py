@@ -1,4 +1,4 @@
-"""launch/preflight.py on one machine."""
+"""Run launch/preflight.py on one machine."""
 
 import pytest
 from support.commands import run_script

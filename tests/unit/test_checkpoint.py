@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged after they were whole, without an engine: what is noticed, and what is loaded then."""
+"""Checkpoints without an engine: what damage is noticed, which ones are kept, what a background save writes."""
 
 import json
 from pathlib import Path

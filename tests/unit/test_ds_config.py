@@ -9,7 +9,7 @@ from armt_dist.zero3 import engine as engines
 from armt_dist.zero3.ds_config import batch_sizes, prepare
 
 CPU = torch.device("cpu")
-ZERO = {"stage": 3}
+ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 BAD_DS_CONFIGS = {

@@ -1,5 +1,7 @@
-"""Other memories than the plain one: the sliding window against the base model with a banded mask, RMT, and the
-segment-major order that it needs."""
+"""Other memories than the plain one.
+
+The sliding window against the base model with a banded mask; RMT, and the segment-major order that it needs.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who am I, where are the others, how is the world split, and does one rank's error end all of them in one line."""
+"""Which rank a process is, under any launcher, and how the world is split into groups."""
 
 import pytest
 

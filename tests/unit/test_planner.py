@@ -1,12 +1,9 @@
 """The planner's arithmetic against facts from elsewhere: published sizes, the schedules themselves, the simulator."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from support.paths import ROOT
+from support.commands import run_script
 
 from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
@@ -196,16 +193,11 @@ def test_the_live_layers_of_the_plan_cover_those_of_the_schedule():
     assert build_program("wavefront", result.grid, 3) == wavefront(grid, 3)
 
 
-def run_plan(*arguments):
-    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_command_prints_the_table_and_draws(tmp_path):
     config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run_plan(
+    done = run_script(
+        "plan.py",
         *("--model", str(tmp_path / "config.json"), "--gpus", "8", "--sp", "8", "--sequence-tokens", "8192"),
         *("--timeline", "--png", str(tmp_path / "timeline.png")),
     )
@@ -216,6 +208,6 @@ def test_command_prints_the_table_and_draws(tmp_path):
 
 
 def test_command_reports_a_mistake_in_one_line():
-    done = run_plan("--gpus", "8", "--sp", "3")
+    done = run_script("plan.py", "--gpus", "8", "--sp", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: sp=3 does not divide gpus=8; try sp=1\n"

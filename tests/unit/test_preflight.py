@@ -1,4 +1,4 @@
-"""Preflight: judgements on made-up facts, then real measurements with one rank made unfit on purpose."""
+"""Preflight judges nodes by made-up facts."""
 
 import pytest
 

@@ -3,14 +3,13 @@
 import importlib.metadata
 import json
 import re
-import runpy
-import sys
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support.commands import call_script
 from support.models import small_model
 from support.paths import ROOT
 
@@ -91,11 +90,8 @@ def test_a_version_outside_is_one_line_and_the_run_goes_on(installed, capsys):
 def test_strict_versions_end_the_command(command, installed, monkeypatch, capsys):
     installed(transformers="5.17.0")
     name, *arguments = command.split()
-    monkeypatch.setattr(sys, "argv", [name, *arguments, "--strict-versions"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "launch" / name), run_name="__main__")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: strict-versions: ") and error.count("\n") == 1
+    code, _, error = call_script(name, [*arguments, "--strict-versions"], monkeypatch, capsys)
+    assert code == 2 and error.startswith("error: strict-versions: ") and error.count("\n") == 1
 
 
 def test_an_export_has_todays_code(tmp_path):
