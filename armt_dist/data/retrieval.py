@@ -5,9 +5,9 @@ Two pairs, key and value of one symbol (`:` sep, `?` gen, `|` eos, `.` not score
     input   a : 3 |  7 : c |  a ? 3 |
     label   . . . .  . . . .  . 3 | .
 
-The label row is shifted already: at `?` the model is to say 3, at 3 it is to say eos.
+Labels are shifted already: the model must predict 3 at `?`, and eos at 3.
 
-Shapes: b rows, n pairs, k symbols of a key, v of a value, T = k + v + 2 tokens of a segment, N = (n + 1) T.
+Shapes: b rows, n pairs, k symbols in a key, v in a value, T = k + v + 2 tokens in a segment, N = (n + 1) T.
 """
 
 import string
@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import ConfigError, Section
 from .sampling import Split, row_words
-from .task import IGNORE, Batch, Difficulty, Run, Stateless
-from .tokenizers import character_tokenizer
+from .task import IGNORE, Batch, Difficulty, Measure, Run, Stateless, Unit
+from .tokenizers import character_tokenizer, decode
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 SEP, GEN, EOS, PAD = ":?|_"
-# Strings are drawn as one 64-bit number modulo their count; up to here the bias is below 2^-32.
+# Strings are drawn as one 64-bit number modulo their count. Up to this count the bias is below 2^-32.
 MAX_STRINGS = 2**32
 
 
@@ -50,13 +50,13 @@ class RetrievalConfig(Section):
 
 
 class Retrieval(Stateless):
-    """The tasks `rewrite` (keys repeat, the latest value counts) and `remember` (keys unique in a sample).
+    """The tasks `rewrite` (keys repeat, the latest value counts) and `remember` (keys are unique in a sample).
 
     Tokens: symbols 0..symbols-1, then sep, gen, eos, pad.
     """
 
-    measure = "accuracy"
-    unit = "pairs"
+    measure: Measure = "accuracy"
+    unit: Unit = "pairs"
 
     def __init__(
         self, config: RetrievalConfig, tokenizer: PreTrainedTokenizerBase, run: Run, unique_keys: bool
@@ -75,21 +75,22 @@ class Retrieval(Stateless):
             )
 
     def sequence_tokens(self, n: int) -> int:
+        """Return the tokens N of a sample of `n` pairs. Raises ConfigError if there are too few different keys."""
         self.key_count(n)
         return (n + 1) * self.segment_tokens
 
     def key_count(self, n: int, key_length: int | None = None, symbols: int | None = None) -> int:
-        """Different keys that samples of `n` pairs choose from: the last `key_length` symbols vary among `symbols`.
+        """Count the different keys whose last `key_length` symbols vary among `symbols`; None: the task's own.
 
-        Raises ConfigError where the task has no such keys, and where `n` different ones are needed and do not exist.
+        Raises ConfigError if the task's keys are shorter or have fewer symbols, or if `n` unique keys do not exist.
         """
         chosen = {"key_length": key_length, "symbols": symbols}
         for name, value in chosen.items():
             most = getattr(self.config, name)
             if value is not None and value > most:
-                raise ConfigError(f"{name}={value}: data.retrieval.{name}={most} is the most; lower it or raise that")
-        length, symbols = (chosen[name] or getattr(self.config, name) for name in chosen)
-        count = symbols**length
+                raise ConfigError(f"{name}={value}: above data.retrieval.{name}={most}; lower it or raise that")
+        length = key_length or self.config.key_length
+        count = (symbols or self.config.symbols) ** length
         if self.unique_keys and n > count:
             raise ConfigError(
                 f"pairs={n}: only {count} different keys of key_length={length} exist; "
@@ -98,17 +99,18 @@ class Retrieval(Stateless):
         return count
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        """Return `rows` of the global batch of `step`."""
         n = difficulty.draw(self.seed, split, step)
         tokens = self.sequence_tokens(n)
-        # A shorter key is one whose first symbols are 0: segments keep their length from stage to stage.
+        # The first symbols of a shorter key are 0, so that segments have the same length in every stage.
         key_count = self.key_count(n, difficulty.key_length, difficulty.symbols)
         value_count = self.config.symbols**self.config.value_length
         words = row_words(self.seed, split, step, rows, 3 * n + 1)
         keys = distinct(words[:, : 2 * n], key_count) if self.unique_keys else words[:, :n] % key_count
         values = words[:, 2 * n : 3 * n] % value_count
         asked = ask(keys, words[:, 3 * n])[:, None]
-        pairs = [np.concatenate([x, np.take_along_axis(x, asked, axis=1)], axis=1) for x in (keys, values)]
-        input_ids = torch.from_numpy(self.lay_out(*pairs, difficulty.symbols).reshape(len(rows), tokens))
+        keys, values = (np.concatenate([x, np.take_along_axis(x, asked, axis=1)], axis=1) for x in (keys, values))
+        input_ids = torch.from_numpy(self.lay_out(keys, values, difficulty.symbols).reshape(len(rows), tokens))
         labels = torch.full_like(input_ids, IGNORE)
         scored = self.config.value_length + 1
         labels[:, -scored - 1 : -1] = input_ids[:, -scored:]
@@ -116,10 +118,11 @@ class Retrieval(Stateless):
 
     @property
     def lengths(self) -> tuple[int, int]:
+        """Symbols in a key and in a value."""
         return self.config.key_length, self.config.value_length
 
     def lay_out(self, keys: np.ndarray, values: np.ndarray, symbols: int | None) -> np.ndarray:
-        """Key and value numbers [b, n+1] -> tokens int64 [b, n+1, T]; keys are spelled with so many symbols."""
+        """Spell key and value numbers [b, n+1] as tokens int64 [b, n+1, T]; the digits of keys have base `symbols`."""
         k, v = self.lengths
         sep, gen, eos = (self.config.symbols + i for i in range(3))
         segments = np.empty((*keys.shape, self.segment_tokens), dtype=np.int64)
@@ -131,42 +134,43 @@ class Retrieval(Stateless):
         return segments
 
     def key_blind(self, batch: Batch) -> float:
-        """Accuracy to expect of whoever says the value of any of a sample's keys, without finding the asked one."""
+        """Return the expected accuracy of answering with the value of a random key of the sample."""
         segments = batch.input_ids.numpy().reshape(len(batch.input_ids), -1, self.segment_tokens)
         k = self.config.key_length
         keys, values = (number(part, self.config.symbols) for part in (segments[..., :k], segments[..., k + 1 : -1]))
-        # The latest pair of every key holds its value.
+        # Only the latest pair of a key counts.
         later = keys[:, None, :-1] == keys[:, :-1, None]
         latest = ~np.triu(later, k=1).any(axis=2)
         right = (values[:, :-1] == values[:, -1:]) & latest
         return float((right.sum(axis=1) / latest.sum(axis=1)).mean())
 
     def show(self, batch: Batch, row: int = 0) -> str:
+        """Return one sample as text, its segments separated by spaces."""
         segments = batch.input_ids[row].reshape(-1, self.segment_tokens)
-        return " ".join(self.tokenizer.decode(segment) for segment in segments)
+        return " ".join(decode(self.tokenizer, segment) for segment in segments)
 
 
 def retrieval_tokenizer(config: RetrievalConfig) -> PreTrainedTokenizerFast:
-    """One character a token: `0`..`9`, `a`.. the symbols, `:` sep, `?` gen, `|` eos, `_` pad.
+    """Build a tokenizer of characters: the symbols `0`..`9`, `a`.., then `:` sep, `?` gen, `|` eos, `_` pad.
 
-    A person types ``3:a| 3?`` and reads ``a|``.
+    For the prompt ``3:a| 3?`` the model answers ``a|``.
     """
     return character_tokenizer(ALPHABET[: config.symbols] + SEP + GEN + EOS + PAD, {"eos_token": EOS, "pad_token": PAD})
 
 
 def digits(numbers: np.ndarray, base: int, length: int) -> np.ndarray:
-    """Numbers [...] -> their digits [..., length], most significant first."""
+    """Split numbers [...] into digits [..., length], most significant first."""
     powers = np.array([base**i for i in reversed(range(length))], dtype=np.uint64)
     return numbers[..., None] // powers % np.uint64(base)
 
 
 def number(digits: np.ndarray, base: int) -> np.ndarray:
-    """The inverse of `digits`: int64 [..., length] -> [...]."""
+    """Invert `digits`: int64 [..., length] -> [...]."""
     return digits @ np.array([base**i for i in reversed(range(digits.shape[-1]))], dtype=np.int64)
 
 
 def distinct(words: np.ndarray, count: int) -> np.ndarray:
-    """Random words [b, 2n] -> n different numbers below `count` in each row, uint64 [b, n], in random order.
+    """Draw n different numbers below `count` for each row from random words [b, 2n]: uint64 [b, n], random order.
 
     Floyd's sampling without replacement (Bentley and Floyd, CACM 30(9), 1987), then a shuffle.
     """
@@ -180,11 +184,11 @@ def distinct(words: np.ndarray, count: int) -> np.ndarray:
 
 
 def ask(keys: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Keys [b, n] and one random word a row -> index [b] of the asked pair.
+    """Choose the pair to ask about with one random word [b] per row of keys [b, n]; return its index [b].
 
-    It is the latest pair of its key, and the key is uniform over the different keys of the row.
+    It is the latest pair of its key, and the key is uniform over the row's different keys.
     """
-    # A stable sort puts equal keys side by side, the latest of them last.
+    # A stable sort groups equal keys, the latest one last.
     order = np.argsort(keys, axis=1, kind="stable")
     ordered = np.take_along_axis(keys, order, axis=1)
     latest = np.ones(keys.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""Which samples a step sees: random words and permutations as pure functions of (seed, split, step, row)."""
+"""The samples of a step: random words and permutations as pure functions of (seed, split, step, row)."""
 
 from functools import lru_cache
 from math import ceil
@@ -8,23 +8,24 @@ import numpy as np
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-# Independent random streams: numbers of one never correlate with those of another.
+# Independent random streams.
 STREAMS = {"length": 0, "rows": 1, "epoch": 2, "files": 3}
 
 
 def generator(stream: str, seed: int, split: Split, *where: int) -> np.random.Generator:
-    """A generator that is a pure function of its arguments."""
+    """Return a generator that depends on the arguments alone."""
     return np.random.Generator(philox(stream, seed, split, *where))
 
 
 def philox(stream: str, seed: int, split: Split, *where: int) -> np.random.Philox:
+    """Return the counter-based bit generator behind `generator`."""
     return np.random.Philox(np.random.SeedSequence((STREAMS[stream], seed, SPLITS.index(split), *where)))
 
 
 def row_words(seed: int, split: Split, step: int, rows: range, width: int) -> np.ndarray:
-    """Random uint64 [b, width]: row i of a step owns the same words, whoever asks for it and with which others."""
-    assert rows.step == 1 and len(rows) > 0, f"rows={rows} is not a stretch of a global batch"
-    # Philox makes 4 words for each count of its counter, and `advance` moves the counter.
+    """Return random uint64 [b, width]. The words of a row do not depend on which other rows are requested."""
+    assert rows.step == 1 and len(rows) > 0, f"rows={rows}: not consecutive rows of a global batch"
+    # Philox generates 4 words per count of its counter, which `advance` moves.
     counts = ceil(width / 4)
     stream = philox("rows", seed, split, step)
     stream.advance(rows.start * counts)
@@ -32,10 +33,10 @@ def row_words(seed: int, split: Split, step: int, rows: range, width: int) -> np
 
 
 class Order(NamedTuple):
-    """Which of `size` samples is row i of step k.
+    """The order in which the rows of the steps take `size` samples.
 
-    Training walks through a new permutation each epoch. Validation takes them in order; rows beyond the last sample
-    repeat earlier ones unscored, so ceil(size / global_batch) steps score each sample once. Then it starts again.
+    Training takes a new permutation each epoch. Validation takes samples in order; rows beyond the last sample repeat
+    earlier ones unscored, so ceil(size / global_batch) steps score each sample once, and then start again.
     """
 
     size: int
@@ -44,7 +45,7 @@ class Order(NamedTuple):
     global_batch: int
 
     def number(self, step: int, row: int) -> tuple[int, bool]:
-        """Sample number, and whether it is to be scored."""
+        """Return the sample number of a row, and whether it is scored."""
         assert row < self.global_batch, f"row {row} of a global batch of {self.global_batch}"
         if self.split == "validation":
             position = step % -(-self.size // self.global_batch) * self.global_batch + row
@@ -55,4 +56,5 @@ class Order(NamedTuple):
 
 @lru_cache(maxsize=4)
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of the training samples in one epoch."""
     return generator("epoch", seed, "train", epoch).permutation(size)

@@ -1,7 +1,7 @@
-"""What a task gives to the trainer, and how its random numbers depend on (seed, split, step, row) alone.
+"""The interface between tasks and the trainer: batches that depend on (seed, split, step, row) alone.
 
-Every row of a global batch owns a fixed stretch of one counter-based stream, so that any data-parallel rank, in
-a world of any size and after any resume, generates the same sample for the same row of the same step.
+Every row of a global batch owns a fixed part of one counter-based stream. So any data-parallel rank, in a world of any
+size and after any resume, generates the same sample for the same row of the same step.
 
 Shapes: b rows asked for, N tokens of a sequence.
 """
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .sampling import Split, generator
 
-# The label of a position that is not scored (the convention of torch and transformers).
+# Label of unscored positions, as in torch and transformers.
 IGNORE = -100
 
 
@@ -23,8 +23,8 @@ class Batch(NamedTuple):
 
     input_ids       int64 [b, N]
     labels          int64 [b, N]; labels[:, t] is the token to predict AT position t, -100 where not scored
-    attention_mask  int64 [b, N], 1 at real tokens; None when nothing is padded
-    sample_ids      b numbers, the same on every rank: which sample each row is
+    attention_mask  int64 [b, N], 1 at real tokens; None if nothing is padded
+    sample_ids      number of the sample in each of the b rows, the same on every rank
     """
 
     input_ids: torch.Tensor
@@ -34,86 +34,104 @@ class Batch(NamedTuple):
 
 
 class Difficulty(NamedTuple):
-    """How long samples are, in the task's unit (pairs or segments): uniform in minimum..maximum, both included.
+    """Length of samples in the task's unit (pairs or segments), uniform in minimum..maximum, both included.
 
-    One number is drawn per step, so all rows of a global batch on all ranks have the same shape.
+    One length is drawn per step, so all rows of a global batch on all ranks have the same shape.
     """
 
     maximum: int
     minimum: int = 1
     key_length: int | None = None
-    """Symbols of a key that vary (retrieval only); None: all."""
+    """Number of symbols in a key that vary (retrieval only); None: all."""
     symbols: int | None = None
-    """Different symbols in keys (retrieval only); None: all."""
+    """Number of different symbols in keys (retrieval only); None: all."""
 
     @classmethod
     def fixed(cls, n: int) -> "Difficulty":
-        """Always n."""
+        """Return the difficulty whose samples all have length n."""
         return cls(n, n)
 
     @classmethod
     def at_least(cls, maximum: int, fraction: float) -> "Difficulty":
-        """n >= fraction * maximum, and at least 1."""
+        """Return the difficulty of lengths from fraction * maximum (at least 1) to maximum."""
         return cls(maximum, max(1, ceil(fraction * maximum)))
 
     def draw(self, seed: int, split: Split, step: int) -> int:
-        """The length of the samples of one step."""
+        """Draw the length of the samples of one step."""
         assert 1 <= self.minimum <= self.maximum, f"difficulty {self} is not 1 <= minimum <= maximum"
         return int(generator("length", seed, split, step).integers(self.minimum, self.maximum + 1))
 
 
 class Run(NamedTuple):
-    """What a task must know of the run it serves.
-
-    `segment_tokens`: tokens of a segment, None for the task's own choice.
-    `global_batch`: rows of a step over all ranks and accumulation steps; needed where samples are counted.
-    """
+    """What a task needs to know about the run."""
 
     seed: int
     segment_tokens: int | None = None
+    """Tokens of a segment; None: the task's own choice."""
     global_batch: int | None = None
+    """Rows of a step over all ranks and accumulation steps; needed by tasks with a finite number of samples."""
+
+
+Measure = Literal["accuracy", "perplexity"]
+Unit = Literal["pairs", "segments"]
 
 
 class Task(Protocol):
-    """A source of samples. Only a streamed data set has a state; all else is a pure function of its arguments."""
+    """A source of samples. Only a streamed data set has a state; other batches depend on the arguments alone."""
 
-    measure: Literal["accuracy", "perplexity"]
-    unit: Literal["pairs", "segments"]
+    measure: Measure
+    unit: Unit
     vocab_size: int
     segment_tokens: int
     tokenizer: PreTrainedTokenizerBase
 
     def sequence_tokens(self, n: int) -> int:
-        """Tokens N of a sample of `n` pairs or segments. Raises ConfigError where the task has none so long."""
+        """Return the tokens N of a sample of `n` pairs or segments. Raises ConfigError for an impossible length."""
+        ...
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
-        """Rows `rows` of the global batch of `step`."""
+        """Return `rows` of the global batch of `step`."""
+        ...
 
     def size(self, split: Split) -> int | None:
-        """Number of different samples, None where they do not end."""
+        """Return the number of different samples; None if they are unlimited."""
+        ...
 
     def show(self, batch: Batch, row: int = 0) -> str:
-        """One sample as text for a person."""
+        """Return one sample as text for people."""
+        ...
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on at the same sample; JSON-serialisable, empty for most tasks."""
+        """Return the state from which `load_state_dict` continues; JSON-serialisable, empty for most tasks."""
+        ...
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was called."""
+        ...
 
 
 class Stateless:
-    """Base of tasks whose samples are a pure function of (seed, split, step, row) and do not end."""
+    """Base of tasks whose unlimited samples depend on (seed, split, step, row) alone."""
 
     def size(self, split: Split) -> int | None:
+        """Return None: the samples are unlimited."""
         return None
 
     def state_dict(self) -> dict:
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
+        """Accept the empty state."""
         assert not state, f"a task without a state was given one: {sorted(state)}"
 
 
+def real_tokens(batch: Batch, row: int) -> torch.Tensor:
+    """Return the tokens of one row without padding."""
+    ids, mask = batch.input_ids[row], batch.attention_mask
+    return ids if mask is None else ids[mask[row] > 0]
+
+
 def excerpt(text: str, shown: int = 400) -> str:
-    """A text for a person: of a long one, `shown` characters of each end."""
+    """Shorten a long text to `shown` characters of each end."""
     return text if len(text) <= 2 * shown else f"{text[:shown]}\n…\n{text[-shown:]}"

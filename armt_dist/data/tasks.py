@@ -1,8 +1,8 @@
-"""The data section of the run configuration, and the task it describes."""
+"""The data section of the run configuration, and the tasks that it can name."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +18,11 @@ from .tokenizers import load_tokenizer
 
 
 class Kind(NamedTuple):
-    """One task: the section that configures it, its tokenizer, and the task itself."""
+    """How a task is built from the section that configures it, which is one of SCHEMAS."""
 
     section: str
-    tokenizer: Callable[[Section], PreTrainedTokenizerBase]
-    build: Callable[[Section, PreTrainedTokenizerBase, Run], Task]
+    tokenizer: Callable[[Any], PreTrainedTokenizerBase]
+    build: Callable[[Any, PreTrainedTokenizerBase, Run], Task]
 
 
 KINDS = {
@@ -34,7 +34,7 @@ KINDS = {
 
 
 class DataConfig(Section):
-    """`task` and its own section; the section of another task is an error, not ignored."""
+    """`task` and its own section; the section of another task is an error."""
 
     task: Literal["rewrite", "remember", "text", "babilong"] = "rewrite"
     """Task: retrieval with repeated (rewrite) or unique keys (remember), language modelling (text), or BABILong."""
@@ -57,13 +57,13 @@ class DataConfig(Section):
 
     @property
     def section(self) -> Section:
-        """The section of the task, its defaults where it was left out."""
+        """The section of the task, with its defaults if it was left out."""
         name = KINDS[self.task].section
         given = getattr(self, name)
         return given if given is not None else validate(SCHEMAS[name], {})
 
 
-SCHEMAS = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}
+SCHEMAS: dict[str, type[Section]] = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}
 
 
 def make_task(
@@ -72,16 +72,16 @@ def make_task(
     vocab_size: int | None = None,
     global_batch: int | None = None,
 ) -> Task:
-    """The task that `config` describes.
+    """Build the task that `config` describes.
 
-    `segment_tokens`: tokens of a segment; retrieval fixes it by its key and value lengths (None, or equal to that).
-    `vocab_size`: rows of the model's embedding, None where there is no model yet.
-    `global_batch`: rows of a step over all ranks and accumulation steps, needed where samples are counted (text).
-    Raises ConfigError where these do not fit, or where the data cannot be read.
+    segment_tokens: tokens of a segment; None or the right number for retrieval, whose key and value lengths fix it.
+    vocab_size: rows of the model's embedding; None if there is no model yet.
+    global_batch: rows of a step over all ranks and accumulation steps; needed by tasks with finite samples (text).
+    Raises ConfigError if these do not fit together or the data cannot be read.
     """
     kind = KINDS[config.task]
     tokenizer = kind.tokenizer(config.section)
-    # Before any text is read: that may take minutes.
+    # Checked first: reading texts may take minutes.
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ConfigError(
             f"vocab_size={vocab_size}: the tokenizer of task={config.task} has {len(tokenizer)} tokens; "

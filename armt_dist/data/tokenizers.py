@@ -7,21 +7,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..config import ConfigError, one_line
 from ..model.configuration_armt import ARMTConfig
 
-# Hugging Face looks into a folder's configuration before its tokenizer. Without this it would ask a person whether to
-# run the code in the folder of a model that we exported.
+# AutoTokenizer reads the configuration of a folder first. Unless the model type is registered, it would ask whether to
+# run the code in the folder of an exported model.
 AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
 # A word or a punctuation mark.
 WORD = r"\w+|[^\w\s]"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """`byte`, or the name or folder of a Hugging Face tokenizer. Raises ConfigError where there is none."""
+    """Load the tokenizer `byte`, or one by Hugging Face name or folder. Raises ConfigError if there is none."""
     if name == "byte":
         return byte_tokenizer()
     try:
@@ -32,9 +33,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """UTF-8 bytes as tokens 0..255, then <bos> 256, <eos> 257, <pad> 258.
+    """Build a tokenizer of UTF-8 bytes: tokens 0..255, then <bos> 256, <eos> 257, <pad> 258.
 
-    A byte-level BPE without merges, so that decode(encode(text)) == text for any text.
+    It is a byte-level BPE without merges, so decode(encode(text)) == text for any text.
     """
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -44,9 +45,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer(characters: str, special: dict[str, str]) -> PreTrainedTokenizerFast:
-    """One token per character, ids in order; white space in a text is ignored, an unknown character is an error.
+    """Build a tokenizer with one token per character, ids in order. It ignores white space and rejects others.
 
-    `special` maps roles such as ``eos_token`` to one of the characters.
+    special: roles such as ``eos_token``, each with one of the characters.
     """
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,7 +58,7 @@ def character_tokenizer(characters: str, special: dict[str, str]) -> PreTrainedT
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """<pad> 0, <eos> 1, <unk> 2, then the given words and punctuation marks; for small vocabularies."""
+    """Build a tokenizer for a small vocabulary: <pad> 0, <eos> 1, <unk> 2, then the given words and punctuation."""
     vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
@@ -65,12 +66,24 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    """A `tokenizers` tokenizer as a Hugging Face one that never changes white space when it decodes."""
+    """Turn a `tokenizers` tokenizer into a Hugging Face one that keeps white space when it decodes."""
     tokens = {role: AddedToken(token, special=True, normalized=False) for role, token in special.items()}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Token ids int32 [n] of plain text: nothing added, and a special token spelled out in it stays text."""
+    """Return the token ids int32 [n] of plain text. A special token spelled out in the text stays text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return np.array(ids, dtype=np.int32)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | Tensor, skip_special_tokens: bool = False) -> str:
+    """Return the text of the token ids [n]."""
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str), f"one sequence of ids was decoded to {type(text).__name__}"
+    return text
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills up short rows: pad, else eos, else 0. It is masked."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))

@@ -331,7 +331,7 @@ def test_mistakes_are_one_line_with_a_remedy(fields, segment_tokens, message):
 
 def test_a_row_in_another_format(tmp_path):
     (tmp_path / "x.json").write_text('{"question": "?", "target": "x"}')
-    with pytest.raises(ConfigError, match=r"\(qa1\): a row is not in its format: KeyError\('input'\)"):
+    with pytest.raises(ConfigError, match=r"\(qa1\): a row has another format: KeyError\('input'\)"):
         task_of(published={"set": "RMT-team/babilong", "files": str(tmp_path / "x.json")})
 
 

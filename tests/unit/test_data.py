@@ -187,7 +187,7 @@ def test_a_stage_may_shorten_the_keys(name):
     few = task.batch("train", 0, ROWS, Difficulty(16, 16, symbols=3))
     spelled = "".join(pair[:3] for row in few.input_ids for pair in re.split(r"\|", task.tokenizer.decode(row)))
     assert set(spelled) == set("012")
-    with pytest.raises(ConfigError, match=r"^key_length=4: data\.retrieval\.key_length=3 is the most"):
+    with pytest.raises(ConfigError, match=r"^key_length=4: above data\.retrieval\.key_length=3"):
         task.batch("train", 0, ROWS, Difficulty(5, 5, key_length=4))
     if name == "remember":
         with pytest.raises(ConfigError, match=r"pairs=17: only 16 different keys of key_length=1 exist"):
@@ -410,7 +410,7 @@ def mistakes(folder, jsonl) -> list[tuple[dict, str]]:
 
     return [
         (text(files=str(folder / "*.md")), r"files=.*\*\.md: no such file; give"),
-        (text(files=one), r"files=.*play1\.txt: one file cannot be both; name others in validation_files"),
+        (text(files=one), r"files=.*play1\.txt: one file cannot serve both training and validation"),
         (text(files=one, validation_files=one), r"validation_files=.*: no file is left to train on"),
         (text(files=one, validation_files=str(folder / "nope")), r"validation_files=.*nope: no such file"),
         (text(), r"give one of text.files and text.dataset"),
@@ -420,7 +420,10 @@ def mistakes(folder, jsonl) -> list[tuple[dict, str]]:
         (text(files=one, sequence_tokens="x"), r"text\.sequence_tokens=x: "),
         (text(files=one, sequence_tokens=1000), r"segment_tokens=16 does not divide sequence_tokens=1000; try 20"),
         (text(files=one, tokenizer=str(folder)), r"tokenizer=.*: cannot be loaded"),
-        (text(dataset={**json_set, "column": "body"}), r"dataset\.column=body: no such text column; there are: text"),
+        (
+            text(dataset={**json_set, "column": "body"}),
+            r"dataset\.column=body: no such text column; the text columns are: text",
+        ),
         (text(dataset={**json_set, "column": "n"}), r"dataset\.column=n: no such text column"),
         (text(dataset={**json_set, "split": "tset"}), r"dataset\.name=json \(split tset\): cannot be read: .*tset"),
         (text(dataset={"name": str(folder / "none")}), r"dataset\.name=.*none \(split train\): cannot be read"),
@@ -450,7 +453,7 @@ def test_too_many_segments_and_no_validation(folder):
     with pytest.raises(ConfigError, match=r"segments=5 of 16 tokens exceed sequence_tokens=64; use at most 4"):
         task.sequence_tokens(5)
     assert task.size("validation") == 0
-    with pytest.raises(ConfigError, match="nothing to validate on"):
+    with pytest.raises(ConfigError, match="there is no validation data"):
         task.batch("validation", 0, ROWS, Difficulty(4))
 
 

@@ -1,8 +1,8 @@
-"""The published question sets, through the `datasets` library, as the same stories that `babi` tells.
+"""The published question sets, read with the `datasets` library, as stories like the generated ones.
 
 RMT-team/babilong (arXiv 2406.10149)  {"input": text with the facts in it, "question": ..., "target": answer}
-facebook/babi_qa  (arXiv 1502.05698)  {"story": {"id", "type", "text", "supporting_ids", "answer"}}: lists of one
-                                      entry a line; type 0 is a fact, 1 a question on all facts before it
+facebook/babi_qa  (arXiv 1502.05698)  {"story": {"id", "type", "text", "supporting_ids", "answer"}}: lists
+                                      with one entry per line; type 0 is a fact, 1 a question on all earlier facts
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ...config import ConfigError, Section, one_line
 from ..sampling import Split
 from .stories import Story
 
-# The set has a loading script, which `datasets` no longer runs; this is the Hub's own conversion of it.
+# `datasets` no longer runs the set's loading script, so the Hub's conversion to Parquet is read.
 BABI_QA = "hf://datasets/facebook/babi_qa@refs/convert/parquet/en-10k-{task}/{split}/*.parquet"
 BABI_QA_SPLITS = {"train": "train", "validation": "test"}
 QUESTION = 1
@@ -30,8 +30,8 @@ class PublishedConfig(Section):
 
 
 def load_published(config: PublishedConfig, task: str, split: Split) -> list[Story]:
-    """All stories of one task. Raises ConfigError where the set cannot be read or has another format."""
-    # Its import takes a second that generated stories should not pay.
+    """Load all stories of one task. Raises ConfigError if the set cannot be read or has another format."""
+    # The import takes a second, which generated stories should not pay.
     import datasets
 
     if config.files is not None:
@@ -49,11 +49,11 @@ def load_published(config: PublishedConfig, task: str, split: Split) -> list[Sto
     try:
         return [story for row in rows for story in parse(row)]
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"published.set={config.set} ({task}): a row is not in its format: {error!r}") from None
+        raise ConfigError(f"published.set={config.set} ({task}): a row has another format: {error!r}") from None
 
 
 def parse(row: dict) -> Iterator[Story]:
-    """The stories of one row in either format. A BABILong input is one long fact without supporting ones."""
+    """Yield the stories of one row in either format. A BABILong input counts as one long fact."""
     if "story" in row:
         yield from parse_babi_qa(row["story"])
     else:
@@ -61,7 +61,7 @@ def parse(row: dict) -> Iterator[Story]:
 
 
 def parse_babi_qa(story: dict) -> Iterator[Story]:
-    """One story for each question, with the facts told before it."""
+    """Yield one story for each question, with the facts before it."""
     facts: list[str] = []
     number: dict[str, int] = {}
     for line, kind in enumerate(story["type"]):

@@ -6,7 +6,7 @@
     qa4  What is north of the garden?             two arguments; either place of one fact is asked for
     qa5  Who did Fred give the milk to?           three arguments of the latest fitting gift
 
-A story is a list of sentences with a question on them; `supporting` are the facts that the answer follows from.
+A story is a list of sentences with a question on them.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ GIVE_QUESTIONS = {
 
 
 class StoryEvent(NamedTuple):
-    """What happened; the fields that its kind does not have are empty."""
+    """One event; the fields that its kind does not use are empty."""
 
     kind: str
     person: str = ""
@@ -62,12 +62,13 @@ class StoryEvent(NamedTuple):
     other: str = ""
 
     def tell(self, random: Random) -> str:
+        """Return the event as a sentence in random wording."""
         words = self._asdict() | {"verb": random.choice(VERBS[self.kind]), "there": random.choice(THERE)}
         return FACTS[self.kind].format(**words)
 
 
 class Story(NamedTuple):
-    """`supporting` are indices of `facts`, ascending."""
+    """Facts and a question on them; `supporting` are the indices of the facts behind the answer, ascending."""
 
     facts: list[str]
     question: str
@@ -76,13 +77,15 @@ class Story(NamedTuple):
 
 
 class Answer(NamedTuple):
+    """A question with its answer, and the indices of the facts that it follows from."""
+
     question: str
     answer: str
     supporting: tuple[int, ...]
 
 
 class Puzzle(NamedTuple):
-    """One task: the fewest and most facts of a story, what happens in its world, and what can be asked about it."""
+    """One task: the fewest and most facts of a story, the events of its world, and the questions about them."""
 
     fewest: int
     most: int
@@ -91,7 +94,7 @@ class Puzzle(NamedTuple):
 
 
 def tell(random: Random, task: str, count: int) -> Story:
-    """A story of `count` facts, or as near as the task's own limits allow."""
+    """Generate a story of `count` facts, within the limits of the task."""
     puzzle = PUZZLES[task]
     count = min(max(count, puzzle.fewest), puzzle.most)
     answer = None
@@ -102,12 +105,12 @@ def tell(random: Random, task: str, count: int) -> Story:
 
 
 def act(people: tuple[str, ...], weights: dict[str, int]) -> Callable[[Random, int], list[StoryEvent]]:
-    """A world in which `people` do the kinds of acts of `weights`, each as often as its weight while it can be done."""
+    """Return a generator of events: `people` act at random, with a weight for each kind of act."""
 
     def happen(random: Random, count: int) -> list[StoryEvent]:
         at: dict[str, str] = {}
         carried: dict[str, str] = {}
-        # Where a dropped thing lies; one that nobody touched yet may turn up anywhere.
+        # Places of dropped things; an untouched thing may appear anywhere.
         lies: dict[str, str] = {}
         events: list[StoryEvent] = []
         while len(events) < count:
@@ -122,7 +125,7 @@ def act(people: tuple[str, ...], weights: dict[str, int]) -> Callable[[Random, i
 
 
 def attempt(random: Random, kind: str, person: str, world: tuple[dict, dict, dict]) -> StoryEvent | None:
-    """Do one act and change the world in place; None where it cannot be done."""
+    """Carry out one act and change the world in place; None if it is impossible."""
     at, carried, lies = world
     here = at.get(person)
     if kind == "move":
@@ -145,7 +148,7 @@ def attempt(random: Random, kind: str, person: str, world: tuple[dict, dict, dic
 
 
 def settle(random: Random, count: int) -> list[StoryEvent]:
-    """qa4: places on a grid, each fact a step from a place already told of to a new one."""
+    """Place `count` + 1 places on a grid (qa4); each fact joins a new place to an earlier one."""
     first, *others = random.sample(PLACES, count + 1)
     cells = {(0, 0): first}
     events = []
@@ -161,6 +164,7 @@ def settle(random: Random, count: int) -> list[StoryEvent]:
 
 
 def step(cell: tuple[int, int], way: str) -> tuple[int, int]:
+    """Return the neighbouring cell in direction `way`."""
     return cell[0] + DIRECTIONS[way][0], cell[1] + DIRECTIONS[way][1]
 
 
@@ -168,13 +172,14 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 def ask_person(random: Random, events: list[StoryEvent]) -> Answer:
+    """Ask where a person is."""
     last = {event.person: i for i, event in enumerate(events)}
     person = random.choice(list(last))
     return Answer(WHERE_PERSON.format(person=person), events[last[person]].place, (last[person],))
 
 
 class Visit(NamedTuple):
-    """A thing's arrival at a place: the facts that say so, and those that say where it was before."""
+    """A thing's arrival at a place, the facts that tell it, and those that tell where it was before."""
 
     place: str
     known_from: tuple[int, ...]
@@ -182,13 +187,13 @@ class Visit(NamedTuple):
 
 
 def trace_thing(events: list[StoryEvent], thing: str) -> list[Visit]:
-    """Where a thing has been, as far as it is known; the last visit's `known_from` follows takes and drops there."""
+    """Return the known visits of a thing; the last one's `known_from` follows takes and drops there."""
     moved: dict[str, int] = {}
     visits: list[Visit] = []
     carrier, taken = None, -1
     for i, event in enumerate(events):
         if event.kind == "move":
-            before, moved[event.person] = moved.get(event.person), i
+            before, moved[event.person] = moved.get(event.person, -1), i
             if event.person == carrier:
                 visits.append(Visit(event.place, (taken, i), (taken, before, i)))
         elif event.thing == thing:
@@ -201,6 +206,7 @@ def trace_thing(events: list[StoryEvent], thing: str) -> list[Visit]:
 
 
 def ask_thing(random: Random, events: list[StoryEvent]) -> Answer | None:
+    """Ask where a thing is; None if there is none."""
     things = sorted({event.thing for event in events if event.thing})
     if not things:
         return None
@@ -210,6 +216,7 @@ def ask_thing(random: Random, events: list[StoryEvent]) -> Answer | None:
 
 
 def ask_before(random: Random, events: list[StoryEvent]) -> Answer | None:
+    """Ask where a thing was before its latest arrival; None if that is unknown."""
     options = []
     for thing in sorted({event.thing for event in events if event.thing}):
         visits = trace_thing(events, thing)
@@ -240,6 +247,7 @@ def ask_about(kind: str, questions: dict[str, str]) -> Callable[[Random, list[St
 
 
 def fields(template: str) -> list[str]:
+    """List the names of the placeholders of a template."""
     return [name for _, name, _, _ in Formatter().parse(template) if name]
 
 
@@ -255,7 +263,7 @@ PUZZLES = {
 
 
 def sentences() -> Iterator[str]:
-    """Every fact and question that a story can have."""
+    """Yield every fact and question that a story can contain."""
     people = tuple(dict.fromkeys(PEOPLE + GIVERS))
     words = {"person": people, "receiver": people, "place": PLACES, "other": PLACES, "thing": THINGS, "there": THERE}
     words["direction"] = tuple(DIRECTIONS)

@@ -3,8 +3,8 @@
     input   ... some sentences . Mary moved to the garden. more sentences ... Where is Mary? garden <eos>
     label   .   .    .         . .    .     .  .   .       .    .         ... .     .  garden <eos>  .
 
-Facts keep their order; the text between them is consecutive sentences of the background from a random place on, and
-as long as to fill N = n * segment_tokens exactly. Only the answer and eos are scored (`.` is not).
+Facts keep their order. The text between them consists of consecutive sentences of the background, from a random place
+on, and fills N = n * segment_tokens exactly. Only the answer and eos are scored (`.` is not).
 """
 
 import re
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
 from ..sampling import SPLITS, Order, Split, row_words
-from ..task import IGNORE, Batch, Difficulty, Run, excerpt
+from ..task import IGNORE, Batch, Difficulty, Measure, Run, Stateless, Unit, excerpt, real_tokens
 from ..text.files import find_files, read_text
-from ..tokenizers import WORD, encode, load_tokenizer, word_tokenizer
+from ..tokenizers import WORD, decode, encode, load_tokenizer, padding_id, word_tokenizer
 from . import published
 from . import stories as babi
 from .published import PublishedConfig
@@ -37,7 +37,7 @@ FILLER_SENTENCES = 4000
 
 
 class BabilongConfig(Section):
-    """`tasks` are drawn uniformly; a story has up to `facts` facts. Evaluate one task at a time."""
+    """Stories of the given `tasks`, hidden in text. Evaluate one task at a time."""
 
     tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
     """bAbI tasks, drawn with equal probability. Example: [qa1, qa2]"""
@@ -60,49 +60,43 @@ class BabilongConfig(Section):
     def published_stories_are_as_they_are(self) -> "BabilongConfig":
         if self.aligned and self.published:
             raise ValueError(
-                "aligned=True: published stories are too long for a segment a fact; remove it or published"
+                "aligned=True: published stories are too long for one segment per fact; remove aligned or published"
             )
         return self
 
 
 class Background(NamedTuple):
-    """Token ids int32 [n] of running text, and which of them close a sentence, bool [n]."""
+    """Token ids int32 [n] of continuous text, and which of them end a sentence, bool [n]."""
 
     tokens: np.ndarray
     ends: np.ndarray
 
 
-class Babilong:
+class Babilong(Stateless):
     """The task `babilong`; `n` counts segments."""
 
-    measure = "accuracy"
-    unit = "segments"
+    measure: Measure = "accuracy"
+    unit: Unit = "segments"
 
     def __init__(self, config: BabilongConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
         if run.segment_tokens is None:
-            raise ConfigError("segment_tokens=None: task=babilong counts its length in segments; give segment_tokens")
+            raise ConfigError("segment_tokens=None: task=babilong measures length in segments; give segment_tokens")
         if tokenizer.eos_token_id is None:
-            raise ConfigError(f"tokenizer={config.tokenizer}: it has no eos token to end an answer; use another")
+            raise ConfigError(f"tokenizer={config.tokenizer}: has no eos token to end an answer; use another")
         self.config = config
         self.run = run
         self.segment_tokens = run.segment_tokens
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.encode = lru_cache(maxsize=4096)(lambda text: encode(tokenizer, text))
-        self.stories = {split: self.load(split) for split in SPLITS} if config.published else None
+        self.stories = load_stories(config, config.published) if config.published else None
         training = read_background(config.background, tokenizer)
         other = config.validation_background
         validation = training if other is None else read_background(other, tokenizer)
         self.background = {"train": training, "validation": validation}
 
-    def load(self, split: Split) -> list[Story]:
-        return [
-            story
-            for task in self.config.tasks
-            for story in published.load_published(self.config.published, task, split)
-        ]
-
     def sequence_tokens(self, n: int) -> int:
+        """Return the tokens N of `n` segments. Raises ConfigError if the shortest story does not fit."""
         tokens = n * self.segment_tokens
         if self.stories is None and tokens < self.fewest_tokens:
             least = -(-self.fewest_tokens // self.segment_tokens)
@@ -114,7 +108,7 @@ class Babilong:
 
     @cached_property
     def fewest_tokens(self) -> int:
-        """Tokens that the shortest story of each task fits in, whatever its words."""
+        """Tokens that are enough for the shortest story of each task, whatever its words."""
         fact, question = (max(len(self.encode(" " + s)) for s in babi.sentences() if s.endswith(end)) for end in ".?")
         word = max(len(self.encode(" " + s)) for s in (*babi.PLACES, *babi.THINGS, *babi.PEOPLE, *babi.GIVERS))
         count, size = max(babi.PUZZLES[task].fewest for task in self.config.tasks), self.segment_tokens
@@ -125,8 +119,9 @@ class Babilong:
         return count * (size if self.config.aligned else fact) + question + word + 1
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        """Return `rows` of the global batch of `step`."""
         tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
-        input_ids = np.full((len(rows), tokens), self.pad, dtype=np.int64)
+        input_ids = np.full((len(rows), tokens), padding_id(self.tokenizer), dtype=np.int64)
         labels = np.full((len(rows), tokens), IGNORE, dtype=np.int64)
         mask = np.ones((len(rows), tokens), dtype=np.int64)
         numbers = []
@@ -144,16 +139,11 @@ class Babilong:
         attention_mask = None if mask.all() else torch.from_numpy(mask)
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, numbers)
 
-    @property
-    def pad(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
     def choose(self, split: Split, step: int, row: int, random: Random, tokens: int) -> tuple[int, Story, bool]:
-        """Sample number, story that fits in `tokens`, and whether it counts."""
+        """Return the sample number of a row, its story, which fits in `tokens`, and whether it is scored."""
         if self.stories is not None:
             stories = self.stories[split]
-            assert self.run.global_batch is not None, "published samples are counted: make_task needs global_batch"
+            assert self.run.global_batch is not None, "published samples are finite: make_task needs global_batch"
             number, scored = Order(len(stories), self.run.seed, split, self.run.global_batch).number(step, row)
             return number, stories[number], scored
         task = random.choice(self.config.tasks)
@@ -167,17 +157,17 @@ class Babilong:
             count -= 1
 
     def fits(self, story: Story, tokens: int) -> bool:
-        """Whether a sample of `tokens` holds the story; aligned: whether every fact has a segment of its own."""
+        """Return whether the story fits in `tokens`; if aligned, whether every fact gets its own segment."""
         *facts, question, answer = map(len, self.parts(story))
         before = tokens - question - answer - 1
         return len(facts) <= before // self.segment_tokens if self.config.aligned else sum(facts) <= before
 
     def parts(self, story: Story) -> list[np.ndarray]:
-        """Token ids of each fact, the question and the answer, without eos."""
+        """Return the token ids of each fact, the question and the answer, without eos."""
         return [self.encode(" " + text) for text in (*story.facts, story.question, story.answer)]
 
     def lay_out(self, story: Story, split: Split, random: Random, tokens: int) -> tuple[np.ndarray, int]:
-        """Token ids of a sample, and how many of them, at the end, are the answer and eos."""
+        """Return the token ids of a sample, and the length of the answer with eos at its end."""
         *facts, question, answer = self.parts(story)
         answer = np.append(answer, self.tokenizer.eos_token_id)
         fill = tokens - sum(map(len, facts)) - len(question) - len(answer)
@@ -186,30 +176,31 @@ class Babilong:
                 f"segments={tokens // self.segment_tokens} of {self.segment_tokens} tokens: a published sample has "
                 f"{tokens - fill}; use at least {-(-(tokens - fill) // self.segment_tokens)}"
             )
-        # A published BABILong sample has its background in it already.
+        # Published BABILong samples contain their background.
         if self.config.published and self.config.published.set == "RMT-team/babilong":
             fill = 0
         spread = partial(align, segment_tokens=self.segment_tokens) if self.config.aligned else scatter
         return np.concatenate([*spread(facts, self.background[split], fill, random), question, answer]), len(answer)
 
     def size(self, split: Split) -> int | None:
+        """Return the number of published stories; None if they are generated."""
         return None if self.stories is None else len(self.stories[split])
 
     def show(self, batch: Batch, row: int = 0) -> str:
-        mask = batch.attention_mask
-        return excerpt(
-            self.tokenizer.decode(batch.input_ids[row] if mask is None else batch.input_ids[row][mask[row] > 0])
-        )
+        """Return the beginning and the end of one sample as text."""
+        return excerpt(decode(self.tokenizer, real_tokens(batch, row)))
 
-    def state_dict(self) -> dict:
-        return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        assert not state, f"a task without a state was given one: {sorted(state)}"
+def load_stories(config: BabilongConfig, section: PublishedConfig) -> dict[Split, list[Story]]:
+    """Load the published stories of the tasks by split. Raises ConfigError."""
+    return {
+        split: [story for task in config.tasks for story in published.load_published(section, task, split)]
+        for split in SPLITS
+    }
 
 
 def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
-    """The facts in their order, each between two sentences of `fill` tokens of background; stretches of tokens."""
+    """Place the facts in order between the sentences of `fill` tokens of background; return the parts in order."""
     text, ends = stretch_story(background, fill, random)
     gaps = np.flatnonzero(np.append(True, ends))
     return weave(facts, text, sorted(random.choices(gaps.tolist(), k=len(facts))))
@@ -218,9 +209,9 @@ def scatter(facts: list[np.ndarray], background: Background, fill: int, random: 
 def align(
     facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int
 ) -> list[np.ndarray]:
-    """The facts in their order, each at the beginning of a segment of its own; the last segment has none."""
+    """Place the facts in order at the beginnings of different segments, the last segment excepted."""
     text, _ = stretch_story(background, fill, random)
-    # The question's own segment is not filled up, so it is not a whole one here.
+    # The segment of the question is not filled here, so it is not counted.
     segments = (fill + sum(map(len, facts))) // segment_tokens
     begins = sorted(random.sample(range(segments), k=len(facts)))
     before = np.cumsum([0, *map(len, facts)])[:-1]
@@ -228,20 +219,20 @@ def align(
 
 
 def stretch_story(background: Background, tokens: int, random: Random) -> Background:
-    """So many tokens from the beginning of a random sentence on; a background shorter than that is read again."""
+    """Cut `tokens` tokens from a random sentence on out of the background, which repeats if it is shorter."""
     start = random.choice(np.flatnonzero(background.ends)) + 1
     window = np.arange(start, start + tokens) % len(background.tokens)
     return Background(background.tokens[window], background.ends[window])
 
 
 def weave(facts: list[np.ndarray], text: np.ndarray, places: list[int]) -> list[np.ndarray]:
-    """Every fact before the token of the text at its place; ascending."""
+    """Insert every fact before the token of the text at its place; places ascend."""
     stretches = np.split(text, places)
     return [part for pair in zip(stretches, facts, strict=False) for part in pair] + stretches[len(facts) :]
 
 
 def babilong_tokenizer(config: BabilongConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the section; `word` is the same on every rank: it depends on the files alone."""
+    """Build the tokenizer of the section; `word` depends on the files alone, so all ranks build the same one."""
     if config.tokenizer != "word":
         return load_tokenizer(config.tokenizer)
     own = {word for sentence in babi.sentences() for word in re.findall(WORD, sentence)}
@@ -251,6 +242,7 @@ def babilong_tokenizer(config: BabilongConfig) -> PreTrainedTokenizerBase:
 
 
 def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenizerBase) -> Background:
+    """Tokenise the sentences of the background files; None: random sentences."""
     sentences = [
         " " + " ".join(s.split()) for text in texts(files) for s in re.findall(r"[^.!?]*[.!?]+|[^.!?]+$", text)
     ]
@@ -261,7 +253,7 @@ def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenize
 
 
 def texts(files: str | list[str] | None) -> list[str]:
-    """The background files' texts; for None, one text of random sentences, the same every time."""
+    """Read the background files; for None, make one text of random sentences, the same every time."""
     if files is not None:
         return [read_text(path, "background") for path in find_files(files, "background")]
     random = Random(0)

@@ -1,4 +1,4 @@
-"""Local text files: found, read, and split into training and validation by whole files."""
+"""Find and read local text files, and split them into training and validation by whole files."""
 
 from collections.abc import Sequence
 from glob import glob
@@ -9,9 +9,9 @@ from ..sampling import generator
 
 
 def find_files(entries: str | Sequence[str], field: str = "files") -> list[Path]:
-    """Files, folders (every file below, hidden ones apart) and globs (`**` allowed) -> different files, sorted.
+    """List the files that `entries` name, sorted: files, folders (all visible files below) and globs (with `**`).
 
-    Raises ConfigError naming the entry that stands for no file.
+    Raises ConfigError naming an entry that matches no file.
     """
     found: set[Path] = set()
     for entry in [entries] if isinstance(entries, str) else entries:
@@ -25,7 +25,7 @@ def find_files(entries: str | Sequence[str], field: str = "files") -> list[Path]
 
 
 def read_text(path: Path, field: str = "files") -> str:
-    """A UTF-8 text file, line ends as they are. Raises ConfigError for one that is empty, binary or unreadable."""
+    """Read a UTF-8 text file, with its line ends. Raises ConfigError if it is empty, binary or unreadable."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -37,21 +37,21 @@ def read_text(path: Path, field: str = "files") -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}={path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
     if "\0" in text:
-        raise ConfigError(f"{field}={path}: a binary file (it has NUL bytes); leave it out")
+        raise ConfigError(f"{field}={path}: a binary file (contains NUL bytes); leave it out")
     return text
 
 
 def split_files(files: list[Path], validation: list[Path] | None, fraction: float) -> tuple[list[Path], list[Path]]:
-    """Training and validation files without a file in common.
+    """Split into training and validation files, without a common file.
 
-    `validation` names the latter; None holds out `fraction` of the files, the same ones whatever the seed.
-    Raises ConfigError where nothing is left to train on, or a single file should be both.
+    validation: the validation files; None holds out `fraction` of the files, the same ones for every seed.
+    Raises ConfigError if nothing is left to train on, or if a single file would have to be both.
     """
     if validation is None:
         if fraction and len(files) == 1:
             raise ConfigError(
-                f"files={files[0]}: one file cannot be both; name others in validation_files "
-                "or set validation_fraction=0"
+                f"files={files[0]}: one file cannot serve both training and validation; set validation_files "
+                "or validation_fraction=0"
             )
         count = max(1, round(fraction * len(files))) if fraction else 0
         order = generator("files", 0, "validation", len(files)).permutation(len(files))

@@ -1,4 +1,4 @@
-"""Long texts as training samples: pieces of equal length, and which of them a step takes.
+"""Pieces of long texts, of equal length, as training samples.
 
 Shapes: b rows asked for, N tokens of a sequence.
 """
@@ -14,7 +14,7 @@ from ..task import IGNORE, Batch
 
 
 class TextPiece(NamedTuple):
-    """A stretch of one text, int32 [at most sequence_tokens], and whether it counts in the loss."""
+    """Consecutive tokens of one text, int32 [at most sequence_tokens], and whether they count in the loss."""
 
     id: int
     tokens: np.ndarray
@@ -22,10 +22,10 @@ class TextPiece(NamedTuple):
 
 
 def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """Tokens of each text -> pieces of `length`, and how many tokens of the last text read are not used yet.
+    """Cut the tokens of each text into pieces of `length`; yield each, and the unused tokens of the last text read.
 
-    A piece never crosses a text, and the last one of a text is shorter; with `pack` texts are joined first, and only
-    the very last piece is shorter. A lone last token predicts nothing: dropped.
+    A piece never crosses a text, and the last one of a text may be shorter. With `pack`, texts are joined first, and
+    only the very last piece may be shorter. A single last token is dropped: it predicts nothing.
     """
     rest = np.empty(0, dtype=np.int32)
     for text in texts:
@@ -40,8 +40,10 @@ def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[t
 
 
 def collate(pieces: Iterable[TextPiece], tokens: int, pad: int) -> Batch:
-    """Pieces of at most N = `tokens` as a Batch: padded at the end with `pad`, masked, every real token but the
-    first predicted."""
+    """Combine pieces of at most N = `tokens` into a batch, padded at the end with `pad` and masked.
+
+    Every real token but the first is predicted.
+    """
     pieces = list(pieces)
     input_ids = np.full((len(pieces), tokens), pad, dtype=np.int64)
     labels = np.full((len(pieces), tokens), IGNORE, dtype=np.int64)
@@ -57,11 +59,12 @@ def collate(pieces: Iterable[TextPiece], tokens: int, pad: int) -> Batch:
 
 
 class Corpus(NamedTuple):
-    """Pieces held in memory, 4 bytes a token on every rank."""
+    """Pieces in memory: 4 bytes per token on every rank."""
 
     pieces: list[np.ndarray]
     order: Order
 
     def take(self, step: int, rows: range) -> list[TextPiece]:
+        """Return the pieces of some rows of a step."""
         numbers = [self.order.number(step, row) for row in rows]
         return [TextPiece(number, self.pieces[number], scored) for number, scored in numbers]

@@ -1,4 +1,4 @@
-"""Text from the `datasets` library, read once from front to back and resumed at the exact token."""
+"""Text from the `datasets` library, read in order and resumed at the exact token."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ Cut = Callable[[Iterable[np.ndarray]], Iterator[tuple[np.ndarray, int]]]
 
 
 class Position(NamedTuple):
-    """A token of a stream: the state of the data set before its text, and the tokens of that text before it."""
+    """A position in a stream: the state of the data set before a text, and the tokens of that text already used."""
 
     epoch: int
     texts: dict | None
@@ -52,8 +52,8 @@ class DatasetConfig(Section):
 
 
 def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
-    """The split as a stream. Raises ConfigError naming the data set, the split or the column that is not there."""
-    # Its import takes a second that a task without a data set should not pay.
+    """Open the split as a stream. Raises ConfigError naming the missing data set, split or column."""
+    # The import takes a second, which tasks without a data set should not pay.
     import datasets
 
     try:
@@ -69,31 +69,36 @@ def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
     if not isinstance(first.get(config.column), str):
         text = [name for name, value in first.items() if isinstance(value, str)]
         raise ConfigError(
-            f"dataset.column={config.column}: no such text column; there are: {', '.join(text) or 'none'}"
+            f"dataset.column={config.column}: no such text column; the text columns are: {', '.join(text) or 'none'}"
         )
     return stream
 
 
 def reading(texts: Iterable[dict], config: DatasetConfig) -> Iterator[dict]:
-    """The rows of a stream. Raises ConfigError where it can no longer be read: a file has gone, or a line is broken."""
+    """Yield the rows of a stream. Raises ConfigError if it can no longer be read: a missing file or a broken line."""
     import datasets
 
     try:
         yield from texts
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
-            f"dataset.name={config.name} (split {config.split}): cannot be read on: {one_line(error, limit=300)}; "
-            "the same command goes on from the last checkpoint once it can"
+            f"dataset.name={config.name} (split {config.split}): reading failed: {one_line(error, limit=300)}; "
+            "once it is readable again, the same command resumes from the last checkpoint"
         ) from None
 
 
 class Stream:
-    """Pieces of a stream in its own order: row i of step k is piece k * global_batch + i, epoch after epoch.
+    """Pieces of a stream in its order: row i of step k is piece k * global_batch + i, epoch after epoch.
 
-    Every rank reads the whole stream and keeps its rows, so that any other world size goes on at the same place.
-    Steps are meant to come in order; a later one is reached by reading on, an earlier one by starting again.
-    There is no shuffle buffer: its content would be lost on resume. Shuffle the data set beforehand.
+    Every rank reads the whole stream and keeps its rows, so that a world of any size resumes at the same place.
+    Steps should come in order: a later one is reached by reading on, an earlier one by reading from the beginning.
+    There is no shuffle buffer, because its content would be lost on resume. Shuffle the data set beforehand.
     """
+
+    position: Position
+    reading: Position
+    current: list[np.ndarray]
+    pieces: Iterator[np.ndarray]
 
     def __init__(self, config: DatasetConfig, encode: Encode, cut: Cut, global_batch: int) -> None:
         self.config = config
@@ -104,6 +109,7 @@ class Stream:
         self.load_state_dict(START)
 
     def take(self, step: int, rows: range) -> list[TextPiece]:
+        """Return the pieces of some rows of a step."""
         assert rows.stop <= self.global_batch, f"rows={rows} of a global batch of {self.global_batch}"
         if step < self.next_step and (step < self.next_step - 1 or not self.current):
             self.load_state_dict(START)
@@ -113,7 +119,7 @@ class Stream:
         return [TextPiece(step * self.global_batch + row, self.current[row]) for row in rows]
 
     def read(self) -> Iterator[np.ndarray]:
-        """Pieces without end from `self.position` on, which is moved behind each piece before it is given away."""
+        """Yield pieces without end from `self.position`, which is moved behind each piece before it is yielded."""
         while True:
             fresh = self.position.texts is None
             for piece, unused in self.cut(self.read_epoch()):
@@ -125,9 +131,9 @@ class Stream:
             self.position = Position(self.position.epoch + 1, None, 0)
 
     def read_epoch(self) -> Iterator[np.ndarray]:
-        """Tokens of each text from `self.position` on. `self.reading` is the end of the text given last."""
+        """Yield the tokens of each text from `self.position`; `self.reading` is the end of the text yielded last."""
         epoch, state, offset = self.position
-        # A copy, because a data set never forgets the state that it once loaded.
+        # A copy: a data set keeps the state that it once loaded.
         texts = copy.deepcopy(self.source)
         texts.set_epoch(epoch)
         if state is not None:
@@ -139,10 +145,12 @@ class Stream:
             state, offset = texts.state_dict(), 0
 
     def state_dict(self) -> dict:
+        """Return the position of the next piece."""
         return {"next_step": self.next_step, "position": self.position._asdict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue at the position of `state`."""
         self.next_step = state["next_step"]
         self.position = Position(**state["position"])
-        self.current: list[np.ndarray] = []
+        self.current = []
         self.pieces = self.read()

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
 from ..sampling import Order, Split, row_words
-from ..task import Batch, Difficulty, Run, excerpt
-from ..tokenizers import encode
+from ..task import Batch, Difficulty, Measure, Run, Unit, excerpt, real_tokens
+from ..tokenizers import decode, encode, padding_id
 from .files import find_files, read_text, split_files
 from .pieces import Corpus, TextPiece, collate, cut_text
 from .stream import DatasetConfig, Stream, open_texts
@@ -51,15 +51,15 @@ class TextConfig(Section):
 
 
 class Text:
-    """The task `text`; `n` counts segments, and a shorter n takes a random window of the piece in training."""
+    """The task `text`; `n` counts segments. In training, a smaller n takes a random window of the piece."""
 
-    measure = "perplexity"
-    unit = "segments"
+    measure: Measure = "perplexity"
+    unit: Unit = "segments"
 
     def __init__(self, config: TextConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-        assert run.global_batch is not None, "task=text counts its samples: make_task needs global_batch"
+        assert run.global_batch is not None, "task=text has finite samples: make_task needs global_batch"
         self.config = config
-        self.run = run
+        self.seed, self.global_batch = run.seed, run.global_batch
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.sequence = config.sequence_tokens
@@ -69,44 +69,50 @@ class Text:
                 f"segment_tokens={self.segment_tokens} does not divide sequence_tokens={self.sequence}; "
                 f"try {nearest_divisor(self.sequence, self.segment_tokens)}"
             )
-        self.sources = self.open_files() if config.files is not None else self.open_dataset(config.dataset)
+        self.sources = self.open_dataset(config.dataset) if config.dataset else self.open_files(config.files or [])
 
-    def open_files(self) -> dict[Split, Corpus]:
+    def open_files(self, files: str | list[str]) -> dict[Split, Corpus | Stream]:
+        """Read and tokenise the training files and, if there are any, the validation files."""
         named = self.config.validation_files
         held_out = None if named is None else find_files(named, "validation_files")
-        training, validation = split_files(find_files(self.config.files), held_out, self.config.validation_fraction)
-        sources = {"train": self.corpus("train", map(read_text, training))}
+        training, validation = split_files(find_files(files), held_out, self.config.validation_fraction)
+        sources: dict[Split, Corpus | Stream] = {"train": self.corpus("train", map(read_text, training))}
         if validation:
             sources["validation"] = self.corpus("validation", map(read_text, validation))
         return sources
 
     def open_dataset(self, config: DatasetConfig) -> dict[Split, Corpus | Stream]:
+        """Open the data set's training split and, if it is named, the validation split."""
+        sources: dict[Split, Corpus | Stream] = {}
         if config.streaming:
-            sources = {"train": Stream(config, self.encode_text, self.cut, self.run.global_batch)}
+            sources["train"] = Stream(config, self.encode_text, self.cut, self.global_batch)
         else:
             texts = open_texts(config, config.split)
-            sources = {"train": self.corpus("train", (row[config.column] for row in texts))}
+            sources["train"] = self.corpus("train", (row[config.column] for row in texts))
         if config.validation_split is not None:
             texts = open_texts(config, config.validation_split).take(config.validation_texts)
             sources["validation"] = self.corpus("validation", (row[config.column] for row in texts))
         return sources
 
     def corpus(self, split: Split, texts: Iterable[str]) -> Corpus:
+        """Tokenise texts and cut them into pieces. Raises ConfigError if there is none."""
         pieces = [piece for piece, _ in self.cut(map(self.encode_text, texts))]
         if not pieces:
-            raise ConfigError(f"text: no text of two tokens or more for {split}; give longer texts")
-        return Corpus(pieces, Order(len(pieces), self.run.seed, split, self.run.global_batch))
+            raise ConfigError(f"text: the texts for {split} all have fewer than two tokens; give longer ones")
+        return Corpus(pieces, Order(len(pieces), self.seed, split, self.global_batch))
 
     def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+        """Cut texts as the configuration says; see `cut_text`."""
         return cut_text(texts, self.sequence, self.config.pack)
 
     def encode_text(self, text: str) -> np.ndarray:
-        """int32 tokens of a whole text, closed by eos where the tokenizer has one."""
+        """Return the int32 tokens of a whole text, with eos at the end if the tokenizer has one."""
         eos = self.tokenizer.eos_token_id
         tokens = encode(self.tokenizer, text)
         return tokens if eos is None else np.append(tokens, np.int32(eos))
 
     def sequence_tokens(self, n: int) -> int:
+        """Return the tokens N of `n` segments. Raises ConfigError if they exceed `sequence_tokens`."""
         if n * self.segment_tokens > self.sequence:
             raise ConfigError(
                 f"segments={n} of {self.segment_tokens} tokens exceed sequence_tokens={self.sequence}; "
@@ -115,47 +121,49 @@ class Text:
         return n * self.segment_tokens
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
+        """Return `rows` of the global batch of `step`."""
         if split not in self.sources:
             raise ConfigError(
-                "text.validation_fraction=0 or no dataset.validation_split: there is nothing to validate on; "
-                "set one of them or train without validation"
+                "text: there is no validation data; set text.validation_fraction, text.validation_files or "
+                "text.dataset.validation_split"
             )
-        tokens = self.sequence_tokens(difficulty.draw(self.run.seed, split, step))
+        tokens = self.sequence_tokens(difficulty.draw(self.seed, split, step))
         pieces = self.sources[split].take(step, rows)
-        words = row_words(self.run.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
+        words = row_words(self.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
         windows = [text_window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
-        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
-        return collate(windows, tokens, pad)
+        return collate(windows, tokens, padding_id(self.tokenizer))
 
     def size(self, split: Split) -> int | None:
+        """Return the number of pieces; None for a stream."""
         source = self.sources.get(split)
         if source is None:
             return 0
         return len(source.pieces) if isinstance(source, Corpus) else None
 
     def show(self, batch: Batch, row: int = 0) -> str:
-        real = (
-            batch.input_ids[row]
-            if batch.attention_mask is None
-            else batch.input_ids[row][batch.attention_mask[row] > 0]
-        )
-        return excerpt(self.tokenizer.decode(real))
+        """Return the beginning and the end of one sample as text."""
+        return excerpt(decode(self.tokenizer, real_tokens(batch, row)))
 
     def state_dict(self) -> dict:
+        """Return the positions of the streams."""
         return {name: source.state_dict() for name, source in self.sources.items() if isinstance(source, Stream)}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, source_state in state.items():
-            self.sources[name].load_state_dict(source_state)
+        """Continue the streams at the positions of `state`."""
+        for name, position in state.items():
+            source = self.sources.get(name)
+            if not isinstance(source, Stream):
+                raise ConfigError(f"text: the checkpoint has the position of a stream for {name}, the run has none")
+            source.load_state_dict(position)
 
 
 def text_window(piece: TextPiece, tokens: int, word: int) -> TextPiece:
-    """`tokens` tokens of a piece, from a start that the random `word` chooses; all of a shorter piece."""
+    """Cut `tokens` tokens out of a piece, at a start chosen by the random `word`; all of a shorter piece."""
     start = word % (max(0, len(piece.tokens) - tokens) + 1)
     return piece._replace(tokens=piece.tokens[start : start + tokens])
 
 
 def nearest_divisor(total: int, wanted: int) -> int:
-    """The divisor of `total` closest to `wanted`."""
+    """Return the divisor of `total` closest to `wanted`."""
     divisors = [d for i in range(1, int(total**0.5) + 1) if total % i == 0 for d in (i, total // i)]
     return min(divisors, key=lambda d: abs(d - wanted))
