@@ -1,36 +1,62 @@
-"""Files that a run leaves behind: JSON, metrics.jsonl and Markdown tables, read and written in one place."""
+"""JSON, JSON lines and tables that a run leaves behind: one reader and one writer each."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .config import ConfigError, one_line
 
 
-def read_records(path: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl. Raises ConfigError where there is none."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run={path.parent}: no readable metrics.jsonl ({one_line(error)})") from None
-
-
-def table(rows: Iterable[dict]) -> str:
-    """Markdown; the columns of all rows in order of appearance."""
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
+    """Return a JSON object; empty if the file is missing, damaged or holds something else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
+    """Write a JSON object for people to read. Raises OSError."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Return the complete records of a file with one JSON object per line. Raises OSError and ValueError.
+
+    A run that was killed, or is still writing, may have left half a line: it is skipped.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Return the records of the run's metrics.jsonl. Raises ConfigError if there is no readable one."""
+    try:
+        return read_json_lines(run / "metrics.jsonl")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run={run}: no readable metrics.jsonl ({one_line(error)})") from None
+
+
+def markdown_table(rows: Iterable[dict]) -> str:
+    """Format rows as a Markdown table; its columns are the keys of all rows in order of first appearance."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([format_cell(row.get(name)) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_cell(value: object) -> str:
+    """Format a value for a Markdown cell: four digits of a float, JSON for a mapping or list."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple | bool) else str(value)
+    return text.replace("|", "\\|")
+
+
+def text_table(lines: Sequence[Sequence[str]]) -> str:
+    """Format cells as right-aligned columns for a terminal; the first line is the header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

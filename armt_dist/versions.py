@@ -1,4 +1,4 @@
-"""Are the installed packages within the ranges of setup.py? What is outside was never tested here."""
+"""Compare the installed packages with the tested ranges of setup.py."""
 
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -11,11 +11,11 @@ INSTALL = "bash launch/install.sh"
 
 
 def outside() -> list[str]:
-    """Return each required package that is missing or of a version outside its range, as text for people."""
+    """Describe each required package that is missing or outside its range, for people."""
     try:
         needed = [Requirement(text) for text in requires("armt_dist") or []]
     except PackageNotFoundError:
-        # A checkout that was not installed: there are no ranges to compare with.
+        # The checkout is not installed, so no ranges are known.
         return []
     found = []
     for package in needed:
@@ -26,18 +26,21 @@ def outside() -> list[str]:
         except PackageNotFoundError:
             found.append(f"{package.name} is missing (needs {package.specifier or 'any version'})")
             continue
-        # Local parts such as +cpu and pre-releases count as their version.
+        # `contains` ignores local suffixes such as +cpu.
         if not package.specifier.contains(installed, prereleases=True):
             found.append(f"{package.name} {installed} is outside {package.specifier}")
     return found
 
 
 def check_versions(strict: bool, speaks: bool = True) -> None:
-    """Say in one line what is outside; with `strict` raise it as ConfigError. `speaks`: false on all ranks but one."""
+    """Warn about packages outside their range in one line; with `strict`, raise ConfigError instead.
+
+    speaks: whether this rank prints; true on one rank only.
+    """
     found = outside()
     if not found:
         return
-    text = f"{'; '.join(found)}; the tested versions are installed by: {INSTALL}"
+    text = f"{'; '.join(found)}; install the tested versions with: {INSTALL}"
     if strict:
         raise ConfigError(f"strict-versions: {text}")
     if speaks:

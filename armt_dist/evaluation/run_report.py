@@ -13,7 +13,7 @@ from statistics import fmean
 import yaml
 
 from ..config import ConfigError, read_yaml
-from ..records import read_json, read_records, table
+from ..records import markdown_table, read_json, read_metrics
 from .charts import Curve, Panel, draw
 
 # Metric -> axis label; those that a run has are drawn.
@@ -24,7 +24,7 @@ POINTS = 200
 
 def write_run_report(run: Path) -> Path:
     """`report.md` of the run in folder `run`. Raises ConfigError where there is nothing to report."""
-    records = read_records(run / "metrics.jsonl")
+    records = read_metrics(run)
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation"]
     if not training:
@@ -61,7 +61,7 @@ def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequ
         f"{str(facts.get('commit'))[:12]}, torch {facts.get('torch')}, DeepSpeed {facts.get('deepspeed')}."
     )
     yield "![curves](report.png)"
-    yield "## Stages\n\n" + table(stages(config, training, validation))
+    yield "## Stages\n\n" + markdown_table(stages(config, training, validation))
     yield from evaluations(run)
     yield "## Configuration\n\n```yaml\n" + yaml.safe_dump({k: config[k] for k in config if k != "curriculum"}) + "```"
 
@@ -89,7 +89,7 @@ def evaluations(run: Path) -> Iterable[str]:
         rows = read_json(path).get("rows", [])
         shown = [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows]
         picture = f"![{folder}]({folder}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
-        yield f"## Evaluation {folder}\n\n{picture}{table(shown)}"
+        yield f"## Evaluation {folder}\n\n{picture}{markdown_table(shown)}"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Numbers that went bad: a step that must not be made, a loss that jumped, a normaliser that comes close to zero.
+"""Steps that must not be made because of non-finite numbers, and losses that spike.
 
-A skipped step needs no decision of its own. DeepSpeed's ZeRO-3 takes the norm of the gradients over all ranks before it
-touches parameters or moments, and where that norm is not finite every rank drops its gradients and leaves `step`. So a
-loss that is not finite only has to reach the gradients, which `weigh` sees to.
+DeepSpeed's ZeRO-3 takes the norm of the gradients over all ranks before it touches parameters or moments. If that norm
+is not finite, every rank drops its gradients and leaves `step`. So a non-finite loss only has to reach the gradients,
+which `weigh` ensures; no extra decision is needed.
 """
 
 import math
@@ -18,31 +18,33 @@ from ..config import Section
 
 
 class Rollback(Section):
-    """Go back to the last checkpoint when the loss exceeds `factor` times the median of the last `over` steps."""
+    """When a jump of the loss sends the run back to its last checkpoint."""
 
     factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """Ratio of the loss to the median of the previous steps above which the run rolls back."""
     over: Annotated[int, Field(ge=1)] = 50
+    """Number of previous steps that the median is taken over."""
 
 
 class BadRows(NamedTuple):
-    """Rows of a global batch, and which samples they are."""
+    """Rows of a global batch, and the samples in them."""
 
     rows: list[int]
     sample_ids: list[int]
 
 
 def weigh(nll: Tensor, factor: Tensor) -> Tensor:
-    """nll * factor, bit for bit where nll is finite; elsewhere its gradients are NaN. Does not wait for the device.
+    """Return nll * factor, bit for bit if nll is finite; otherwise its gradients are NaN. Does not wait for the device.
 
     A loss may be infinite while its gradients are finite: a target whose probability is exactly 0.
     """
     return nll * (factor + 0 * nll.detach())
 
 
-def culprits(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> BadRows:
-    """Rows of the micro-batches whose loss is not finite; all rows where only gradients were. Collective.
+def find_bad_rows(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> BadRows:
+    """Return the rows of micro-batches with a non-finite loss, or all rows if only gradients were bad. Collective.
 
-    `parts`: of each micro-batch of this rank its rows, their sample ids and its summed loss.
+    parts: rows, sample ids and summed loss of each micro-batch of this rank.
     """
     own = [(list(rows), list(ids), math.isfinite(nll.detach())) for rows, ids, nll in parts]
     everyone: list = [None] * dist.get_world_size()
@@ -55,7 +57,7 @@ def culprits(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> BadRows:
 
 
 def spiked(loss: float, before: Sequence[float], rollback: Rollback | None) -> bool:
-    """Whether `loss` is far above the median of the steps `before` it; never with too few of them to tell."""
+    """Return whether `loss` is far above the median of the steps `before` it; false while there are too few."""
     if rollback is None or len(before) < rollback.over:
         return False
     return loss > rollback.factor * statistics.median(before[-rollback.over :])

@@ -1,47 +1,49 @@
-"""Recognises early that associative retrieval is stuck on the key-blind plateau.
+"""Early warning that associative retrieval is stuck on the key-blind plateau.
 
-A model that does not find the asked key says one of the sample's values: its accuracy is that of such a guess, falls
-with the number of pairs, and stays there: for 200 to 800 steps with the recipes of launch/configs, by seed; for as long
-as one likes to wait with the usual initialisation.
+A model that does not find the queried key answers with any of the sample's values. Its accuracy is that of such a
+guess, falls with the number of pairs, and stays there: for 200 to 800 steps with the recipes of launch/configs,
+depending on the seed; indefinitely with the usual initialisation.
 """
 
 from collections import defaultdict, deque
 from statistics import fmean
 
-# Steps that are judged together, and how far above guessing, and above their own past, they must be.
-OVER, ABOVE, BETTER = 120, 0.05, 0.03
+# Steps judged together.
+WINDOW = 120
+# Lead over guessing, and gain between the two halves of the window, that count as learning.
+MIN_LEAD, MIN_GAIN = 0.05, 0.03
 
 
 class Plateau:
-    """The accuracy of the latest steps of a stage beside that of guessing among the sample's values."""
+    """The accuracies of the latest steps of a stage, beside those of guessing one of the sample's values."""
 
     def __init__(self) -> None:
-        self.recent: deque[tuple[int, float, float]] = deque(maxlen=OVER)
-        self.told = False
+        self.recent: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)
+        self.warned = False
 
     def add(self, pairs: int, accuracy: float, guessing: float) -> None:
-        """One step's accuracy, and that of a guess without the key. One pair needs no key."""
+        """Record a step's accuracy and that of guessing without the key. With one pair there is nothing to find."""
         if pairs > 1:
             self.recent.append((pairs, accuracy, guessing))
 
     def notice(self) -> str | None:
-        """One line, once, when the model looks blind to the key; else None."""
-        if self.told or len(self.recent) < OVER:
+        """Return a warning once, when the model looks blind to the key."""
+        if self.warned or len(self.recent) < WINDOW:
             return None
-        # Above guessing, whatever the numbers of pairs were.
+        # The lead over guessing is comparable between steps with different numbers of pairs.
         lead = [accuracy - guessing for _, accuracy, guessing in self.recent]
-        before, now = fmean(lead[: OVER // 2]), fmean(lead[OVER // 2 :])
-        if now > ABOVE or now > before + BETTER:
+        before, now = fmean(lead[: WINDOW // 2]), fmean(lead[WINDOW // 2 :])
+        if now > MIN_LEAD or now > before + MIN_GAIN:
             return None
-        self.told = True
+        self.warned = True
         return (
-            f"the last {OVER} steps look blind to the key: accuracy (and that of guessing one of the sample's values) "
-            f"by pairs: {self.by_pairs()}; if hundreds of steps more do not help, set model.init "
-            "(linear_std about 1/sqrt(width)), a larger batch, or another train.seed"
+            f"the model has looked blind to the key for {WINDOW} steps; its accuracy (and that of guessing one of the "
+            f"sample's values) by number of pairs: {self.by_pairs()}; if it stays so for hundreds of steps, set "
+            "model.init (linear_std about 1/sqrt(width)), use a larger batch, or try another train.seed"
         )
 
     def by_pairs(self) -> str:
-        """``2: 0.55 (0.54), 3: ...``"""
+        """Format the mean accuracies as ``2: 0.55 (0.54), 3: ...``."""
         found = defaultdict(list)
         for pairs, accuracy, guessing in self.recent:
             found[pairs].append((accuracy, guessing))

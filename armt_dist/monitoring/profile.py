@@ -1,6 +1,6 @@
-"""What a rank really did and when, instruction by instruction: metrics of a step, and a timeline of all ranks.
+"""Measured times of the schedule's instructions: metrics of a step, and a timeline of all ranks.
 
-Measured events are those of the simulator (`timeline.Event`), so the same functions sum them up and draw them.
+Measured events have the simulator's type (`timeline.Event`), so the same functions summarise and draw both.
 """
 
 import json
@@ -17,9 +17,9 @@ SHOWN = (*COMPUTE, *WAITS)
 
 
 def summary(events: Sequence[Event]) -> dict[str, float]:
-    """One rank's pass in numbers; seconds, and the share of its time in which it did not compute.
+    """Summarise one rank's pass: waits in seconds, and `bubble`, the share of its time without computation.
 
-    `skew_s` is the first wait of either direction, the filling of the pipeline; `exposed_handoff_s` are the others.
+    `skew_s` is the first wait in each direction, while the pipeline fills; `exposed_handoff_s` sums the others.
     """
     own = [event._replace(rank=0) for event in events]
     (exposed_s,), (skew_s,), (gather_s,) = waits_s(own, 1)
@@ -34,8 +34,8 @@ def summary(events: Sequence[Event]) -> dict[str, float]:
 
 
 def collect(trace: Trace) -> list[Event]:
-    """The events of all ranks on one clock, on every rank; the first begins at 0. Collective."""
-    # All leave a barrier at about the same moment, which makes it the common origin of hosts without a common clock.
+    """Return the events of all ranks, on every rank and on one clock that starts at 0. Collective."""
+    # All ranks leave a barrier at about the same moment: a common origin for hosts without a common clock.
     dist.barrier()
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, trace.events(dist.get_rank()))
@@ -48,7 +48,7 @@ def collect(trace: Trace) -> list[Event]:
 
 
 def write_profile(events: Sequence[Event], folder: str | Path, name: str = "timeline") -> tuple[Path, Path]:
-    """`name`.png, and `name`.json for chrome://tracing or ui.perfetto.dev, in `folder`."""
+    """Write `name`.png and `name`.json (for ui.perfetto.dev) into `folder` and return both paths."""
     png, chrome = Path(folder) / f"{name}.png", Path(folder) / f"{name}.json"
     plot_timeline([event for event in events if event.instruction.op in SHOWN], png, name)
     rows = [

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and at its end. Rank 0 speaks; the other ranks' reporters are silent."""
+"""Rank 0's output: metrics to files, progress and messages to the terminal. The logs of other ranks are silent."""
 
 import json
 import math
@@ -9,79 +9,80 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..config import one_line
+from ..records import read_json_lines
 from .bad_steps import BadRows
 from .plateau import Plateau
 
-# Metrics of a step that a person is shown.
+# The metrics of a step shown beside the progress bar.
 SHOWN = ("stage", "loss", "accuracy", "tokens_per_s")
 
 
-class Reporter:
-    """Metrics to files, lines to people, and notices where something looks wrong."""
+class RunLog:
+    """Writes metrics, prints progress and messages, and warns when training looks wrong."""
 
     def __init__(self, out: Path, rank: int, log_every: int):
-        """`out`: the run folder; every `log_every` steps a line is written where there is no progress bar."""
+        """out: run folder; log_every: steps between two lines where stderr is no terminal."""
         self.out, self.speaks, self.log_every = out, rank == 0, log_every
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsWriter | None = None
         self.plateau = Plateau()
 
     def say(self, text: str) -> None:
-        """A line on standard output."""
+        """Print a line on standard output."""
         if self.speaks:
             print(text, flush=True)
 
     def complain(self, text: str) -> None:
-        """A line on standard error."""
+        """Print a line on standard error."""
         if self.speaks:
             print(text, file=sys.stderr, flush=True)
 
     def start(self, done: int, total: int) -> None:
-        """The run folder is there; `done` of `total` steps were made before."""
+        """Open the files in the run folder; `done` of `total` steps were made by earlier processes."""
         if self.speaks:
-            self.metrics = Metrics(self.out, done, total, self.out.name)
+            self.metrics = MetricsWriter(self.out, done, total)
 
     def expect(self, total: int) -> None:
-        """A stage ended early: the run will have `total` steps."""
+        """Correct the total number of steps after a stage ended early."""
         if self.metrics:
-            self.metrics.expect(total)
+            self.metrics.bar.expect(total)
 
     def enter_stage(self) -> None:
-        """What was noticed of the stage before says nothing of the one that begins."""
+        """Forget the accuracies of the previous stage."""
         self.plateau = Plateau()
 
-    def step(self, step: int, values: dict[str, float], slow: str | None) -> None:
-        """The metrics of a step; `slow`: what there is to say of slow ranks."""
+    def step(self, step: int, values: dict[str, float], warning: str | None) -> None:
+        """Log the metrics of a training step and print `warning`, if any."""
         if not self.metrics:
             return
         self.metrics.write("train", step, values)
         shown = {name: values[name] for name in SHOWN if name in values}
-        self.metrics.show(step, shown, step % self.log_every == 0)
+        self.metrics.bar.show(step, shown, step % self.log_every == 0)
         if "key_blind" in values:
-            self.plateau.add(values["pairs"], values["accuracy"], values["key_blind"])
-        for note in (slow, self.plateau.notice()):
+            self.plateau.add(int(values["pairs"]), values["accuracy"], values["key_blind"])
+        for note in (warning, self.plateau.notice()):
             if note:
-                self.metrics.say(f"step {step}: {note}")
+                self.metrics.bar.say(f"step {step}: {note}")
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """The metrics of a validation."""
+        """Log the metrics of a validation."""
         if self.metrics:
             self.metrics.write("validation", step, values)
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.metrics.say(f"step {step}: validation {text}")
+            self.metrics.bar.say(f"step {step}: validation {text}")
 
     def skipped(self, step: int, batch: int, found: BadRows) -> None:
-        """A step that no rank made, and the rows of global batch `batch` that were bad."""
+        """Log a step that all ranks skipped, and the bad rows of global batch `batch`."""
         if self.metrics:
             self.metrics.write("skipped", step, {"batch": batch, **found._asdict()})
         rows = one_line(", ".join(map(str, found.rows)))
         samples = one_line(", ".join(map(str, found.sample_ids)))
-        self.say(f"step {step} was skipped: loss or gradients not finite; rows {rows}; samples {samples}")
+        self.say(f"step {step} was skipped (non-finite loss or gradients): rows {rows}; samples {samples}")
 
     def rollback(self, step: int, tag: str, to: int, passed_over: int) -> None:
-        """From `step` back to checkpoint `tag` of step `to`; `passed_over` batches are left out since."""
+        """Log a return from `step` to checkpoint `tag` of step `to`, which leaves out `passed_over` batches."""
         if self.metrics:
             self.metrics.write("rollback", step, {"to": to, "passed_over": passed_over})
-        self.say(f"step {step}: the loss jumped; back to {tag}, without the batches since")
+        self.say(f"step {step}: the loss spiked; rolled back to {tag}, skipping the batches since then")
 
     def finish(self) -> None:
         """Close the files."""
@@ -89,83 +90,88 @@ class Reporter:
             self.metrics.close()
 
 
-class Metrics:
-    """The writer of rank 0."""
+class ProgressBar:
+    """A bar in a terminal; in a log file, a line now and then."""
 
-    def __init__(self, folder: Path, done: int, total: int, description: str):
-        """`done` steps were made before; what a stopped run wrote after them is dropped and made again."""
+    def __init__(self, done: int, total: int, name: str):
+        self.done, self.total, self.name, self.start_s = done, total, name, time.monotonic()
+        self.plain = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, disable=self.plain)
+
+    def show(self, step: int, values: dict[str, float], print_line: bool) -> None:
+        """Move the bar, or print a line in a log file if `print_line`."""
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not self.plain:
+            self.bar.n = step
+            self.bar.set_postfix_str(text)
+        elif print_line:
+            left = tqdm.format_interval(self.seconds_left(step))
+            print(f"{self.name} step {step}/{self.total}  {text}  {left} left", file=sys.stderr, flush=True)
+
+    def seconds_left(self, step: int) -> float:
+        """Estimate the remaining time from the mean speed of this process."""
+        made = step - self.done
+        return (time.monotonic() - self.start_s) / made * (self.total - step) if made else 0.0
+
+    def expect(self, total: int) -> None:
+        """Change the total number of steps."""
+        self.total = self.bar.total = total
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error without breaking the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard in the run folder. A full disk costs records, not the run."""
+
+    def __init__(self, folder: Path, done: int, total: int):
+        """Keep the records of the first `done` steps; a stopped run repeats the later ones."""
         # Slow to import, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self.lines() if json.loads(line)["step"] <= done]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        found = read_json_lines(self.path) if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in found if record["step"] <= done))
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
-        self.done, self.total, self.description, self.start_s = done, total, description, time.monotonic()
-        self.complained = False
-        # A log file wants lines now and then, not a bar.
-        self.plain = not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=description, dynamic_ncols=True, disable=self.plain)
-
-    def lines(self) -> list[str]:
-        """The complete lines written so far."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+        self.bar = ProgressBar(done, total, folder.name)
+        self.failed = False
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """One record of `kind` ("train", "validation", "skipped" or "rollback") after `step` steps.
+        """Append a record of `kind` ("train", "validation", "skipped" or "rollback") after `step` steps.
 
-        A number that is not finite, which JSON does not have, is null. A full disk costs records, not the run.
+        A non-finite number becomes null.
         """
-        values = {name: None if not finite(value) else value for name, value in values.items()}
+        values = {name: value if is_json_number(value) else None for name, value in values.items()}
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            self.lost(error)
+            self.warn(error)
 
-    def lost(self, error: OSError) -> None:
-        """Say once that records are not written."""
-        if not self.complained:
-            self.say(f"warning: {self.path.parent}: metrics cannot be written ({error}); the run goes on")
-        self.complained = True
-
-    def show(self, step: int, values: dict, say: bool) -> None:
-        """Move the bar; in a log file print a line if `say`."""
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if not self.plain:
-            self.bar.n = step
-            self.bar.set_postfix_str(text)
-        elif say:
-            left = tqdm.format_interval(self.seconds_left(step))
-            print(f"{self.description} step {step}/{self.total}  {text}  {left} left", file=sys.stderr, flush=True)
-
-    def expect(self, total: int) -> None:
-        """A stage ended early: the run will have `total` steps."""
-        self.total = self.bar.total = total
-
-    def seconds_left(self, step: int) -> float:
-        """At the mean speed of this process."""
-        made = step - self.done
-        return (time.monotonic() - self.start_s) / made * (self.total - step) if made else 0.0
-
-    def say(self, text: str) -> None:
-        """A line for a person."""
-        tqdm.write(text, file=sys.stderr)
+    def warn(self, error: OSError) -> None:
+        """Warn once that metrics are being lost."""
+        if not self.failed:
+            self.bar.say(f"warning: {self.path.parent}: metrics cannot be written ({error}); the run continues")
+        self.failed = True
 
     def close(self) -> None:
+        """Close the bar and the files."""
         self.bar.close()
         for stream in (self.board, self.file):
             try:
                 stream.close()
             except OSError as error:
-                self.lost(error)
+                self.warn(error)
 
 
-def finite(value: object) -> bool:
-    """Whether JSON has this number; whatever is no number, it has."""
+def is_json_number(value: object) -> bool:
+    """False only for inf and nan, which JSON cannot represent."""
     return not isinstance(value, float) or math.isfinite(value)

@@ -1,34 +1,37 @@
-"""The smallest z·q among the memory reads of a pass, where the division of the read loses digits."""
+"""The smallest z·q among the memory reads of a pass: the read divides by it and loses digits as it nears 0."""
 
 import math
+from typing import cast
 
 import torch
 
-from ..model.memory import AssociativeMemory
+from ..model.memory import AssociativeMemory, State
 from ..runtime.segment_bptt import CellView
 
 
 class SmallestRead:
-    """min z·q over all reads of a pass, to be told of each cell: an observer. inf where nothing was read.
+    """An observer of cells that keeps min |z·q| over all reads; inf if nothing was read.
 
-    The read divides by z·q + 1e-5 and loses digits where z·q comes close to 0. Heads whose memory is still empty do
-    not count: they read exactly 0. Another projection of the cell's input, so for a step now and then.
+    The read divides by z·q + 1e-5. Heads whose memory is still empty read exactly 0 and do not count. Each
+    observed cell costs one more projection of its input, so observe only some steps.
     """
 
     def __init__(self, device: torch.device):
         self.value = torch.full((), math.inf, device=device)
 
     def take(self) -> float:
-        """The minimum since the last call. Waits for the device."""
+        """Return the minimum since the last call. Waits for the device."""
         found = float(self.value)
         self.value = torch.full_like(self.value, math.inf)
         return found
 
     def __call__(self, seen: CellView) -> None:
+        """Include the reads of one cell."""
         memory = seen.layer.memory
         if not isinstance(memory, AssociativeMemory) or not memory.use_denom:
             return
-        z = seen.before.z
+        # The states of all associative memories have the fields of `State`.
+        z = cast(State, seen.before).z
         # [B, h, N]
         zq = (memory.features(memory.W_mq(seen.x)) @ z.unsqueeze(-1)).squeeze(-1)
         written = z.sum(-1, keepdim=True) != 0

@@ -1,20 +1,23 @@
-"""Digests of every memory state, and where those of two runs begin to differ.
+"""Digests of every memory state, and the first one that differs between two runs.
 
     python -m armt_dist.digest RUN_A RUN_B
 
-names the first (step, segment, layer) where the memory states of two runs written with digests=true differ. The cell
-that went wrong is this one: a state depends only on cells with no later segment and no higher layer. Exit codes: 0 no
-difference, 1 a difference, 2 a mistake.
+prints the first (step, segment, layer) at which the memory states of two runs with digests=true differ. That cell
+computed something else: a state depends only on cells of no later segment and no higher layer.
+Exit codes: 0 no difference, 1 a difference, 2 an error in the arguments.
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import ConfigError
-from ..model.memory import State
+from torch import Tensor
+
+from ..config import ConfigError, one_line
+from ..records import read_json_lines
 from ..runtime.segment_bptt import CellView
 from ..schedule.grid import Grid, block_segments
 
@@ -22,23 +25,23 @@ FOLDER = "digests"
 
 
 class Key(NamedTuple):
-    """Which state: after this segment, in this layer. Independent of the rank that held it."""
+    """The place of a state in a run: after this segment, in this layer. Independent of the rank that held it."""
 
     step: int
     segment: int
     layer: int
-    row: int  # of the global batch: the first of those that the state covers
+    row: int  # first row of the global batch that the state covers
 
 
 class Digests:
-    """The writer of one rank: OUT/digests/rank_R.jsonl. Copies every state to the host, so it is slow."""
+    """Writes the digests of one rank to OUT/digests/rank_R.jsonl. Slow: every state is copied to the host."""
 
     def __init__(self, out: Path, rank: int):
         (out / FOLDER).mkdir(exist_ok=True)
         self.file = (out / FOLDER / f"rank_{rank}.jsonl").open("a", encoding="utf-8")
 
-    def of(self, step: int, row: int, grid: Grid):
-        """The observer of one micro-batch, which begins at `row` of the global batch of step `step`."""
+    def of(self, step: int, row: int, grid: Grid) -> Callable[[CellView], None]:
+        """Return the observer of a micro-batch that begins at `row` of the global batch of step `step`."""
         starts = [block.start for block in block_segments(grid)]
 
         def observe(seen: CellView) -> None:
@@ -49,12 +52,12 @@ class Digests:
         return observe
 
     def flush(self) -> None:
-        """Let others read what was written."""
+        """Make what was written readable for other processes."""
         self.file.flush()
 
 
-def state_digest(state: State) -> str:
-    """SHA-256 of the bytes of a state's tensors, shortened to 64 bits."""
+def state_digest(state: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of the bytes of a state's tensors, shortened to 64 bits."""
     total = hashlib.sha256()
     for tensor in state:
         total.update(tensor.detach().contiguous().cpu().numpy().tobytes())
@@ -62,27 +65,28 @@ def state_digest(state: State) -> str:
 
 
 def read_digests(run: Path) -> dict[Key, str]:
-    """All digests of a run; where a resumed run made a step again, the later ones. Raises ConfigError."""
+    """Return all digests of a run; where a resumed run repeated a step, the later ones. Raises ConfigError."""
     files = sorted((run / FOLDER).glob("rank_*.jsonl"))
     if not files:
         raise ConfigError(f"run={run}: no {FOLDER}/rank_*.jsonl; train it with digests=true")
     found = {}
     for path in files:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # A killed run may have left half a line.
-            if line.endswith("}"):
-                record = json.loads(line)
+        try:
+            for record in read_json_lines(path):
                 value = record.pop("digest")
                 found[Key(**record)] = value
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"run={run}: {path.name} is not readable ({one_line(error)})") from None
     return found
 
 
 def first_difference(a: dict[Key, str], b: dict[Key, str]) -> Key | None:
-    """The first state that both runs have and that differs."""
+    """Return the first state that both runs have and that differs."""
     return next((key for key in sorted(a.keys() & b.keys()) if a[key] != b[key]), None)
 
 
 def main() -> int:
+    """Compare two runs and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_a", type=Path)
     parser.add_argument("run_b", type=Path)
@@ -93,11 +97,13 @@ def main() -> int:
         raise ConfigError(f"run={args.run_b}: no state in common with {args.run_a}; compare runs of one configuration")
     key = first_difference(a, b)
     if key is None:
-        alone = f"{len(a) - len(shared)} and {len(b) - len(shared)} in one run only"
-        print(f"no difference in {len(shared)} states; {alone}")
+        print(
+            f"no difference in {len(shared)} states; {len(a) - len(shared)} states in {args.run_a} only, "
+            f"{len(b) - len(shared)} in {args.run_b} only"
+        )
         return 0
     print(
         f"first difference: step {key.step}, segment {key.segment}, layer {key.layer} "
-        f"(rows from {key.row} of the global batch): {a[key]} and {b[key]}"
+        f"(rows from {key.row} of the global batch on): {a[key]} and {b[key]}"
     )
     return 1

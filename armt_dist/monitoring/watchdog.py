@@ -1,11 +1,11 @@
-"""Ends a rank that is stuck, and tells where it was: one line, its Python stacks, the last instruction of its schedule.
+"""Ends a rank that is stuck and reports where: one line, its Python stacks, the last instruction of its schedule.
 
-A run is always in one section: set-up, step, validation or checkpoint. Whoever waits for ever, in a gather, a hand-off
-or a file system, does not leave it. Three watchers, each for what the one before it cannot see:
+A run is always in one section: set-up, step, validation or checkpoint. A rank that waits forever, in a gather, a
+hand-off or a file system, stays in its section. Three watchers, each for cases that the previous one misses:
 
-* a thread compares the section's age with its limit; a wait in gloo, NCCL or a file leaves it the interpreter;
-* faulthandler's timer, a little later, needs no interpreter: the main thread may hold it in C;
-* faulthandler's signal handlers leave the stacks of a process that is aborted, as NCCL's own watchdog does.
+* a thread compares the section's age with its limit; waits in gloo, NCCL and file systems release the interpreter;
+* faulthandler's timer fires a little later and needs no interpreter, which the main thread may hold in C;
+* faulthandler's signal handlers write the stacks of a process that is aborted, for example by NCCL's own watchdog.
 """
 
 import faulthandler
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TextIO
 
 import torch.distributed as dist
 from pydantic import Field
@@ -30,28 +30,31 @@ from ..schedule.program import Instruction
 Seconds = Annotated[float, Field(gt=0)]
 Name = Literal["setup", "step", "validation", "checkpoint"]
 POLL_S = 0.5
-# The timer without an interpreter comes so much later than the thread.
+# Delay of faulthandler's timer after the thread's limit.
 TIMER_LATER_S = 5.0
-# In which ZeRO-3 learns the order of gathers, and kernels are built.
+# First steps, in which ZeRO-3 records the order of gathers and kernels are compiled.
 SLOW_STEPS = 2
 
 
 class WatchdogConfig(Section):
-    """How long a rank may stay in a section of the run, in seconds, before it ends with its stacks and exit code 1."""
+    """Time limits of the sections of a run: a rank that exceeds one writes its stacks and ends with exit code 1."""
 
     setup_s: Seconds = 1800
-    """From the start to the first step; the first two steps may take as long."""
+    """Limit in seconds from the start to the first step, and for each of the first two steps."""
     step_s: Seconds = 600
+    """Limit in seconds of an optimizer step."""
     validation_s: Seconds = 3600
+    """Limit in seconds of a validation."""
     checkpoint_s: Seconds = 1800
+    """Limit in seconds of saving or loading a checkpoint."""
     heartbeat_s: Seconds = 10
-    """Between two writes of heartbeat/rank_R.json in the run folder."""
+    """Seconds between two updates of heartbeat/rank_R.json in the run folder."""
     straggler_factor: Annotated[float, Field(gt=1)] = 1.5
-    """Name a rank whose cells take so many times the median rank's."""
+    """Ratio of a rank's cell time to the median rank's above which the rank is reported as a straggler."""
 
 
 class Phase(NamedTuple):
-    """What a rank is doing. Replaced as a whole, so that the thread never sees half of one."""
+    """What a rank is doing. Replaced as a whole, so that the thread always reads a consistent one."""
 
     section: Name
     step: int
@@ -60,24 +63,24 @@ class Phase(NamedTuple):
 
 
 class Watchdog:
-    """The watchers of one rank. `enter` begins a section and ends the one before; `close` ends the watch.
+    """The watchers of one rank. `enter` begins a section and ends the previous one; `close` stops watching.
 
-    `out` is the run folder; nothing is written there before it exists, unless this rank is stuck.
+    Nothing is written to the run folder `out` before it exists, unless this rank is stuck.
     """
 
     def __init__(self, config: WatchdogConfig, out: Path, rank: int):
         self.config, self.out, self.rank = config, out, rank
         self.stacks = out / "stacks" / f"rank_{rank}.txt"
-        # The instruction that the rank came to last; there is none before there is a model.
+        # Returns the instruction that the rank began last; replaced once the model exists.
         self.at: Callable[[], Instruction | None] = lambda: None
-        self.file = None
+        self.file: TextIO | None = None
         self.steps = 0
         self.closed = threading.Event()
         self.enter("setup")
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def enter(self, section: Name, step: int = 0) -> None:
-        """`section` begins, after `step` steps."""
+        """Begin `section` after `step` steps."""
         limit_s = getattr(self.config, f"{section}_s")
         if section == "step":
             self.steps += 1
@@ -86,15 +89,18 @@ class Watchdog:
         self.phase = Phase(section, step, time.monotonic(), limit_s)
         if self.file is None and self.out.is_dir():
             self.open()
-        faulthandler.dump_traceback_later(limit_s + TIMER_LATER_S, exit=True, file=self.file or sys.__stderr__)
+        faulthandler.dump_traceback_later(limit_s + TIMER_LATER_S, exit=True, file=self.file or real_stderr())
 
     def close(self) -> None:
-        """Nothing is watched any more; a file without stacks is removed."""
+        """Stop watching, and remove the file for stacks if it is empty."""
         self.closed.set()
         faulthandler.cancel_dump_traceback_later()
         if self.file is None:
             return
-        faulthandler.enable(sys.__stderr__) if self.enabled_before else faulthandler.disable()
+        if self.enabled_before:
+            faulthandler.enable(real_stderr())
+        else:
+            faulthandler.disable()
         self.file.close()
         self.file = None
         with suppress(OSError):
@@ -102,16 +108,16 @@ class Watchdog:
                 self.stacks.unlink()
 
     def open(self) -> None:
-        """Open the file for stacks while that is still possible: a stuck rank may be stuck in its file system."""
+        """Open the file for stacks early: a stuck rank may be stuck in its file system."""
         with suppress(OSError):
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
-            # Not truncated: it may say why the run before this one ended.
+            # Appended to: it may say why the previous process ended.
             self.file = self.stacks.open("a", encoding="utf-8")
             self.enabled_before = faulthandler.is_enabled()
             faulthandler.enable(self.file)
 
     def watch(self) -> None:
-        """The body of the thread."""
+        """Check the limit and write heartbeats: the body of the thread."""
         due = 0.0
         while not self.closed.wait(POLL_S):
             now, phase = time.monotonic(), self.phase
@@ -122,26 +128,26 @@ class Watchdog:
                 due = now + self.config.heartbeat_s
 
     def end(self, phase: Phase) -> None:
-        """Leave, with exit code 1. Nothing is cleaned up: whatever talks to the others would wait for them again."""
+        """End the process with exit code 1, without clean-up, which could wait for the other ranks again."""
         why = f"rank {self.rank} spent more than {phase.limit_s:g} s in {phase.section} (after step {phase.step})"
         line = f"error: {why}, {describe_wait(self.at())}; stacks: {self.stacks}\n"
-        # Not through sys.stderr, whose lock the main thread may hold.
+        # The main thread may hold the lock of sys.stderr.
         os.write(2, line.encode())
         self.dump(why)
         os._exit(1)
 
     def dump(self, why: str) -> None:
-        """Add `why`, the last instruction and the Python stacks of all threads to this rank's file."""
+        """Append `why`, the last instruction and the Python stacks of all threads to this rank's file."""
         if self.file is None:
             self.open()
         with suppress(OSError, ValueError):
-            file = self.file or sys.__stderr__
+            file = self.file or real_stderr()
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}, {describe_wait(self.at())}\n")
             file.flush()
             faulthandler.dump_traceback(file)
 
     def beat(self, phase: Phase) -> None:
-        """Tell an operator what this rank is doing, where the run folder can be written."""
+        """Update the heartbeat file, which tells operators what this rank is doing."""
         at = self.at()
         facts = {
             "rank": self.rank,
@@ -157,18 +163,24 @@ class Watchdog:
         with suppress(OSError):
             if self.out.is_dir():
                 folder.mkdir(exist_ok=True)
-                # Renamed, so that nobody reads half of it; not flushed to disk, as nobody needs it after a crash.
+                # Renamed, so that readers never see half of it; not synced, because it is useless after a crash.
                 staged = folder / f".rank_{self.rank}.tmp"
                 staged.write_text(json.dumps(facts) + "\n")
                 staged.replace(folder / f"rank_{self.rank}.json")
 
 
+def real_stderr() -> TextIO:
+    """Return the process's own stderr, which faulthandler needs: a replacement may have no file descriptor."""
+    assert sys.__stderr__ is not None, "this process was started without stderr"
+    return sys.__stderr__
+
+
 def describe_wait(at: Instruction | None) -> str:
-    """Where in the schedule: the instruction, and its layer in words."""
+    """Name the instruction and its layer."""
     return f"last instruction {at} (layer {at.layer})" if at else "before any instruction"
 
 
-# What gloo says of a rank that is gone or silent; NCCL raises DistBackendError.
+# Signs of a lost rank in gloo's messages; NCCL raises DistBackendError.
 LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
 
@@ -176,10 +188,10 @@ LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset",
 def end_when_alone(
     at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
 ) -> Iterator[None]:
-    """End this process, exit code 1 and one line on stderr, where another rank is gone or silent.
+    """End this process with exit code 1 and one line on stderr if the block fails because another rank is lost.
 
-    The line names this rank and the instruction that it had come to (`at`); `dump` is told why and where before the
-    end. Nothing is cleaned up: whatever talks to the others would wait for them again.
+    The line names this rank and its last instruction, which `at` returns; `dump` receives the line and the traceback.
+    There is no clean-up, which could wait for the other ranks again.
     """
     try:
         yield
@@ -187,9 +199,10 @@ def end_when_alone(
         text = one_line(error, limit=300)
         if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
             raise
-        doing = f"in {at()} (layer {at().layer})" if at() else "outside the layers"
+        instruction = at()
+        doing = f"in {instruction} (layer {instruction.layer})" if instruction else "outside the layers"
         why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
         print(f"error: {why}", file=sys.stderr, flush=True)
-        # What unwound to here no longer shows in the stacks.
+        # The failing frames have unwound and are missing from the stacks.
         dump(f"{why}\n{traceback.format_exc()}")
         os._exit(1)

@@ -21,10 +21,9 @@ from ..distributed.collectives import together
 from ..distributed.launchers import Ranks
 from ..distributed.mesh import Mesh, make_mesh, ring
 from ..evaluation.run_report import write_run_report
-from ..monitoring import bad_steps as health
-from ..monitoring import profile as trace
-from ..monitoring.run_log import Reporter
-from ..monitoring.step_metrics import Vitals
+from ..monitoring import bad_steps, profile
+from ..monitoring.run_log import RunLog
+from ..monitoring.step_metrics import StepMetrics
 from ..monitoring.watchdog import Watchdog, end_when_alone
 from ..runtime.executor import ScheduledLM, check_memory, run_backward
 from ..runtime.handoff import Local, Wire
@@ -52,7 +51,7 @@ class Outcome(NamedTuple):
     """What came of one step."""
 
     metrics: dict[str, float]
-    skipped: health.BadRows | None  # of a step that was not made: the rows with bad numbers
+    skipped: bad_steps.BadRows | None  # of a step that was not made: the rows with bad numbers
     spiked: bool  # its loss calls for a rollback
     stop: bool  # some rank was told to stop
 
@@ -63,15 +62,14 @@ class Trainer:
     def __init__(self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device):
         self.config, self.ds_config, self.out, self.ranks, self.device = config, ds_config, out, ranks, device
         self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
-        self.reporter = Reporter(out, ranks.rank, config.train.log_every)
-        self.say = self.reporter.say
+        self.log = RunLog(out, ranks.rank, config.train.log_every)
+        self.say = self.log.say
         # What one rank alone may find wrong, a missing file say, must end all of them before they wait for each other.
         prepared = together(self.prepare)
         self.sizes, self.peak_lr = prepared.sizes, prepared.lr
         model = build_model(config.model, self.armt, prepared.ds_config, config.train.seed)
         self.runner = ScheduledLM(
             model,
-            schedule_name=config.parallel.schedule,
             states=config.bptt.states,
             offload=prepared.offload_activations,
             link=self.link(),
@@ -79,7 +77,7 @@ class Trainer:
         self.engine = engines.start_engine(self.runner, prepared.ds_config, self.grid, device)
         self.watchdog.at = self.runner.at
         self.progress = Progress()
-        self.vitals = Vitals(self.runner, config.watchdog.straggler_factor, device)
+        self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
         self.saver = Saver(self.engine, out / "checkpoints", config.train.save_in_background, self.say)
         self.rollbacks: Counter[str] = Counter()
         self.told_to_stop = False
@@ -103,7 +101,8 @@ class Trainer:
         self.counts = self.task.measure == "accuracy"
         self.grid = Grid(1, self.armt.num_hidden_layers, self.mesh.sp, config.parallel.rounds, config.parallel.chunks)
         self.check()
-        self.batches = Batches(self.task, self.armt, self.grid, self.mesh, prepared.sizes, self.device)
+        schedule = config.parallel.schedule
+        self.batches = Batches(self.task, self.armt, self.grid, schedule, self.mesh, prepared.sizes, self.device)
         self.fresh = not (self.out / "config.yaml").exists()
         if not self.fresh:
             check_same(self.out, config)
@@ -154,10 +153,10 @@ class Trainer:
         closely = (self.progress.step + 1) % self.config.train.log_every == 0
         parts = []
         for where, batch in batches:
-            piece = self.runner.fit(self.batches.piece(batch))
-            observe = self.vitals.observer(self.progress.step + 1, where.start, piece, closely)
+            piece = self.batches.piece(batch)
+            observe = self.metrics.observer(self.progress.step + 1, where.start, piece, closely)
             totals: Totals = self.engine(piece, count=self.counts, observe=observe)
-            run_backward(self.engine, health.weigh(totals.nll, factor))
+            run_backward(self.engine, bad_steps.weigh(totals.nll, factor))
             self.engine.step()
             parts.append((where, batch, totals))
         sums = self.batches.sum_up(parts, self.told_to_stop)
@@ -167,12 +166,12 @@ class Trainer:
         window = stage.until.over if stage.until else 1
         self.progress = self.progress.after_step(sums.metrics()["accuracy"], tokens, seconds, window)
         skipped, rollback = None, self.config.train.rollback
-        spiked = self.saver.saved is not None and health.spiked(loss, self.progress.losses, rollback)
+        spiked = self.saver.saved is not None and bad_steps.spiked(loss, self.progress.losses, rollback)
         if self.engine.was_step_applied():
             self.progress = self.progress.after_loss(loss, rollback.over if rollback else 0)
         else:
             self.progress = self.progress.after_skip()
-            skipped = health.culprits([(where, batch.sample_ids, totals.nll) for where, batch, totals in parts])
+            skipped = bad_steps.find_bad_rows([(where, batch.sample_ids, totals.nll) for where, batch, totals in parts])
         norm = self.engine.get_global_grad_norm()
         metrics = {
             **(sums.metrics() if self.counts else {"loss": loss}),
@@ -184,7 +183,7 @@ class Trainer:
             "step_s": seconds,
             "skipped": self.progress.skipped,
             **self.looks_blind(batches[0][1]),
-            **self.vitals.measure(piece.grid),
+            **self.metrics.measure(piece.grid),
         }
         return Outcome(metrics, skipped, spiked, sums.stop)
 
@@ -238,11 +237,11 @@ class Trainer:
         config = self.config.train
         together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), config.max_steps or 10**12)
-        self.reporter.start(self.progress.step, total)
+        self.log.start(self.progress.step, total)
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "told_to_stop", True))
         if self.config.digests:
-            together(lambda: self.vitals.write_digests(self.out))
+            together(lambda: self.metrics.write_digests(self.out))
         steps_here = 0
         while self.progress.step < total:
             stage = self.config.curriculum[self.progress.stage]
@@ -252,11 +251,11 @@ class Trainer:
             self.watchdog.enter("step", self.progress.step)
             metrics, skipped, spiked, stop = self.train_step(stage)
             every = self.progress.step % config.log_every == 0
-            slow = self.vitals.stragglers.report() if every else None
-            self.reporter.step(self.progress.step, metrics, slow)
+            slow = self.metrics.stragglers.report() if every else None
+            self.log.step(self.progress.step, metrics, slow)
             steps_here += 1
             if skipped:
-                self.reporter.skipped(self.progress.step, self.progress.batch - 1, skipped)
+                self.log.skipped(self.progress.step, self.progress.batch - 1, skipped)
                 if self.progress.skipped_in_a_row >= config.max_skipped:
                     return self.give_up(f"{config.max_skipped} steps in a row were not made")
             if spiked:
@@ -271,7 +270,7 @@ class Trainer:
                 self.watchdog.enter("validation", self.progress.step)
                 self.judge(root, self.validate(stage))
                 total = min(total, self.progress.step + self.steps_left())
-                self.reporter.expect(total)
+                self.log.expect(total)
             self.attempt(self.saver.poll)
             done = self.progress.step >= total
             if stop or over or done or self.progress.step % config.save_every == 0:
@@ -282,7 +281,7 @@ class Trainer:
                 self.say(f"stopped by a signal after step {self.progress.step}, to be started again from {newest}")
                 return REQUEUE
         self.say(f"done: {self.progress.step} steps, {self.progress.seconds:.0f} s of training, {self.out}")
-        self.reporter.finish()
+        self.log.finish()
         if self.ranks.rank == 0:
             self.say(f"report: {write_run_report(self.out)}")
         return 0
@@ -343,7 +342,7 @@ class Trainer:
         """Report a validation; keep the checkpoint if it is the stage's best."""
         if not found:
             return
-        self.reporter.validation(self.progress.step, found)
+        self.log.validation(self.progress.step, found)
         name = self.config.train.best or ("accuracy" if self.counts else "loss")
         if name not in found:
             raise ConfigError(f"train.best={name}: no such validation metric; one of {', '.join(found)}")
@@ -367,13 +366,13 @@ class Trainer:
         progress = Progress.restored(resume_from.load_checkpoint(self.engine, root, tag)["progress"])
         # Not the task's state, which is that of the batch to come.
         self.progress = progress._replace(passed_over=left.batch - progress.step)
-        self.reporter.rollback(left.step, tag, progress.step, self.progress.passed_over)
+        self.log.rollback(left.step, tag, progress.step, self.progress.passed_over)
         return True
 
     def give_up(self, why: str) -> int:
         """One line for whoever finds the run, with what it can be started from. Returns the exit code."""
         good = self.out / "checkpoints" / self.saver.saved if self.saver.saved else "none was written"
-        self.reporter.complain(f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}")
+        self.log.complain(f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}")
         return GAVE_UP
 
     def enter_next_stage(self, root: Path) -> None:
@@ -387,16 +386,16 @@ class Trainer:
             resume_from.load_checkpoint(self.engine, root, best)
             self.say(f"stage {following.stage} starts from {best}")
         self.progress = following
-        self.reporter.enter_stage()
+        self.log.enter_stage()
 
     def write_profile(self) -> None:
         """The timeline of all ranks in the last pass, as a picture and a Chrome trace. Collective."""
-        events = trace.collect(self.runner.trace)
+        events = profile.collect(self.runner.trace)
 
         def write() -> None:
             folder = self.out / "profile"
             folder.mkdir(exist_ok=True)
-            trace.write_profile(events, folder, f"step_{self.progress.step:08d}")
+            profile.write_profile(events, folder, f"step_{self.progress.step:08d}")
 
         together(write, only=0)
         self.say(f"profile: {self.out / 'profile'}")
