@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def folder_of(item) -> str:
-    """The name of the folder of tests/ that holds the test."""
+    """Return the name of the folder of tests/ that holds the test."""
     return item.path.relative_to(TESTS).parts[0]
 
 
@@ -65,7 +65,7 @@ def pytest_runtest_setup(item):
 
 
 def skipped(config) -> dict[str, list[str]]:
-    """The skipped tests by reason."""
+    """Collect the skipped tests by reason."""
     found = defaultdict(list)
     for report in config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", []):
         _, _, reason = report.longrepr
@@ -74,7 +74,7 @@ def skipped(config) -> dict[str, list[str]]:
 
 
 def skip_errors(config) -> list[str]:
-    """What is wrong with the skips of this run, a line each."""
+    """Say what is wrong with the skips of this run, a line each."""
     by_reason = skipped(config)
     errors = [
         f"error: skipped without pytest.mark.needs ({reason}): {', '.join(tests)}"
@@ -105,7 +105,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def reference_losses(tmp_path_factory):
-    """The losses of the short training when two ranks share each sequence under torchrun, uninterrupted."""
+    """Losses of the short training, uninterrupted: two ranks under torchrun share each sequence."""
     launcher = [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}"]
     found = train_under(launcher, tmp_path_factory.mktemp("reference"), STEPS, sp=SP)
     assert len(found) == STEPS, f"{len(found)} steps instead of {STEPS}"

@@ -46,7 +46,7 @@ def run_script(name: str, *arguments, timeout_s: float = 300, **environ: str) ->
 
 
 def call_script(name: str, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run launch/`name` in this process: exit code, stdout and stderr."""
+    """Run launch/`name` in this process; return exit code, stdout and stderr."""
     # Drop what the test itself printed before.
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -56,12 +56,12 @@ def call_script(name: str, arguments, monkeypatch, capsys) -> tuple[int, str, st
 
 
 def records(run: Path, kind: str = "train") -> list[dict]:
-    """The records of one kind in a run's metrics.jsonl."""
+    """Read the records of one kind from a run's metrics.jsonl."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record for record in found if record["kind"] == kind]
 
 
 def curve(run: Path) -> dict[tuple[str, int], tuple]:
-    """Loss and gradient norm of a run by kind and step."""
+    """Read loss and gradient norm of a run by kind and step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {(r["kind"], r["step"]): (r["loss"], r.get("grad_norm")) for r in lines}

@@ -1,11 +1,11 @@
-"""Faults from outside: the real training command with something planted in it. For tests and benchmarks/faults.py.
+"""Run the real training command with faults planted in it. For tests and benchmarks/faults.py.
 
-    RANK=.. WORLD_SIZE=.. python tests/faults.py nan:step=5,rank=1 -- --ds_config .. train.max_steps=9
+    RANK=.. WORLD_SIZE=.. python tests/support/faults.py nan:step=5,rank=1 -- --ds_config .. train.max_steps=9
 
-A plant patches one function of the product in this process and has an effect at its step and rank only. Steps count the
-global batches from 1: those of metrics.jsonl, until a rollback leaves some out. `start` runs a world of such processes
-without a launcher, so that the exit code and stderr of each rank can be seen. What needs no patch (SIGSTOP, SIGKILL) is
-done to the processes.
+A plant patches one function of the package in this process and takes effect at its step and rank only. Steps count the
+global batches from 1; they are those of metrics.jsonl until a rollback leaves some out. `start` runs a world of such
+processes without a launcher, so that each rank's exit code and stderr can be seen. Faults that need no patch (SIGSTOP,
+SIGKILL) are sent to the processes.
 """
 
 import os
@@ -40,18 +40,18 @@ class Plant(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Plant":
-        """The inverse of str; fields may be left out."""
+        """Read what `str` writes; fields may be left out."""
         what, _, rest = text.partition(":")
         pairs = (pair.split("=") for pair in rest.split(",") if pair)
         return cls(what, **{name: float(value) if name == "size" else int(value) for name, value in pairs})
 
     def here(self) -> bool:
-        """Whether this is the rank and the step; never outside a training step."""
+        """True at the plant's rank and step; never outside a training step."""
         return Now.step > 0 and self.step in (0, Now.step) and self.rank in (-1, int(os.environ.get("RANK", 0)))
 
 
 class Now:
-    """The training step that this process is in, 0 outside."""
+    """The training step of this process, 0 outside one."""
 
     step = 0
 
@@ -63,7 +63,7 @@ def patch(owner: type, name: str, make: Callable) -> None:
 
 
 def clock() -> None:
-    """Keep `Now`."""
+    """Keep `Now.step` up to date."""
     from armt_dist.training.trainer import Trainer
 
     def make(original):
@@ -80,7 +80,7 @@ def clock() -> None:
 
 
 def nan(plant: Plant) -> None:
-    """The rank's embedded batch is NaN."""
+    """Make the rank's embedded batch NaN."""
     from armt_dist.model.modeling_armt import ARMTForCausalLM
 
     def make(original):
@@ -90,7 +90,7 @@ def nan(plant: Plant) -> None:
 
 
 def loss(plant: Plant) -> None:
-    """The rank's summed loss is `size` more, its gradients are what they were."""
+    """Add `size` to the rank's summed loss, without changing its gradients."""
     from armt_dist.runtime.executor import ScheduledLM
 
     def make(original):
@@ -104,7 +104,7 @@ def loss(plant: Plant) -> None:
 
 
 def slow(plant: Plant) -> None:
-    """Every cell of the rank takes `size` seconds more."""
+    """Delay every cell of the rank by `size` seconds."""
     from armt_dist.model.modeling_armt import ARMTLayer
 
     def make(original):
@@ -118,7 +118,7 @@ def slow(plant: Plant) -> None:
 
 
 def write(plant: Plant) -> None:
-    """In one segment and layer `size` more is written to the memory; for one micro-batch, block and chunk a step."""
+    """Add `size` to what one segment and layer writes to the memory. For one micro-batch, block and chunk a step."""
     from armt_dist.model.modeling_armt import ARMTLayer
 
     layers, calls = {}, Counter()
@@ -140,7 +140,7 @@ def write(plant: Plant) -> None:
 
 
 def without(plant: Plant) -> None:
-    """The data never had the global batch of `step`: the next one takes its place. Of several name the last first."""
+    """Leave out the global batch of `step`: the next one takes its place. Of several, name the last first."""
     from armt_dist.training.global_batch import Batches
 
     def make(original):
@@ -156,7 +156,7 @@ PLANTS = {"nan": nan, "loss": loss, "slow": slow, "write": write, "without": wit
 
 
 def start(world: int, arguments: Sequence, plants: Sequence[Plant] = (), **environ: str) -> list[subprocess.Popen]:
-    """The ranks of one run of the training command; stdout and stderr are pipes of text."""
+    """Start the ranks of one run of the training command; stdout and stderr are text pipes."""
     from armt_dist.distributed.rendezvous import free_port
 
     port = str(free_port())
@@ -183,7 +183,7 @@ def main() -> None:
     plants = [Plant.parse(text) for text in sys.argv[1:cut]]
     launch = str(ROOT / "launch/train.py")
     sys.argv = [launch, *sys.argv[cut + 1 :]]
-    # DeepSpeed picks its accelerator when it is first imported; on CPU the product says which before that.
+    # DeepSpeed chooses its accelerator when it is first imported; on CPU the package sets it before that.
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     if plants:

@@ -27,7 +27,7 @@ NORM_TOLERANCES = (1e-3, 1e-3, 1e-3, 5e-3)
 
 
 def norm_tolerance(step: int) -> float:
-    """The relative tolerance of the trajectory's gradient norm before the update of `step`."""
+    """Return the relative tolerance of the trajectory's gradient norm before the update of `step`."""
     return NORM_TOLERANCES[min(step, len(NORM_TOLERANCES) - 1)]
 
 
@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 
 def load_case(name: str) -> Case:
+    """Read a case from its folder."""
     folder = GOLDEN / name
     io = load_file(folder / "io.safetensors")
     options = json.loads((folder / "config.json").read_text())
@@ -49,39 +50,39 @@ def load_case(name: str) -> Case:
 
 
 def hf_labels(io: dict[str, Tensor]) -> Tensor:
-    """The mask is indexed by the predicting position, labels by the target."""
+    """Mask labels where the case scores nothing: its mask is indexed by the predicting position, labels by the target."""
     labels = io["labels"].clone()
     labels[:, 1:][io["labels_mask"][:, :-1] == 0] = -100
     return labels
 
 
 def load_model(name: str):
-    """The case's model, through the import of the authors' checkpoint."""
+    """Import the case's model from the authors' checkpoint."""
     options, tensors = reference.read_checkpoint(GOLDEN / name / "config.json", GOLDEN / name / "weights.safetensors")
     return reference.load_model(reference.convert_config(options), tensors)
 
 
 def load_trajectory_model():
-    """The model that the AdamW trajectory starts from; its config holds only what differs from the base case."""
+    """Load the model that the AdamW trajectory starts from; its configuration is that of the base case."""
     folder = GOLDEN / "armt_v2_llama_trajectory"
     options = json.loads((GOLDEN / "armt_v2_llama_base" / "config.json").read_text())
     return reference.load_model(reference.convert_config(options), load_file(folder / "weights_initial.safetensors"))
 
 
 def our_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the authors under our names."""
+    """Rename a state dict of the authors to our names."""
     return reference.convert_weights(tensors)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float, relative: bool = False) -> None:
-    """Fails naming the tensor and the ratio of the error to what is allowed."""
+    """Fail if the error exceeds the tolerance, naming the tensor and the ratio of the two."""
     scale = expected.abs().max().clamp_min(1e-12) if relative else 1.0
     error = ((actual - expected).abs().max() / scale).item()
     assert error <= tolerance, f"{name}: error {error:.3g} is {error / tolerance:.2f} times the allowed {tolerance:g}"
 
 
 def assert_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor], where: str = "") -> None:
-    """Every gradient by name; a parameter that `expected` lacks must have none or zeros. `where` leads the message."""
+    """Compare every gradient. A parameter that `expected` lacks must have none or zeros; `where` begins the message."""
     for name, gradient in actual.items():
         if name in expected:
             assert gradient is not None, f"{where} d {name} is missing"
@@ -92,4 +93,5 @@ def assert_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tenso
 
 
 def golden_gradients(case: Case) -> dict[str, Tensor]:
+    """Return the case's gradients under our parameter names."""
     return {reference.our_name(name): gradient for name, gradient in case.grads.items()}

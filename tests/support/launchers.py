@@ -26,14 +26,14 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
 def settings(folder: Path, steps: int, sp: int) -> list[str]:
-    """Arguments of launch/train.py; its ds_config is written into `folder`."""
+    """Write a ds_config into `folder` and return the arguments of launch/train.py."""
     path = folder / "ds.json"
     path.write_text(json.dumps(DS_CONFIG))
     return ["--ds_config", str(path), *SETTINGS, f"train.max_steps={steps}", f"parallel.sp={sp}"]
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of every step so far."""
+    """Read the training loss of every step so far."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     # The last line may be half-written.
@@ -42,7 +42,7 @@ def losses(run: Path) -> list[float]:
 
 
 def train_under(launcher: list[str], folder: Path, steps: int, sp: int, **environ: str) -> list[float]:
-    """Run launch/train.py to its end under a launcher on this machine; the losses."""
+    """Run launch/train.py to its end under a launcher on this machine and return the losses."""
     command = [*launcher, str(ROOT / "launch/train.py"), "--out", str(folder / "run"), *settings(folder, steps, sp)]
     environ = os.environ | ENVIRON | environ
     result = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=120)

@@ -1,33 +1,48 @@
-"""Tiny models: one base configuration for each Hugging Face family, and two builders."""
+"""Tiny models: a base configuration for each row of FAMILIES, and two builders."""
 
 import torch
+from transformers import CONFIG_MAPPING
 
+from armt_dist.model.backbone import FAMILIES
 from armt_dist.model.configuration_armt import ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 
+# What every family has; a family takes those fields that its configuration knows.
 SHAPE = dict(
     hidden_size=32,
     num_attention_heads=4,
+    num_key_value_heads=2,
     num_hidden_layers=2,
     intermediate_size=64,
     vocab_size=50,
     max_position_embeddings=64,
     initializer_range=0.2,
 )
-# Model type -> fields of the base model's configuration.
-BASES = {
-    "gpt2": dict(n_embd=32, n_head=4, n_layer=2, n_positions=64, vocab_size=50, initializer_range=0.2),
-    "gpt_neox": dict(**SHAPE),
-    "llama": dict(**SHAPE, num_key_value_heads=2),
+# What a family is to have besides.
+MORE = {
     # As wide as a segment row: the widest window that is not active.
-    "mistral": dict(**SHAPE, num_key_value_heads=2, sliding_window=19),
-    "qwen2": dict(**SHAPE, num_key_value_heads=2),
-    "qwen3": dict(**SHAPE, num_key_value_heads=2, head_dim=16),
+    "mistral": dict(sliding_window=19),
+    # Heads wider than hidden_size / num_attention_heads.
+    "qwen3": dict(head_dim=16),
 }
 
 
+def tiny_base(family):
+    """Fields of a tiny base configuration, under the family's own names."""
+    kind = CONFIG_MAPPING[family]
+    default = kind()
+    fields = {kind.attribute_map.get(name, name): value for name, value in SHAPE.items() if hasattr(default, name)}
+    if (default.pad_token_id or 0) >= SHAPE["vocab_size"]:
+        fields["pad_token_id"] = None
+    return fields | MORE.get(family, {})
+
+
+# Model type -> fields of the base model's configuration.
+BASES = {family: tiny_base(family) for family in FAMILIES}
+
+
 def small_model(family="llama", seed=0, base=None, **options):
-    """Build a random model whose memory matters from the start (W_mv of a fresh one is zero).
+    """Build a random model whose memory matters from the start: what is zero in a fresh memory is random here.
 
     `base` replaces fields of the base model's configuration, `options` those of ARMTConfig.
     """
@@ -36,8 +51,9 @@ def small_model(family="llama", seed=0, base=None, **options):
     config = ARMTConfig(base_config=base, **{"segment_tokens": 8, "num_mem_tokens": 3, "d_mem": 4, **options})
     model = ARMTForCausalLM(config)
     for layer in model.backbone.layers:
-        if config.memory_kind == "armt":
-            torch.nn.init.normal_(layer.memory.W_mv.weight, std=0.2)
+        for parameter in layer.memory.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 

@@ -11,7 +11,7 @@ GRID = Grid(segments=1, layers=1)
 
 
 def random_batch(tokens=29, batch=4, pad=11, seed=1):
-    """Token ids, labels and attention mask; the last row ends in `pad` tokens of padding."""
+    """Draw token ids, labels and an attention mask; the last row ends in `pad` tokens of padding."""
     torch.manual_seed(seed)
     ids = torch.randint(0, 50, (batch, tokens))
     mask = torch.ones_like(ids)
@@ -26,7 +26,7 @@ def shifted(labels):
 
 
 def oracle(model, ids, labels, mask):
-    """Mean loss and gradients of the plain forward."""
+    """Return mean loss and gradients of the plain forward."""
     loss = model(ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -35,7 +35,7 @@ def oracle(model, ids, labels, mask):
 
 
 def scheduled_loss(model, ids, labels, mask, grid=GRID, schedule_name=None, **options):
-    """Mean loss and gradients of the scheduled executor; `options` are those of ScheduledLM."""
+    """Return mean loss and gradients of the scheduled executor; `options` are those of ScheduledLM."""
     runner = ScheduledLM(model, **options)
     grid = grid._replace(layers=model.config.num_hidden_layers)
     totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid, schedule_name=schedule_name))

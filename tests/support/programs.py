@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def find(program: str) -> str | None:
-    """The path of a program; Debian keeps daemons in sbin, which is not on every PATH."""
+    """Return the path of a program; Debian keeps daemons in sbin, which is not on every PATH."""
     return shutil.which(program) or shutil.which(program, path="/usr/local/sbin:/usr/sbin:/sbin")
 
 
 def find_mpirun() -> str | None:
-    """The mpirun of this Python's environment, else the system's."""
+    """Return the mpirun of this Python's environment, else the system's."""
     return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")

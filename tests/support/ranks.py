@@ -1,4 +1,4 @@
-"""Several ranks in one test: `spawn` runs a function on a gloo world of processes and returns what each returned."""
+"""Several ranks in one test: `spawn` runs a function on a world of gloo processes and returns each result."""
 
 import multiprocessing
 import os
@@ -13,10 +13,10 @@ from armt_dist.distributed.launchers import Ranks
 
 
 def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list:
-    """`[function(ranks, *args) for each rank]`, with torch.distributed started around it.
+    """Return `[function(ranks, *args) for each rank]`, with torch.distributed started around it.
 
-    `function` lives at module level and its result can be pickled. The first rank that raises has its traceback
-    raised here as AssertionError, marked with its rank; the others are killed, and all are after `timeout_s`.
+    `function` must live at module level, and its result must be picklable. The traceback of the first rank that raises
+    is raised here as AssertionError, marked with its rank. The others are then killed, as all are after `timeout_s`.
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -36,10 +36,10 @@ def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list
 
 
 def collect(workers: list, results, deadline: float) -> list:
-    """Each rank's result in rank order. AssertionError for a traceback, a silent death or a missed deadline."""
+    """Collect each rank's result in rank order. AssertionError for a traceback, a silent death or a missed deadline."""
     done = {}
     while len(done) < len(workers):
-        # Looked at before the queue: what a rank put there before it died is then still read below.
+        # Before the queue is read: what a rank put there before it died is then still found below.
         died = silent_deaths(workers, done)
         try:
             rank, value, trace = results.get(timeout=0.2)
@@ -49,7 +49,7 @@ def collect(workers: list, results, deadline: float) -> list:
             assert time.monotonic() < deadline, f"ranks {waiting} did not finish in time"
             continue
         if trace is not None:
-            # Where a rank died, the traceback is another's, which lost its peer: name both.
+            # If a rank died, the traceback comes from another rank, which lost its peer: name both.
             lines = silent_deaths(workers, [*done, rank]) + [f"[rank {rank}] {line}" for line in trace.splitlines()]
             raise AssertionError("\n".join(lines))
         done[rank] = pickle.loads(value)
@@ -57,7 +57,7 @@ def collect(workers: list, results, deadline: float) -> list:
 
 
 def silent_deaths(workers: list, reported: Container[int]) -> list[str]:
-    """One line for each rank that is gone without having reported."""
+    """Return a line for each rank that ended without reporting."""
     return [
         f"rank {rank} died with exit code {worker.exitcode} and no traceback"
         for rank, worker in enumerate(workers)
@@ -66,7 +66,7 @@ def silent_deaths(workers: list, reported: Container[int]) -> list[str]:
 
 
 def run_rank(rank: int, world: int, port: int, timeout_s: float, results, function: Callable, args: tuple) -> None:
-    """The body of one process."""
+    """Run the function in one process and put its result, or its traceback, in the queue."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     try:
         ranks = Ranks(rank, world, rank, world, "environment")

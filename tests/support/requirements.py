@@ -12,14 +12,14 @@ from support.programs import find, find_mpirun
 
 
 class Requirement(NamedTuple):
-    """`missing` says what is missing, or nothing; `command` makes the tests run."""
+    """A check that says what is missing, if anything, and the command that makes the tests run."""
 
     missing: Callable[[], str]
     command: str
 
 
 def missing_programs(*programs: str) -> Callable[[], str]:
-    """A check for programs on the PATH or in sbin."""
+    """Make a check for programs on the PATH or in sbin."""
 
     def missing() -> str:
         absent = [program for program in programs if find(program) is None]
@@ -61,7 +61,7 @@ REQUIREMENTS = {
 
 @cache
 def reason_to_skip(name: str) -> str:
-    """Why tests that need `name` cannot run here, and the command that changes it; empty where they can."""
+    """Say why tests that need `name` cannot run here and which command changes that; empty if they can."""
     requirement = REQUIREMENTS[name]
     missing = requirement.missing()
     return f"needs {name}: {missing}; to run it: {requirement.command}" if missing else ""

@@ -64,7 +64,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Job(NamedTuple):
-    """What Slurm knows of a job: `fields` are those of `scontrol show job`."""
+    """A job as Slurm reports it; `fields` are those of `scontrol show job`."""
 
     state: str
     exit_code: int
@@ -79,7 +79,7 @@ class Cluster(NamedTuple):
     environ: dict[str, str]
 
     def command(self, *arguments: str, **environ: str) -> str:
-        """The output of one of Slurm's commands; CalledProcessError carries what it printed."""
+        """Run one of Slurm's commands and return its output. CalledProcessError carries what it printed."""
         return subprocess.run(
             arguments,
             env=self.environ | environ,
@@ -90,20 +90,20 @@ class Cluster(NamedTuple):
         ).stdout
 
     def submit(self, *arguments: str, cwd: Path, **environ: str) -> str:
-        """`sbatch ARGUMENTS` from `cwd`; returns the job's id."""
+        """Run `sbatch ARGUMENTS` from `cwd` and return the job's id."""
         command = ["sbatch", "--parsable", f"--chdir={cwd}", *arguments]
         result = subprocess.run(command, env=self.environ | environ, cwd=cwd, text=True, capture_output=True)
         assert result.returncode == 0, f"sbatch failed: {result.stderr}"
         return result.stdout.strip()
 
     def job(self, job: str) -> Job:
-        """The present state of a job."""
+        """Return the present state of a job."""
         text = self.command("scontrol", "show", "job", job, "-o").splitlines()[0]
         fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
         return Job(fields["JobState"], int(fields["ExitCode"].split(":")[0]), int(fields["Restarts"]), fields)
 
     def wait(self, job: str, timeout_s: float) -> Job:
-        """The job once it has ended. AssertionError after `timeout_s`."""
+        """Wait for the job's end and return it. AssertionError after `timeout_s`."""
         return self.until(
             lambda: self.job(job),
             lambda now: now.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"),
@@ -158,7 +158,7 @@ def configure(folder: Path) -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` adjacent ports that nobody listens on."""
+    """Return the first of `count` adjacent ports that nobody listens on."""
     for first in range(PORTS.start + secrets.randbelow(2000), PORTS.stop, count):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
@@ -168,7 +168,7 @@ def free_ports(count: int) -> int:
 
 
 def start(running: Cluster) -> None:
-    """munged, slurmctld, one slurmd per node; returns when all nodes are idle."""
+    """Start munged, slurmctld and one slurmd per node; return when all nodes are idle."""
     munge = running.folder / "munge"
     files = [f"--{kind}={munge}/{name}" for kind, name in (("key-file", "key"), ("socket", "s"), ("pid-file", "pid"))]
     files += [f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
@@ -199,7 +199,7 @@ def stop(running: Cluster) -> None:
 
 
 def step_daemons(folder: Path) -> list[int]:
-    """The slurmstepd processes of this cluster: those that hold its configuration in their environment."""
+    """Find the slurmstepd processes of this cluster by its configuration in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -209,7 +209,7 @@ def step_daemons(folder: Path) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """True while a process runs; a zombie does not."""
     try:
         return re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is None
     except OSError:
@@ -217,13 +217,13 @@ def alive(pid: int) -> bool:
 
 
 def log_of(checkout: Path, name: str, job: str) -> str:
-    """What a job of the training scripts has printed so far."""
+    """Return what a job of the training scripts has printed so far."""
     path = checkout / f"{name}-{job}.log"
     return path.read_text() if path.exists() else ""
 
 
 def processes_of(running: Cluster, job: str) -> dict[int, dict[str, str]]:
-    """The environment of every process of a job of this cluster, by process id."""
+    """Return the environment of every process of a job of this cluster, by process id."""
     wanted = {"SLURM_JOB_ID": job, "SLURM_CONF": running.environ["SLURM_CONF"]}
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
