@@ -1,50 +1,71 @@
-"""What ranks do together: gather numbers, run work as one, and turn an error on one rank into the same error on all."""
+"""Collectives over all ranks: gather numbers, do work together, turn an error on one rank into the same on all."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar, overload
 
 import torch
 import torch.distributed as dist
 
 from ..config import ConfigError, one_line
 
+Result = TypeVar("Result")
+
 
 def gather(own: Sequence[float], device: torch.device) -> list[list[float]]:
-    """Each number of all ranks, by rank. Collective; waits for the device."""
+    """Return for each number its values on all ranks, in rank order. Collective; waits for the device."""
     row = torch.tensor(own, dtype=torch.float64, device=device)
     table = row.new_empty(dist.get_world_size() * len(row))
     all_gather_single(table, row)
     return table.view(-1, len(row)).T.tolist()
 
 
-# torch 2.13 renamed the two collectives and warns of their old names.
+# torch 2.13 renamed the two collectives and warns about their old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def device() -> torch.device:
-    """Where the tensors of collectives are: this rank's GPU under NCCL, else the CPU."""
+    """Return the device that tensors of collectives must be on: this rank's GPU under NCCL, else the CPU."""
     cuda = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
+def gather_objects(own: Result) -> list[Result]:
+    """Return the picklable objects of all ranks, in rank order. Collective."""
+    found: list[Result | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found  # type: ignore[return-value]  # all_gather_object has replaced every None
+
+
 def agree(error: Exception | None) -> None:
-    """Collective: where any rank passes an error, all ranks raise the lowest such rank's as ConfigError.
+    """Raise ConfigError on all ranks where any rank passes an error: that of the lowest such rank. Collective.
 
     Without it, the rank that fails leaves and the others wait for it until the timeout.
     """
     kind = "" if error is None or isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    message = None if error is None else f"{kind}{one_line(error, limit=2000)}"
-    messages = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    messages = gather_objects(None if error is None else f"{kind}{one_line(error, limit=2000)}")
+    failed = {rank: message for rank, message in enumerate(messages) if message is not None}
     if failed:
-        where = "" if len(failed) == len(messages) or failed[0] == 0 else f" (on rank {failed[0]})"
-        raise ConfigError(messages[failed[0]] + where) from error
+        first = min(failed)
+        where = "" if len(failed) == len(messages) or first == 0 else f" (on rank {first})"
+        raise ConfigError(failed[first] + where) from error
 
 
-def together(work: Callable[[], object], only: int | None = None) -> object:
-    """Run `work` on every rank (or on rank `only`) and wait; a failure on any rank is raised on all. Collective."""
-    error, result = None, None
+@overload
+def together(work: Callable[[], Result]) -> Result: ...
+
+
+@overload
+def together(work: Callable[[], Result], only: int) -> Result | None: ...
+
+
+def together(work: Callable[[], Result], only: int | None = None) -> Result | None:
+    """Run `work` on every rank (or on rank `only`), wait, and return its result, None on other ranks. Collective.
+
+    A failure on any rank is raised on all of them as ConfigError.
+    """
+    error: Exception | None = None
+    result = None
     try:
         if only is None or dist.get_rank() == only:
             result = work()

@@ -1,4 +1,4 @@
-"""Who this process is: the ranks that the innermost launcher announces in the environment."""
+"""Read this process's rank from the variables of the innermost launcher in the environment."""
 
 import os
 import re
@@ -9,17 +9,17 @@ from ..config import ConfigError
 
 
 class Ranks(NamedTuple):
-    """Who this process is. `local_*` count the ranks on this node; `launcher` is the name of what started it."""
+    """This process's place among all processes of the run."""
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
-    launcher: str
+    local_rank: int  # rank among the processes of this node
+    local_world_size: int  # number of processes on this node
+    launcher: str  # name of the program that started it
 
 
 class Launcher(NamedTuple):
-    """The variables in which a launcher tells a process its rank; of `A|B` the first that is set counts."""
+    """The variables in which a launcher tells a process its rank; of `A|B` the first one that is set counts."""
 
     name: str
     rank: str
@@ -37,19 +37,19 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_ON_THIS_NODE"),
 )
 MPI = ("openmpi", "mvapich", "mpich")
-# One agent per node starts the ranks; the variable holds how many agents there are.
+# One agent per node starts the ranks; the variable holds the number of agents.
 AGENTS = {"torchrun": "GROUP_WORLD_SIZE", "deepspeed": "CROSS_SIZE"}
-# Signs of launchers without a row above. Taking such a process for a single one would start N one-rank jobs.
+# Variables of launchers without a row above. Taking such a process for a single one would start N one-rank jobs.
 UNKNOWN = ("PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK", "ALPS_APP_PE")
-# Slurm gives the batch script, the interactive shell and the like step numbers from here on; none is a parallel step.
+# From here on Slurm numbers the steps of batch scripts, interactive shells and the like; none is a parallel step.
 SLURM_PSEUDO_STEPS = 0xFFFFFFF0
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """The ranks that the innermost launcher in `environ` announces; a single process where there is none.
+    """Return the ranks that the innermost launcher in `environ` announces; a single process if there is no launcher.
 
     Raises ConfigError where a launcher's variables are incomplete or contradict those of the launcher around it:
-    N tasks that each take themselves for a world of their own must not start.
+    otherwise N tasks would each start a world of one rank.
     """
     environ = slurm_step(environ)
     found = [row for row in LAUNCHERS if row.rank in environ or row.world_size in environ]
@@ -57,7 +57,7 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
         for name in UNKNOWN:
             if name in environ:
                 raise ConfigError(
-                    f"{name}={environ[name]}: a launcher that is not known here started this process; "
+                    f"{name}={environ[name]}: an unsupported launcher started this process; "
                     "set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from its variables"
                 )
         return Ranks(0, 1, 0, 1, "single")
@@ -68,14 +68,14 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def claimed_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The rank that the innermost launcher claims, checked or not: who prints when `discover` itself fails."""
+    """Return the rank that the innermost launcher claims, unchecked: it decides who prints when `discover` fails."""
     return next((int(environ[row.rank]) for row in LAUNCHERS if environ.get(row.rank, "").isdigit()), 0)
 
 
 def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` with Slurm's variables as the table wants them: none outside a parallel step, counts resolved.
+    """Return `environ` with Slurm's variables as the table needs them: none outside a parallel step, counts resolved.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, although it is one process.
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, although it is a single process.
     """
     environ = dict(environ)
     step = environ.get("SLURM_STEP_ID", "")
@@ -87,7 +87,7 @@ def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
         environ.get("SLURM_PROCID"),
         environ.get("SLURM_STEP_NUM_TASKS"),
     ):
-        # srun --mpi=pmi2 speaks PMI itself: there is no mpirun.
+        # srun --mpi=pmi2 sets the variables of PMI itself: there is no mpirun.
         del environ["PMI_RANK"], environ["PMI_SIZE"]
     if "SLURM_STEP_TASKS_PER_NODE" in environ:
         # "2(x3),1" means 2, 2, 2, 1
@@ -98,7 +98,7 @@ def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
-    """One launcher's variables as Ranks. Raises ConfigError for a missing, non-numeric or impossible one."""
+    """Read one launcher's variables as Ranks. Raises ConfigError for a missing, non-numeric or impossible one."""
     values = []
     for names in row[1:]:
         name = next((name for name in names.split("|") if name in environ), None)
@@ -114,7 +114,8 @@ def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
             "impossible; unset the stale variables or start through a launcher"
         )
     agent = next((name for name, variable in AGENTS.items() if variable in environ), None)
-    return Ranks(*values, launcher=agent if row.name == "environment" and agent else row.name)
+    launcher = agent if row.name == "environment" and agent else row.name
+    return Ranks(rank, world_size, local_rank, local_world_size, launcher)
 
 
 def check_outer(ranks: Ranks, outer: Ranks, environ: Mapping[str, str]) -> None:
@@ -124,7 +125,7 @@ def check_outer(ranks: Ranks, outer: Ranks, environ: Mapping[str, str]) -> None:
         spans = agents == str(outer.world_size)
         what = f"{AGENTS[ranks.launcher]}={agents}"
     elif ranks.launcher in MPI:
-        # The step around is that of mpirun's own daemons: fewer than ranks, never more.
+        # The step around it runs mpirun's own daemons, of which there are never more than ranks.
         spans = ranks.world_size >= outer.world_size
         what = f"world size {ranks.world_size}"
     else:

@@ -1,4 +1,4 @@
-"""How the world is split: groups of sp ranks that share one sequence, and the ring within a group."""
+"""Split the world into groups of sp ranks that share one sequence, and connect each group as a ring."""
 
 from datetime import timedelta
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from .launchers import Ranks
 
 
 class Mesh(NamedTuple):
-    """world = dp x sp. The sp ranks of a group are adjacent and share one sequence; `sp_ranks` are this group's."""
+    """World = dp x sp. The sp ranks of a group are adjacent and share one sequence."""
 
-    dp: int
+    dp: int  # number of groups
     sp: int
-    dp_rank: int
-    sp_rank: int
-    sp_ranks: tuple[int, ...]
+    dp_rank: int  # index of this rank's group
+    sp_rank: int  # index of this rank in its group
+    sp_ranks: tuple[int, ...]  # ranks of this group in the world
 
 
 def make_mesh(ranks: Ranks, sp: int) -> Mesh:
@@ -36,12 +36,13 @@ class Edge(NamedTuple):
 
 
 def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
-    """This rank's edges to the sp rank before it and to the one after it; None where sp = 1. Collective.
+    """Return this rank's edges to the sp rank before it and to the one after it; None where sp = 1. Collective.
 
-    Every edge has a group of its own, for the hand-off alone. Between two ranks there are two edges.
+    Every edge has a separate group, used for the hand-off alone. Between two ranks there are two edges.
     """
     before = after = None
-    # Even edges, odd edges, and the one that closes the ring: ranks make groups in one order, each in one at a time.
+    # Even edges, odd edges, and the one that closes the ring: all ranks make the groups in the same order, and each is
+    # in only one of those that are made at a time.
     for starts in (range(0, mesh.sp - 1, 2), range(1, mesh.sp - 1, 2), range(mesh.sp - 1, mesh.sp)):
         pairs = [[i * mesh.sp + j, i * mesh.sp + (j + 1) % mesh.sp] for i in range(mesh.dp) for j in starts]
         if mesh.sp == 1 or not pairs:

@@ -1,4 +1,4 @@
-"""Is every node fit for the job? Facts and short measurements of each, compared, before an hour is burnt.
+"""Check that every node is fit for the job, by comparing facts and short measurements, before GPU hours are spent.
 
 `examine` measures, on one rank per node or more; `judge` is pure: facts in, one sentence per fault out.
 """
@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .collectives import gather_objects
 from .launchers import Ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic")
@@ -27,20 +28,16 @@ MIB, GIB = 2**20, 2**30
 
 
 class Thresholds(NamedTuple):
-    """What `judge` accepts. `slow` is a multiple of the median node's time."""
+    """What `judge` accepts."""
 
-    gpus: int
-    folder_bytes: float
-    clock_s: float
-    slow: float
+    gpus: int  # that every node must show
+    folder_bytes: float  # free space that the run's folder must have
+    clock_s: float  # largest difference from the median clock
+    slow: float  # multiple of the median node's time from which a node counts as slow
 
 
 class Facts(NamedTuple):
-    """What one rank found out about its node. Durations are the best of several: a short disturbance is no fault.
-
-    `folder_fault` is None where the shared folder works, `compute_s` that of the node's slowest device, `send_s` the
-    time to hand the payload to the next rank, `reduce_s` that of an all-reduce of it.
-    """
+    """What one rank has measured on its node. Durations are the best of several, to ignore short disturbances."""
 
     node: str
     versions: dict[str, str]
@@ -48,15 +45,15 @@ class Facts(NamedTuple):
     free_host_bytes: int
     free_gpu_bytes: int
     clock_s: float
-    folder_fault: str | None
+    folder_fault: str | None  # None where the shared folder works
     folder_free_bytes: int
-    compute_s: float
-    reduce_s: float
-    send_s: float
+    compute_s: float  # of the node's slowest device
+    reduce_s: float  # of an all-reduce of the payload
+    send_s: float  # of handing the payload to the next rank
 
 
 def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int) -> list[Facts]:
-    """Collective: the facts of all ranks, in rank order, on every rank. Leaves no file in `folder`."""
+    """Return the facts of all ranks in rank order, on every rank. Leaves no file in `folder`. Collective."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     gpus = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     fault, free = try_folder(ranks, folder)
@@ -75,13 +72,11 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
         reduce_s=best_s(lambda: dist.all_reduce(payload), device),
         send_s=send_s(ranks, payload),
     )
-    everyone = [None] * ranks.world_size
-    dist.all_gather_object(everyone, facts)
-    return everyone
+    return gather_objects(facts)
 
 
 def package_versions() -> dict[str, str]:
-    """Of everything that, where two ranks differ in it, changes a collective or a number."""
+    """Return the version of everything that must be the same on all ranks for equal collectives and numbers."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -92,7 +87,10 @@ def package_versions() -> dict[str, str]:
 
 
 def try_folder(ranks: Ranks, folder: Path) -> tuple[str | None, int]:
-    """Collective: write, sync and rename a file, then look for everyone's. Returns (fault or None, free bytes)."""
+    """Write, sync and rename a file, then look for those of all ranks. Collective.
+
+    Returns the fault, or None, and the free bytes.
+    """
     fault, free = None, 0
     own = folder / f".preflight.{ranks.rank}"
     part = folder / f"{own.name}.part"
@@ -106,8 +104,7 @@ def try_folder(ranks: Ranks, folder: Path) -> tuple[str | None, int]:
         part.rename(own)
     except OSError as error:
         fault = f"cannot write to {folder} ({error.strerror}); make room, or choose a folder that this node can write"
-    faults = [None] * ranks.world_size
-    dist.all_gather_object(faults, fault)
+    faults = gather_objects(fault)
     unseen = invisible(folder, [rank for rank in range(ranks.world_size) if faults[rank] is None])
     if fault is None and unseen:
         fault = f"does not see what rank {unseen[0]} wrote to {folder}; choose a folder that all nodes share"
@@ -118,7 +115,7 @@ def try_folder(ranks: Ranks, folder: Path) -> tuple[str | None, int]:
 
 
 def invisible(folder: Path, ranks: list[int]) -> list[int]:
-    """Those of `ranks` whose file is not there; asked again for a while, because network file systems cache."""
+    """Return those of `ranks` whose file is missing; looks again for a while, because network file systems cache."""
     unseen = ranks
     for _ in range(10):
         present = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -130,7 +127,7 @@ def invisible(folder: Path, ranks: list[int]) -> list[int]:
 
 
 def best_s(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several runs of `work`, in seconds, after one to warm up."""
+    """Return the shortest of several runs of `work`, in seconds, after one to warm up."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -142,14 +139,14 @@ def best_s(work: Callable[[], object], device: torch.device) -> float:
 
 
 def compute_s(device: torch.device) -> float:
-    """A matrix product: large enough to heat a GPU, small enough not to be interrupted on a CPU."""
+    """Time a matrix product: large enough to load a GPU, small enough not to be interrupted on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
     a = torch.ones(n, n, dtype=dtype, device=device)
     return best_s(lambda: a @ a, device)
 
 
 def send_s(ranks: Ranks, payload: torch.Tensor) -> float:
-    """Collective: hand the payload to the next rank of the ring and wait for its answer. 0 for a single rank.
+    """Time the payload's way to the next rank of the ring and its answer; 0 for a single rank. Collective.
 
     The links take turns, so that no rank serves two at once and a slow node slows its own two links only.
     """
@@ -175,12 +172,12 @@ def send_s(ranks: Ranks, payload: torch.Tensor) -> float:
 
 
 def link_turn(link: int, world: int) -> int:
-    """When link `link` -> `link + 1` is measured: even and odd ones, and that which closes an odd ring."""
+    """Return the turn in which link `link` -> `link + 1` is measured: even, odd, or the one that closes an odd ring."""
     return 2 if world % 2 and link == world - 1 else link % 2
 
 
 def judge(facts: list[Facts], limits: Thresholds) -> list[str]:
-    """One sentence for each fault, each beginning with the node's name; empty where all are fit."""
+    """Return one sentence for each fault, beginning with the node's name; empty if all nodes are fit."""
     faults = [f"{fact.node}: {fact.folder_fault}" for fact in facts if fact.folder_fault]
     faults += [
         f"{fact.node}: shows {len(fact.gpus)} GPUs of {limits.gpus}; check its driver and the container's GPU option"
@@ -189,7 +186,7 @@ def judge(facts: list[Facts], limits: Thresholds) -> list[str]:
     ]
     faults += [
         f"{fact.node}: {fact.folder_free_bytes / GIB:.1f} GiB free in the run's folder, "
-        f"{limits.folder_bytes / GIB:.1f} wanted; make room"
+        f"{limits.folder_bytes / GIB:.1f} GiB needed; free some space"
         for fact in facts
         if fact.folder_free_bytes < limits.folder_bytes and not fact.folder_fault
     ]
@@ -197,7 +194,7 @@ def judge(facts: list[Facts], limits: Thresholds) -> list[str]:
 
 
 def odd_ones(facts: list[Facts]) -> list[str]:
-    """Nodes whose versions or GPUs are not those of the majority."""
+    """Name the nodes whose versions or GPUs differ from the majority's."""
     table = [{**fact.versions, "GPUs": ", ".join(fact.gpus) or "none"} for fact in facts]
     faults = []
     for name in dict.fromkeys(name for row in table for name in row):
@@ -212,7 +209,7 @@ def odd_ones(facts: list[Facts]) -> list[str]:
 
 
 def weak_ones(facts: list[Facts], limits: Thresholds) -> list[str]:
-    """Nodes with a wrong clock, or whose memory somebody else holds."""
+    """Name the nodes with a wrong clock, or whose memory other processes hold."""
     clock_s, host, gpu = (
         statistics.median(getattr(fact, field) for fact in facts)
         for field in ("clock_s", "free_host_bytes", "free_gpu_bytes")
@@ -228,15 +225,15 @@ def weak_ones(facts: list[Facts], limits: Thresholds) -> list[str]:
         if fact.free_gpu_bytes < gpu * 0.9:
             faults.append(
                 f"{fact.node}: a GPU has {fact.free_gpu_bytes / GIB:.1f} GiB free, median {gpu / GIB:.1f}; "
-                "look for processes left over"
+                "look for processes of an earlier job"
             )
     return faults
 
 
 def slow_ones(facts: list[Facts], slow: float) -> list[str]:
-    """Nodes that compute slowly, and nodes both of whose links are slow; a single slow link is named by its ends.
+    """Name the nodes that compute slowly or have two slow links; a single slow link is named by its ends.
 
-    The lower median: of four links, one bad node slows two.
+    Times are compared with the lower median: of four links, one bad node slows two.
     """
     compute_s = slow * statistics.median_low(fact.compute_s for fact in facts)
     send_s = slow * statistics.median_low(fact.send_s for fact in facts)
@@ -259,7 +256,7 @@ def slow_ones(facts: list[Facts], slow: float) -> list[str]:
 
 
 def report(facts: list[Facts], payload_bytes: int) -> str:
-    """A line per node, then what an all-reduce reaches (bus bandwidth: 2 (n - 1) / n of the payload per second)."""
+    """Format a line per node, then the bus bandwidth of an all-reduce: 2 (n - 1) / n of the payload per second."""
     lines = [f"{'node':<12} {'GPUs':>4} {'host GiB':>9} {'GPU GiB':>8} {'compute ms':>11} {'link GB/s':>10}"]
     for fact in facts:
         link = f"{payload_bytes / fact.send_s / 1e9:.2f}" if fact.send_s else "-"

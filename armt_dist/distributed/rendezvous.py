@@ -1,7 +1,6 @@
-"""Ranks, rendezvous and groups: the only place that starts torch.distributed and deepspeed.comm.
+"""Start torch.distributed with the ranks that `launchers.discover` found, and leave it again.
 
-`discover` reads from the environment who this process is, `start` meets the others, `mesh` says how the world is
-split, `agree` turns an error on one rank into the same error on all of them, `stop` leaves.
+DeepSpeed joins later, where its engine is made (`zero3.communication`).
 """
 
 import contextlib
@@ -9,6 +8,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from ..config import ConfigError, one_line
-from .collectives import all_gather_single, reduce_scatter_single
 from .launchers import MPI, Ranks
 from .process import keep_freed_memory
 
@@ -24,8 +23,8 @@ from .process import keep_freed_memory
 def start(ranks: Ranks, timeout_s: float) -> torch.device:
     """Meet the other ranks and return this rank's device: cuda with nccl, else cpu with gloo.
 
-    `timeout_s` bounds the meeting and every later collective of the default group. Sets RANK, WORLD_SIZE,
-    LOCAL_RANK, MASTER_ADDR and MASTER_PORT for DeepSpeed. Raises ConfigError for too few GPUs, an unreachable
+    `timeout_s` bounds the meeting and every later collective of the default group. Sets RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT, which torch and DeepSpeed read. Raises ConfigError for too few GPUs, an unreachable
     master or a port that is taken.
     """
     cuda = torch.cuda.is_available()
@@ -52,29 +51,25 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         keep_freed_memory()
-    import deepspeed
-
-    # On CPU DeepSpeed compiles a shared-memory all-reduce at start: measured 27 s against 0.01 s without, and every
-    # rank leaves 69 MB in /dev/shm. Only its inference all-reduce would use it; training goes through gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    # With its device known, NCCL connects at once and splits later groups off this one. A single rank has no peer.
+    own_device = device if cuda and ranks.world_size > 1 else None
     try:
         if ranks.rank != 0:
             wait_for_port(address, port, timeout_s)
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=own_device)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT={address}:{port}: rank {ranks.rank} of {ranks.world_size} on "
             f"{socket.gethostname()} could not meet the others within {timeout_s:g} s ({one_line(error)}); "
             "check that rank 0 runs there, that the port is free and reachable, and GLOO_/NCCL_SOCKET_IFNAME"
         ) from None
-    # DeepSpeed 0.19.8 keeps the functions it calls here, under the names that torch 2.13 warns of.
-    backend = deepspeed.comm.comm.cdb
-    backend.all_gather_function, backend.reduce_scatter_function = all_gather_single, reduce_scatter_single
-    return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    return device
 
 
 def wait_for_port(address: str, port: int, timeout_s: float) -> None:
-    """Return once somebody listens there, else raise OSError. torch would find out too, under pages of C++ frames."""
+    """Return once a process listens there; OSError after `timeout_s`, instead of torch's pages of C++ frames."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -86,9 +81,9 @@ def wait_for_port(address: str, port: int, timeout_s: float) -> None:
 
 
 def rendezvous(ranks: Ranks) -> tuple[str, int]:
-    """Address and port where rank 0 listens: MASTER_ADDR and MASTER_PORT, else what the launcher can tell."""
+    """Find the address and port where rank 0 listens: MASTER_ADDR and MASTER_PORT, else from the launcher."""
     if ranks.launcher == "single":
-        # Port 0: any free one. Nobody else has to find it.
+        # Port 0 is any free one; no other rank has to find it.
         return "127.0.0.1", 0
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         if not os.environ["MASTER_PORT"].isdigit():
@@ -102,16 +97,19 @@ def rendezvous(ranks: Ranks) -> tuple[str, int]:
 
 
 def slurm_rendezvous() -> tuple[str, int]:
-    """The address of the step's first node, and a port made from job and step id below Linux's ephemeral range."""
+    """Find the address of the step's first node, and a port from job and step id, below Linux's ephemeral range.
+
+    Raises ConfigError where scontrol cannot tell.
+    """
 
     def scontrol(*arguments: str) -> str:
         return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
     try:
-        # Node names need not resolve; Slurm knows the address it uses itself.
+        # Node names need not resolve, but Slurm knows the address that it uses itself.
         first = scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
-        address = re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first, "-o")).group(1)
-    except (OSError, KeyError, IndexError, AttributeError, subprocess.CalledProcessError) as error:
+        address = re.findall(r"NodeAddr=(\S+)", scontrol("show", "node", first, "-o"))[0]
+    except (OSError, KeyError, IndexError, subprocess.CalledProcessError) as error:
         raise ConfigError(
             f"MASTER_ADDR is not set and scontrol cannot tell ({one_line(error)}); set MASTER_ADDR and MASTER_PORT"
         ) from None
@@ -120,7 +118,7 @@ def slurm_rendezvous() -> tuple[str, int]:
 
 
 def mpi_rendezvous(ranks: Ranks) -> tuple[str, int]:
-    """Rank 0's address and a free port of its node, broadcast over MPI. Raises ConfigError where MPI disagrees."""
+    """Broadcast rank 0's address and a free port of its node over MPI. Raises ConfigError where MPI disagrees."""
     try:
         from mpi4py import MPI as mpi
     except (ImportError, RuntimeError) as error:
@@ -138,7 +136,7 @@ def mpi_rendezvous(ranks: Ranks) -> tuple[str, int]:
 
 
 def own_address(ranks: Ranks) -> str:
-    """An address of this node that the other ranks can reach: that of the default route, or of the host name."""
+    """Find an address of this node that the other ranks can reach: of the default route, or of the host name."""
     if ranks.local_world_size == ranks.world_size:
         return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -149,18 +147,22 @@ def own_address(ranks: Ranks) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listened on a moment ago."""
+    """Find a TCP port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def stop() -> None:
-    """Leave the world: destroy all process groups, if there are any."""
-    if dist.is_initialized():
-        import deepspeed
-
-        deepspeed.comm.destroy_process_group()
-        # A gloo thread lets go of the last collective's tensors only after it has reported it done, and aborts the
-        # process if Python has ended by then (torch 2.13): 4 of 48 ranks did so without this, none of 50 with it.
-        time.sleep(0.1)
+    """Destroy all process groups, if there are any."""
+    if not dist.is_initialized():
+        return
+    # DeepSpeed, if it has joined, drops its own references to the groups as well.
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+    # A gloo thread lets go of the last collective's tensors only after it has reported it done, and aborts the
+    # process if Python has ended by then (torch 2.13): 4 of 48 ranks did so without this, none of 50 with it.
+    time.sleep(0.1)

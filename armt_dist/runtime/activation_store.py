@@ -1,14 +1,14 @@
-"""Where the layer inputs wait between forward and backward: on the device, or in host memory with asynchronous copies.
+"""Where layer inputs wait between forward and backward: on the device, or in host memory with asynchronous copies.
 
-Keys are (block, layer); backward asks for them in the reverse order of `put`, so the next one to come is known and
-its copy is started one layer ahead.
+Keys are (block, layer). The backward pass asks for them in the reverse order of `put`, so the next key is known and its
+copy is started one layer ahead.
 """
 
 import torch
 from torch import Tensor
 
 
-class DeviceStash:
+class DeviceStore:
     """Keeps each tensor where it is."""
 
     def __init__(self) -> None:
@@ -19,16 +19,16 @@ class DeviceStash:
         self.kept[key] = x
 
     def take(self, key: tuple[int, int]) -> Tensor:
-        """The tensor, which is kept no longer."""
+        """Return the tensor and keep it no longer."""
         return self.kept.pop(key)
 
 
-class HostStash:
-    """Keeps each tensor in pinned host memory; copies run on a stream of their own."""
+class HostStore:
+    """Keeps each tensor in pinned host memory; copies run on a separate stream."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[int, int], tuple[Tensor, torch.device, torch.cuda.Event | None]] = {}
-        self.fetched: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event | None]] = {}
+        self.kept: dict[tuple[int, int], tuple[Tensor, torch.device, torch.Event | None]] = {}
+        self.fetched: dict[tuple[int, int], tuple[Tensor, torch.Event | None]] = {}
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def put(self, key: tuple[int, int], x: Tensor) -> None:
@@ -37,7 +37,7 @@ class HostStash:
         self.kept[key] = host, x.device, self.copy(host, x)
 
     def take(self, key: tuple[int, int]) -> Tensor:
-        """x on its device again; starts the copy of the one put before it."""
+        """Return x on its device, and start the copy of the tensor that was put before it."""
         if key not in self.fetched:
             self.fetch(key)
         x, done = self.fetched.pop(key)
@@ -57,11 +57,12 @@ class HostStash:
             return
         with torch.cuda.stream(self.stream):
             x = torch.empty(host.shape, dtype=host.dtype, device=device)
+        assert stored is not None, f"{key}: a copy that ran on the stream has an event"
         self.stream.wait_event(stored)
         self.fetched[key] = x, self.copy(x, host)
 
-    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """target <- source on the copy stream, after the work queued so far. Returns the event of its end."""
+    def copy(self, target: Tensor, source: Tensor) -> torch.Event | None:
+        """Copy source to target on the copy stream, after the work queued so far. Returns the event of its end."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -75,4 +76,5 @@ class HostStash:
         return self.stream.record_event()
 
 
-STASHES = {False: DeviceStash, True: HostStash}
+STORES: dict[bool, type[DeviceStore] | type[HostStore]] = {False: DeviceStore, True: HostStore}
+"""By whether activations are offloaded to host memory."""

@@ -1,11 +1,11 @@
-"""Runs a schedule over a model: this rank's blocks of a batch in, its part of the loss out.
+"""Run a schedule over a model: this rank's blocks of a batch in, its part of the loss out.
 
 Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model width, n scored positions.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, Section
 from ..model.backbone import Context
-from ..model.memory import MEMORIES
+from ..model.configuration_armt import MEMORIES
 from ..model.modeling_armt import ARMTForCausalLM
 from ..model.rmt import enter
 from ..schedule import program as schedule
 from ..schedule.grid import Arrow, Grid, rank_blocks
 from ..schedule.program import Call, Instruction, Op, layer_calls
-from .activation_store import STASHES
+from .activation_store import STORES
 from .handoff import Local, Wire
-from .loss import hits, token_nll
-from .piece import IGNORE, Piece, Totals, fitted, packed_labels
-from .segment_bptt import CellView, LayerWork, Link, segment_bptt
+from .loss import IGNORE, hits, token_nll
+from .piece import Piece, Totals, packed_labels
+from .segment_bptt import CellView, LayerWork, Link, MarkReady, no_engine, segment_bptt
 from .trace import Trace
 
 
@@ -42,7 +42,7 @@ class ParallelConfig(Section):
     """Seconds that a rank waits for another one before the run ends with an error. Example: 1200"""
 
     @model_validator(mode="after")
-    def schedule_takes_them(self):
+    def schedule_takes_them(self) -> Self:
         if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
             raise ValueError(
                 f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
@@ -59,7 +59,7 @@ def check_memory(config: ParallelConfig, memory_kind: str) -> None:
             f"parallel.sp={config.sp}: memory_kind={memory_kind} takes a segment's memory from the last layer of the "
             "segment before, so a sequence stays on one rank; set parallel.sp=1"
         )
-    # More segments than blocks, as in most batches.
+    # One segment more than there are blocks, so that the grid is valid whatever the batches are.
     grid = Grid(config.sp * config.rounds + 1, 1, config.sp, config.rounds, config.chunks)
     schedule.fit_grid(config.schedule or schedule.default_schedule(arrows), grid, arrows)
 
@@ -68,15 +68,17 @@ class LossHead(nn.Module):
     """Final norm and head over the scored positions of a rank.
 
     The parameters belong to the base model; `parts` refers to its modules without owning them. Under ZeRO-3 they are
-    registered as this module's external parameters, so that they are gathered around its one call.
+    registered as this module's external parameters, so that they are gathered around its single call.
     """
+
+    parts: tuple[nn.Module, nn.Linear]
 
     def __init__(self, model: ARMTForCausalLM):
         super().__init__()
         object.__setattr__(self, "parts", (model.backbone.norm, model.backbone.head))
 
     def forward(self, hidden: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
-        """hidden [n, D], targets [n] -> nll [n] float32 and misses [n] bool (all False unless `count`)."""
+        """Score positions. hidden [n, D], targets [n] -> nll [n] float32, wrong [n] bool (all False unless `count`)."""
         norm, head = self.parts
         hidden = norm(hidden)
         wrong = ~hits(hidden, head, targets) & (targets >= 0) if count else torch.zeros_like(targets, dtype=torch.bool)
@@ -84,13 +86,12 @@ class LossHead(nn.Module):
 
 
 class ScheduledLM(nn.Module):
-    """What the engine wraps: the model, run layer by layer over this rank's blocks as the schedule says."""
+    """The model as the engine wraps it: run layer by layer over this rank's blocks, as the schedule says."""
 
     def __init__(
         self,
         model: ARMTForCausalLM,
         *,
-        schedule_name: str | None = None,
         states: str = "store",
         offload: bool = False,
         link: Local | Wire | None = None,
@@ -98,55 +99,55 @@ class ScheduledLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_head = LossHead(model)
-        self.arrows = tuple(model.backbone.layers[0].memory.arrows)
-        self.schedule_name = schedule_name or schedule.default_schedule(self.arrows)
+        self.arrows = model.config.memory_class.arrows
         self.states, self.offload = states, offload
         self.link = Local() if link is None else link
-        # Of the last pass.
-        self.trace: Trace | None = None
+        # Set by whoever puts an engine around this module.
+        self.mark_gradients_ready: MarkReady = no_engine
+        # Of the last pass; empty before the first.
+        self.trace = Trace(torch.device("cpu"))
 
     def at(self) -> Instruction | None:
-        """The instruction that this rank came to last, for `handoff.end_when_alone`."""
-        return self.trace and self.trace.at
-
-    def fit(self, piece: Piece) -> Piece:
-        """The piece in the blocks that the instructions number. Raises ConfigError as `schedule.fit`."""
-        return fitted(piece, schedule.fit_grid(self.schedule_name, piece.grid, self.arrows))
+        """Return the instruction that this rank began last, for messages about a lost or stuck rank."""
+        return self.trace.at
 
     def forward(self, piece: Piece, count: bool = False, observe: Callable[[CellView], None] | None = None) -> Totals:
-        """Sums over this rank's scored positions; backward of `nll` runs the reversed schedule.
+        """Return sums over this rank's scored positions; the backward pass of `nll` runs the reversed schedule.
 
         `observe` is shown every cell that this rank runs forward.
         """
-        piece = self.fit(piece)
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
         outputs = self.run_layers(x, rows, piece, observe)
         return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
 
     def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece, observe: Callable | None) -> list[Tensor]:
-        """All layers over all blocks. x [B, sum of N, D]; rows: N of each segment by block. Hidden states by block."""
+        """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block.
+
+        Returns the hidden states of each block.
+        """
         blocks = list(x.split([sum(block) for block in rows], dim=1))
-        layers, trace = self.model.backbone.layers, Trace(x.device)
+        layers, trace = self.model.layers, Trace(x.device)
         own = {block: i for i, block in enumerate(rank_blocks(piece.grid, piece.sp_rank))}
         contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
-        # Without gradients nothing is kept for a backward.
+        # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
-        calls = layer_calls(self.schedule_name, piece.grid, piece.sp_rank, self.arrows)
-        stash, link = STASHES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
+        calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
+        store, link = STORES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
         self.trace = trace
         for gather, forward, backward in calls:
             i = own[gather.block]
             if self.model.carries_rows and gather.layer == 0:
                 blocks[i] = enter(blocks[i], self.entering_rows(blocks[i - 1] if i else None, i, len(x)))
-            work = LayerWork(forward, backward, rows[i], contexts[i], states, stash, link, trace, observe)
+            layer_rows = rows[i], contexts[i], states
+            work = LayerWork(forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observe)
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)
         return blocks
 
     def entering_rows(self, before: Tensor | None, segment: int, batch: int) -> Tensor:
-        """The memory rows of a segment, carried from the one `before` [B, N, D] (RMT). [B, M, D]."""
+        """Return the memory rows [B, M, D] of a segment, carried over from the one `before` [B, N, D] (RMT)."""
         config = self.model.config
         if before is None:
             return self.model.memory_tokens(batch)[1]
@@ -154,16 +155,16 @@ class ScheduledLM(nn.Module):
             return self.model.backbone.norm(before[:, -config.num_mem_tokens :])
 
     def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
-        """The link of one pass: what it will receive, and in which shapes."""
+        """Return the link of one pass, which knows what it will receive and in which shapes."""
         receives = [i for call in calls for i in call.forward if i.op is Op.RECV]
         if torch.is_grad_enabled():
             receives += [i for call in reversed(calls) for i in call.backward if i.op is Op.RECV_GRAD]
         rows = [len(chunk) for chunk in torch.empty(batch).tensor_split(chunks)]
-        layers = self.model.backbone.layers
+        layers = self.model.layers
         return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))
 
     def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
-        """The contexts of block i as [chunk][segment]; segments of one length without padding share theirs."""
+        """Return the contexts of block i as [chunk][segment]; unpadded segments of equal length share one."""
         masks = [None] * len(rows)
         if piece.attention_mask is not None:
             by_block = piece.attention_mask.split([sum(block) for block in piece.lengths], dim=1)
@@ -183,11 +184,11 @@ class ScheduledLM(nn.Module):
         return result
 
     def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
-        """Loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
+        """Compute the loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
         targets = packed_labels(piece, self.model.config.head_rows, self.model.config.num_mem_tokens)
         scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
         if not len(scored):
-            # Norm and head must have a gradient on every rank: an unscored position gives zeros.
+            # Norm and head must have a gradient on every rank; a position that is not scored gives zeros.
             scored = torch.zeros(1, dtype=torch.int64)
         row = (scored // targets.shape[1]).to(hidden.device, non_blocking=True)
         targets = targets.flatten()[scored].to(hidden.device, non_blocking=True)
@@ -197,7 +198,7 @@ class ScheduledLM(nn.Module):
         return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
 
 
-def run_backward(engine, loss: Tensor) -> None:
-    """`engine.backward(loss)`, and the end of the pass's trace with it. Right for any number of rounds."""
+def run_backward(engine: Any, loss: Tensor) -> None:
+    """Call `engine.backward(loss)` and end the trace of the pass. Exact for any number of rounds."""
     engine.backward(loss)
     engine.module.trace(None)

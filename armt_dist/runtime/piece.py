@@ -1,28 +1,33 @@
-"""One rank's part of a micro-batch, cut out of it and laid out like the hidden states.
+"""Cut one rank's part out of a micro-batch and lay its labels out like the hidden states.
 
 Shapes: B batch rows, N = H + tokens + M positions of a segment's row.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model.modeling_armt import segment_lengths
+from ..model.configuration_armt import ARMTConfig
+from ..model.segment_rows import segment_lengths
 from ..schedule.grid import Grid, block_segments, check_grid, rank_blocks
+from ..schedule.program import default_schedule, fit_grid
+from .loss import IGNORE
 
 
 class Piece(NamedTuple):
     """One rank's part of a micro-batch: the segments of its blocks, in order."""
 
     input_ids: Tensor  # [B, tokens of the blocks] int64
-    # [B, the same] the token to predict at each position, -100 where not scored; in host memory, so that picking the
+    # [B, the same] token to predict at each position, IGNORE where not scored; in host memory, so that picking the
     # scored positions does not wait for the device
     labels: Tensor
-    attention_mask: Tensor | None  # the same, 1 at real tokens; None when nothing is padded
+    attention_mask: Tensor | None  # [B, the same], 1 at real tokens; None when nothing is padded
     lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
-    grid: Grid
+    grid: Grid  # of the schedule: its rounds are those of the program
     sp_rank: int
+    schedule: str  # name of the schedule that cut the blocks
 
 
 class Totals(NamedTuple):
@@ -30,47 +35,46 @@ class Totals(NamedTuple):
 
     nll: Tensor  # scalar float32
     scored: Tensor  # scalar int64
-    wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless asked for
-
-
-IGNORE = -100
+    wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless counted
 
 
 def cut_piece(
-    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, model_config, grid: Grid, sp_rank: int = 0
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    model_config: ARMTConfig,
+    grid: Grid,
+    sp_rank: int = 0,
+    schedule_name: str | None = None,
 ) -> Piece:
-    """The blocks of `sp_rank` of a micro-batch [B, tokens]. `grid.segments` is set from the length of the batch.
+    """Cut the blocks of `sp_rank` out of a micro-batch [B, tokens], in the blocks that the schedule numbers.
 
-    Raises ConfigError when there are fewer segments than sp x rounds.
+    `grid.segments` is set from the length of the batch. The schedule left out is the default of the memory kind.
+    Raises ConfigError as `fit_grid`, and when there are fewer segments than sp x rounds.
     """
     lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
     grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
     check_grid(grid)
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    ranges = [block_segments(grid)[b] for b in rank_blocks(grid, sp_rank)]
+    arrows = model_config.memory_class.arrows
+    name = schedule_name or default_schedule(arrows)
+    grid = fit_grid(name, grid, arrows)
+    starts = list(accumulate(lengths, initial=0))
+    segments = block_segments(grid)
+    ranges = [segments[block] for block in rank_blocks(grid, sp_rank)]
 
-    def own(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
+    def own(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
 
     by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
-    return Piece(own(input_ids), own(labels), own(attention_mask), by_block, grid, sp_rank)
-
-
-def fitted(piece: Piece, grid: Grid) -> Piece:
-    """The piece in the blocks of `grid`, as the schedule cuts it."""
-    if grid == piece.grid:
-        return piece
-    assert grid.sp == 1, f"{grid}: only a rank that holds the whole sequence can cut it otherwise"
-    lengths = [n for block in piece.lengths for n in block]
-    blocks = tuple(tuple(lengths[r.start : r.stop]) for r in block_segments(grid))
-    return piece._replace(grid=grid, lengths=blocks)
+    mask = None if attention_mask is None else own(attention_mask)
+    return Piece(own(input_ids), own(labels), mask, by_block, grid, sp_rank, name)
 
 
 def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:
-    """The labels laid out like the hidden states, so many rows around a segment not scored. [B, sum of N], on the
-    labels' device."""
+    """Lay the labels out like the hidden states: `before` and `behind` rows around each segment are not scored.
+
+    Returns [B, sum of N], on the labels' device.
+    """
     head, tail = (piece.labels.new_full((len(piece.labels), rows), IGNORE) for rows in (before, behind))
     lengths = [n for block in piece.lengths for n in block]
     return torch.cat([part for labels in piece.labels.split(lengths, 1) for part in (head, labels, tail)], dim=1)

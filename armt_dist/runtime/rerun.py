@@ -1,6 +1,6 @@
-"""Run the cells of a layer forward without a graph, and once more with one for the backward pass.
+"""Run the cells of a layer forward without a graph, and again with one in the backward pass.
 
-The state that entered each cell is stored, rebuilt from its updates, or recomputed.
+The state that entered each cell is stored, rebuilt from the updates, or recomputed.
 
 Shapes: B batch rows, N positions of a segment's row, D model width.
 """
@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..model.backbone import Context
-from ..model.memory import apply
-from ..model.modeling_armt import ARMTLayer
+from ..model.memory_kind import ARMTLayer, MemoryUpdate, StateT, apply
 
 
 class Cell(NamedTuple):
-    """One cell run again, with its graph."""
+    """One cell that was run again, with its graph."""
 
     inputs: tuple[Tensor, ...]  # x, then the incoming state
     outputs: tuple[Tensor, ...]  # y, then the outgoing state
@@ -31,24 +31,45 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = tuple(parameters)
-        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+        self.sums: list[Tensor] = []
 
     def add(self, cell: Cell, grad_outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Backward of one cell: add to the sums, return the gradients of the cell's inputs."""
+        """Add the parameter gradients of one cell, and return the gradients of the cell's inputs."""
         sources = (*cell.inputs, *self.parameters)
-        # A detached window depends on nothing.
+        # The outgoing state need not depend on anything: a detached window does not.
         pairs = [pair for pair in zip(cell.outputs, grad_outputs, strict=True) if pair[0].requires_grad]
-        # An input that a cell does not depend on (z without denominators) gets zeros, never None.
         outputs, grad_outputs = zip(*pairs, strict=True)
+        # An input that a cell does not depend on (z without denominators) gets zeros, never None.
         grads = torch.autograd.grad(outputs, sources, grad_outputs, allow_unused=True, materialize_grads=True)
-        inputs = len(cell.inputs)
-        for i, grad in enumerate(grads[inputs:]):
-            self.sums[i] = grad.float() if self.sums[i] is None else self.sums[i].add_(grad)
-        return grads[:inputs]
+        inputs, own = grads[: len(cell.inputs)], grads[len(cell.inputs) :]
+        if self.sums:
+            for total, grad in zip(self.sums, own, strict=True):
+                total.add_(grad)
+        else:
+            self.sums = [grad.float() for grad in own]
+        return inputs
 
     def result(self) -> tuple[Tensor, ...]:
-        """One gradient per parameter, in its dtype."""
+        """Return one gradient per parameter, in the parameter's dtype."""
         return tuple(total.to(p.dtype) for p, total in zip(self.parameters, self.sums, strict=True))
+
+
+class Generators(NamedTuple):
+    """The states of the random generators that dropout draws from."""
+
+    cpu: Tensor
+    devices: list[int]
+    device_states: list[Tensor]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Generators":
+        """Return the states of the CPU's generator and of that of x's device."""
+        return cls(torch.get_rng_state(), *get_device_states(x))
+
+    def restore(self, device_type: str) -> None:
+        """Set the generators back to these states."""
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.device_states, device_type=device_type)
 
 
 class ChunkReplay:
@@ -57,18 +78,18 @@ class ChunkReplay:
     def __init__(self, layer: ARMTLayer, lengths: Sequence[int], contexts: Sequence[Context], states: str):
         self.layer, self.lengths, self.contexts, self.mode = layer, lengths, contexts, states
         self.states: list[tuple] = []
-        self.updates: list[tuple] = []
-        self.rng: list[tuple[Tensor, ...]] = []
+        self.updates: list[MemoryUpdate] = []
+        self.generators: list[Generators] = []
 
     def forward(self, x: Tensor, out: Tensor, state: tuple, observe: Callable | None = None) -> tuple:
-        """Fill `out` from x, both [B, sum of N, D]; return the state after the last segment.
+        """Fill `out` from x, both [B, sum of N, D], and return the state after the last segment.
 
         `observe(segment, x, state before, state after)` is called for every cell.
         """
         self.states.append(state)
         for s, (x_s, out_s) in enumerate(zip(x.split(self.lengths, 1), out.split(self.lengths, 1), strict=True)):
             if self.layer.training:
-                self.rng.append(rng_state(x.device))
+                self.generators.append(Generators.of(x))
             y, update = self.layer.cell(x_s, state, self.contexts[s])
             out_s.copy_(y)
             before, state = state, apply(state, update)
@@ -79,12 +100,12 @@ class ChunkReplay:
             elif self.mode == "store":
                 self.states.append(state)
         if self.mode == "store":
-            # The state after the last segment is nobody's incoming state here.
+            # The state after the last segment enters no segment of this block.
             self.states.pop()
         return state
 
     def cells(self, x: Tensor) -> Iterator[Cell]:
-        """Every cell run again with its graph, last segment first."""
+        """Run every cell again with its graph, last segment first."""
         rows = x.split(self.lengths, 1)
         for s, state in zip(reversed(range(len(rows))), self.incoming(rows), strict=True):
             leaf = rows[s].detach().requires_grad_()
@@ -96,7 +117,7 @@ class ChunkReplay:
             yield Cell((leaf, *state), (y, *following))
 
     def incoming(self, rows: Sequence[Tensor]) -> Iterator[tuple]:
-        """The incoming state of every segment, last first; drops each when it was used."""
+        """Yield the incoming state of every segment, last first, and drop each after its use."""
         if self.mode == "rebuild":
             yield from reapplied(self.states.pop(), self.updates)
             self.updates.clear()
@@ -111,16 +132,16 @@ class ChunkReplay:
             yield self.states.pop()
 
     def replay(self, s: int, device: torch.device) -> None:
-        """Let dropout draw for segment s what it drew in forward."""
-        if self.rng:
-            set_rng_state(self.rng[s], device)
+        """Let dropout draw for segment s what it drew in the forward pass."""
+        if self.generators:
+            self.generators[s].restore(device.type)
 
 
-def reapplied(first: tuple, updates: Sequence[tuple]) -> Iterator[tuple]:
-    """The K states that led to K updates, last first, bit for bit, holding about 2·sqrt(K) of them at a time.
+def reapplied(first: StateT, updates: Sequence[MemoryUpdate[StateT]]) -> Iterator[StateT]:
+    """Yield the K states before K updates, last first, bit for bit; about 2·sqrt(K) of them exist at a time.
 
-    Undoing the updates from the last state would hold one, but rounding leaves a feature that was never written
-    slightly away from 0, and z·q + 1e-5 magnifies that 1e5 times.
+    Undoing the updates from the last state would need a single one, but rounding leaves a feature that was never
+    written slightly away from 0, and z·q + 1e-5 magnifies that 1e5 times.
     """
     count, span = len(updates), math.isqrt(len(updates))
     starts = [first]
@@ -130,16 +151,3 @@ def reapplied(first: tuple, updates: Sequence[tuple]) -> Iterator[tuple]:
         states = list(accumulate(updates[i * span : min((i + 1) * span, count) - 1], apply, initial=starts.pop()))
         while states:
             yield states.pop()
-
-
-def rng_state(device: torch.device) -> tuple[Tensor, ...]:
-    """The generators that dropout on `device` draws from."""
-    state = (torch.get_rng_state(),)
-    return (*state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else state
-
-
-def set_rng_state(state: tuple[Tensor, ...], device: torch.device) -> None:
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -1,57 +1,64 @@
-"""Back-propagation through the segments of one layer, with one cell's graph alive at a time.
+"""Back-propagate through the segments of one layer, with one cell's graph alive at a time.
 
 `SegmentBPTT` is applied inside `ARMTLayer.forward`, so that ZeRO-3 gathers the layer once for all segments of a
 block, forward and backward, and every parameter receives exactly one gradient per call. Within the call the
-schedule's instructions of this (layer, block) are dispatched from two small tables.
+schedule's instructions for this (layer, block) are dispatched from two small tables.
 
 Shapes: B batch rows, N positions of a segment's row, D model width. The hidden states of a block are packed:
 [B, sum of N, D], so segments may differ in length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..config import Section
 from ..model.backbone import Context
-from ..model.modeling_armt import ARMTLayer
+from ..model.memory_kind import ARMTLayer
 from ..schedule.program import Instruction, Op
-from .activation_store import DeviceStash, HostStash
+from .activation_store import DeviceStore, HostStore
 from .rerun import Cell, ChunkReplay, Gradients
 
 
 class BPTTConfig(Section):
-    """How backward has each segment's incoming state again.
-
-    store: all of them are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
-    recompute: from the block's first state, for one more forward of the block.
-    """
+    """How the backward pass recovers the state that entered each segment."""
 
     states: Literal["store", "rebuild", "recompute"] = "store"
-    """Source of each segment's incoming state in the backward pass: kept, rebuilt from updates, or recomputed."""
+    """store: all states are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
+    recompute: from the block's first state, at the cost of one more forward pass of the block."""
+
+
+MarkReady = Callable[[Sequence[Tensor], bool], None]
+"""Tells the engine whether it may reduce the next gradients of these parameters, or more are to be added first."""
+
+
+def no_engine(parameters: Sequence[Tensor], ready: bool) -> None:
+    """Do nothing: without an engine autograd itself adds up the gradients of several calls."""
 
 
 class Link(Protocol):
     """Where a block's first state comes from and its last state goes to, and their gradients; see `handoff`."""
 
-    def recv(self, instruction: Instruction) -> tuple: ...
+    def recv(self, instruction: Instruction) -> tuple:
+        """Return the state, or its gradient, that the neighbouring block has sent."""
 
-    def send(self, instruction: Instruction, state: tuple) -> None: ...
+    def send(self, instruction: Instruction, state: tuple) -> None:
+        """Hand a state, or its gradient, to the neighbouring block without waiting."""
 
 
 class CellView(NamedTuple):
-    """One cell of a forward, for an observer."""
+    """One cell of a forward pass, as an observer sees it."""
 
     instruction: Instruction
     row: int  # of the micro-batch: the first of the chunk
     layer: ARMTLayer
     segment: int  # of the block
     x: Tensor  # [b, N, D], the cell's input
-    before: tuple
-    after: tuple
+    before: tuple  # state that entered the cell
+    after: tuple  # state that left it
 
 
 class LayerWork(NamedTuple):
@@ -62,10 +69,28 @@ class LayerWork(NamedTuple):
     lengths: Sequence[int]  # N of each segment
     contexts: Sequence[Sequence[Context]]  # [chunk][segment]
     states: str  # BPTTConfig.states
-    stash: DeviceStash | HostStash  # where the layer's input waits for backward
+    store: DeviceStore | HostStore  # where the layer's input waits for the backward pass
     link: Link
+    mark_ready: MarkReady
     trace: Callable[[Instruction], None]  # told of each instruction when it begins
     observe: Callable[[CellView], None] | None = None  # shown every cell of the forward; must not wait for the device
+
+
+class ForwardTensors(NamedTuple):
+    """Input and output of one forward call, cut into the schedule's chunks."""
+
+    x: tuple[Tensor, ...]
+    out: tuple[Tensor, ...]
+
+
+class BackwardTensors(NamedTuple):
+    """Input and gradients of one backward call, cut into the schedule's chunks."""
+
+    x: tuple[Tensor, ...]
+    grad_out: tuple[Tensor, ...]
+    grad_x: tuple[Tensor, ...]
+    gradients: Gradients  # of the layer's parameters
+    reruns: dict[int, Iterator[Cell]]  # by chunk, from RERUN until BACK
 
 
 class LayerCall:
@@ -73,9 +98,8 @@ class LayerCall:
 
     def __init__(self, layer: ARMTLayer, work: LayerWork):
         self.layer, self.work = layer, work
-        self.units = [ChunkReplay(layer, work.lengths, contexts, work.states) for contexts in work.contexts]
-        self.cells: dict[int, Iterator[Cell]] = {}
-        self.gradients = Gradients([p for p in layer.parameters() if p.requires_grad])
+        self.replays = [ChunkReplay(layer, work.lengths, contexts, work.states) for contexts in work.contexts]
+        self.parameters = tuple(p for p in layer.parameters() if p.requires_grad)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -83,119 +107,122 @@ class LayerCall:
         return self.work.forward[0].block, self.work.forward[0].layer
 
     def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The micro-batch cut into the schedule's chunks."""
-        return x.tensor_split(len(self.units))
+        """Cut the micro-batch into the schedule's chunks."""
+        return x.tensor_split(len(self.replays))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, sum of N, D] -> the same shape."""
+        """Run the block. [B, sum of N, D] -> the same shape."""
         out = torch.empty_like(x)
-        self.x, self.out = self.chunks(x), self.chunks(out)
-        self.dispatch(FORWARD, self.work.forward)
-        del self.x, self.out
+        self.dispatch(FORWARD, self.work.forward, ForwardTensors(self.chunks(x), self.chunks(out)))
         return out
 
-    def backward(self, x: Tensor, grad_out: Tensor) -> Tensor:
-        """Gradient of x from that of forward's result; parameter gradients go to `self.gradients`."""
-        for parameter in self.gradients.parameters:
-            parameter.ds_grad_is_ready = False
-        grad_x = torch.empty_like(grad_out)
-        self.x, self.grad_out, self.grad_x = self.chunks(x), self.chunks(grad_out), self.chunks(grad_x)
+    def backward(self, x: Tensor, grad_out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the gradient of x, from that of forward's result, and one gradient per parameter."""
+        # DeepSpeed must not reduce them unless this call carries out REDUCE.
+        self.work.mark_ready(self.parameters, False)
+        grad_x, gradients = torch.empty_like(grad_out), Gradients(self.parameters)
+        tensors = BackwardTensors(self.chunks(x), self.chunks(grad_out), self.chunks(grad_x), gradients, {})
         # The re-run sets the generators back; what is drawn after this call must not notice.
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices, enabled=self.layer.training):
-            self.dispatch(BACKWARD, self.work.backward)
-        del self.x, self.grad_out, self.grad_x
-        return grad_x
+            self.dispatch(BACKWARD, self.work.backward, tensors)
+        return grad_x, gradients.result()
 
-    def dispatch(self, table: dict, program: Sequence[Instruction]) -> None:
-        """Carry out the instructions chunk by chunk; the state, or its gradient, goes from one to the next."""
+    def dispatch(self, table: Mapping[Op, Callable], program: Sequence[Instruction], tensors: tuple) -> None:
+        """Carry out the instructions chunk by chunk; each gets the state, or its gradient, from the one before it."""
         for _, instructions in groupby(program, key=lambda instruction: instruction.chunk):
             carried: tuple | None = None
             for instruction in instructions:
                 self.work.trace(instruction)
-                carried = table[instruction.op](self, instruction, carried)
+                carried = table[instruction.op](self, instruction, carried, tensors)
 
-    def recv(self, instruction: Instruction, _: None) -> tuple:
+    def recv(self, instruction: Instruction, carried: None, tensors: Any) -> tuple:
+        """Wait for the state, or its gradient, of the neighbouring block."""
         return self.work.link.recv(instruction)
 
-    def send(self, instruction: Instruction, state: tuple) -> None:
-        self.work.link.send(instruction, state)
+    def send(self, instruction: Instruction, carried: tuple, tensors: Any) -> None:
+        """Hand the state, or its gradient, to the neighbouring block."""
+        self.work.link.send(instruction, carried)
 
-    def run(self, instruction: Instruction, state: tuple | None) -> tuple:
-        x, out = self.x[instruction.chunk], self.out[instruction.chunk]
-        if state is None:
-            state = self.layer.memory.initial_state(x.shape[0], x.device)
-        observe = None
-        if self.work.observe:
-            row = sum(len(chunk) for chunk in self.x[: instruction.chunk])
-
-            def observe(*cell) -> None:
-                self.work.observe(CellView(instruction, row, self.layer, *cell))
-
-        return self.units[instruction.chunk].forward(x, out, state, observe)
-
-    def rerun(self, instruction: Instruction, _: None) -> None:
-        """Only the block's last cell: it needs no gradient yet, so it fills the wait for one."""
-        cells = self.units[instruction.chunk].cells(self.x[instruction.chunk])
-        self.cells[instruction.chunk] = chain([next(cells)], cells)
-
-    def back(self, instruction: Instruction, grad: tuple | None) -> tuple:
+    def run(self, instruction: Instruction, carried: tuple | None, tensors: ForwardTensors) -> tuple:
+        """Run the chunk forward; return the state after its last segment."""
         chunk = instruction.chunk
-        grads_out = self.grad_out[chunk].split(self.work.lengths, 1)
-        grads_x = self.grad_x[chunk].split(self.work.lengths, 1)
-        if grad is None:
-            grad = self.layer.memory.initial_state(len(self.grad_x[chunk]), self.grad_x[chunk].device)
-        kind = type(grad)
-        for cell, grad_y, grad_x in zip(self.cells.pop(chunk), reversed(grads_out), reversed(grads_x), strict=True):
-            grad_in, *grad = self.gradients.add(cell, (grad_y, *grad))
+        x = tensors.x[chunk]
+        state = self.layer.memory.initial_state(x.shape[0], x.device) if carried is None else carried
+        observe = None
+        if watcher := self.work.observe:
+            row = sum(len(part) for part in tensors.x[:chunk])
+
+            def observe(*cell: Any) -> None:
+                watcher(CellView(instruction, row, self.layer, *cell))
+
+        return self.replays[chunk].forward(x, tensors.out[chunk], state, observe)
+
+    def rerun(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
+        """Run only the block's last cell again: it needs no gradient yet, so it fills the wait for one."""
+        chunk = instruction.chunk
+        cells = self.replays[chunk].cells(tensors.x[chunk])
+        tensors.reruns[chunk] = chain([next(cells)], cells)
+
+    def back(self, instruction: Instruction, carried: tuple | None, tensors: BackwardTensors) -> tuple:
+        """Run the chunk backward; return the gradient of the state that entered its first segment."""
+        chunk = instruction.chunk
+        grads_out = tensors.grad_out[chunk].split(self.work.lengths, 1)
+        grads_x = tensors.grad_x[chunk].split(self.work.lengths, 1)
+        if carried is None:
+            carried = self.layer.memory.initial_state(len(grads_x[0]), grads_x[0].device)
+        kind, grad = type(carried), tuple(carried)
+        cells = tensors.reruns.pop(chunk)
+        for cell, grad_y, grad_x in zip(cells, reversed(grads_out), reversed(grads_x), strict=True):
+            grad_in, *grad_state = tensors.gradients.add(cell, (grad_y, *grad))
             grad_x.copy_(grad_in)
+            grad = tuple(grad_state)
         return kind(*grad)
 
-    def reduce(self, *_) -> None:
-        """Let ZeRO-3's hook, which comes next, have the gradients.
+    def reduce(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
+        """Let ZeRO-3's hook, which comes next, reduce the gradients; the calls of earlier blocks only added to them."""
+        self.work.mark_ready(self.parameters, True)
 
-        Where the rank has several blocks, the calls before only added to them. Measured exact, with gradient
-        accumulation too; `engine.coalesce_grad_reduction()` is as exact, but keeps all layers' gradients to the end
-        of the backward and takes one backward for a step.
-        """
-        for parameter in self.gradients.parameters:
-            parameter.ds_grad_is_ready = True
-
-    def hooked(self, *_) -> None:
-        """Carried out by ZeRO-3's hooks around the layer's call."""
+    def done_by_zero3(self, instruction: Instruction, carried: None, tensors: Any) -> None:
+        """Do nothing: ZeRO-3's hooks around the layer's call carry out the instruction."""
 
 
-FORWARD = {Op.RECV: LayerCall.recv, Op.RUN: LayerCall.run, Op.SEND: LayerCall.send, Op.RELEASE: LayerCall.hooked}
-BACKWARD = {
+FORWARD: Mapping[Op, Callable] = {
+    Op.RECV: LayerCall.recv,
+    Op.RUN: LayerCall.run,
+    Op.SEND: LayerCall.send,
+    Op.RELEASE: LayerCall.done_by_zero3,
+}
+BACKWARD: Mapping[Op, Callable] = {
     Op.RERUN: LayerCall.rerun,
     Op.RECV_GRAD: LayerCall.recv,
     Op.BACK: LayerCall.back,
     Op.SEND_GRAD: LayerCall.send,
     Op.REDUCE: LayerCall.reduce,
-    Op.GATHER: LayerCall.hooked,
+    Op.GATHER: LayerCall.done_by_zero3,
 }
 
 
 class SegmentBPTT(torch.autograd.Function):
-    """A layer over a block as one node of the graph: forward without one, backward cell by cell."""
+    """A layer over a block as one node of the graph: forward without a graph, backward cell by cell."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, run: LayerCall, *parameters: Tensor) -> Tensor:
-        run.work.stash.put(run.key, x)
-        ctx.run = run
-        return run.forward(x)
+    def forward(ctx: Any, x: Tensor, call: LayerCall, *parameters: Tensor) -> Tensor:
+        call.work.store.put(call.key, x)
+        ctx.call = call
+        return call.forward(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        run = ctx.run
-        grad_x = run.backward(run.work.stash.take(run.key), grad_out)
-        return grad_x, None, *run.gradients.result()
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        grad_x, gradients = call.backward(call.work.store.take(call.key), grad_out)
+        return grad_x, None, *gradients
 
 
 def segment_bptt(layer: ARMTLayer, x: Tensor, work: LayerWork) -> Tensor:
-    """The layer over a block of segments. [B, sum of N, D] -> the same shape. For `ARMTLayer.forward` as `run`."""
-    run = LayerCall(layer, work)
+    """Run the layer over a block of segments; for `ARMTLayer.forward` as `run`. [B, sum of N, D] -> the same shape."""
+    call = LayerCall(layer, work)
     if not torch.is_grad_enabled():
-        return run.forward(x)
-    return SegmentBPTT.apply(x, run, *run.gradients.parameters)
+        return call.forward(x)
+    return SegmentBPTT.apply(x, call, *call.parameters)

@@ -1,4 +1,4 @@
-"""What a rank did during one pass and when, instruction by instruction."""
+"""Record what a rank does during one pass and when, instruction by instruction."""
 
 import time
 
@@ -9,35 +9,46 @@ from ..schedule.timeline import Event
 
 
 class Trace:
-    """The instructions that a rank began during one pass, each until the next.
+    """The instructions that a rank has begun during one pass; each lasts until the next one begins.
 
-    A mark is a reading of the clock on CPU and an event on the current stream on CUDA; nothing waits for it.
+    A mark is a reading of the clock on CPU and an event on the current stream on CUDA; recording never waits.
     """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[Instruction | None, float | torch.cuda.Event]] = []
+        self.instructions: list[Instruction | None] = []
+        self.clock_s: list[float] = []
+        self.stamps: list[torch.cuda.Event] = []
         self.at: Instruction | None = None
 
     def __call__(self, instruction: Instruction | None) -> None:
-        """`instruction` begins, and what was before it ends; None: work outside the schedule."""
-        self.marks.append((instruction, self.now()))
-        # What lies outside is named by what came before it.
+        """Record that `instruction` begins and the one before it ends; None for work outside the schedule."""
+        self.instructions.append(instruction)
+        if self.cuda:
+            self.stamps.append(self.stamp())
+        else:
+            self.clock_s.append(time.perf_counter())
+        # Work outside the schedule is named by the instruction before it.
         self.at = instruction or self.at
 
-    def now(self) -> float | torch.cuda.Event:
-        """This moment, for the host or on the stream."""
-        if not self.cuda:
-            return time.perf_counter()
+    @staticmethod
+    def stamp() -> torch.cuda.Event:
+        """Record this moment on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
+    def ago_s(self) -> list[float]:
+        """Return how long ago each mark was, as negative seconds. Waits for the device."""
+        if not self.cuda:
+            now_s = time.perf_counter()
+            return [mark_s - now_s for mark_s in self.clock_s]
+        now = self.stamp()
+        now.synchronize()
+        return [-stamp.elapsed_time(now) / 1e3 for stamp in self.stamps]
+
     def events(self, rank: int = 0) -> list[Event]:
-        """Everything that took time, in seconds before this call. Waits for the device."""
-        now = self.now()
-        if self.cuda:
-            now.synchronize()
-        times = [-stamp.elapsed_time(now) / 1e3 if self.cuda else stamp - now for _, stamp in self.marks]
-        spans = zip(self.marks, times, times[1:], strict=False)
-        return [Event(rank, mark[0], start_s, end_s) for mark, start_s, end_s in spans if mark[0] is not None]
+        """Return every instruction with its start and end, in seconds before this call. Waits for the device."""
+        times = self.ago_s()
+        spans = zip(self.instructions, times, times[1:], strict=False)
+        return [Event(rank, instruction, start_s, end_s) for instruction, start_s, end_s in spans if instruction]

@@ -1,4 +1,4 @@
-"""Checks of programs before they run: one rank's order and completeness, and the order of collectives across ranks."""
+"""Check programs before they run: one rank's order and completeness, and the order of collectives across ranks."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,11 @@ from .grid import ARMT_ARROWS, Grid, rank_blocks, source_layer, target_layer
 from .program import COMPUTE, Instruction, Op, backward_program, wavefront
 
 ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.REDUCE)
-"""Instructions that a correct pair of programs holds exactly once; layers may be gathered again at will."""
+"""Instructions that a correct pair of programs has exactly once; layers may be gathered any number of times."""
 
 
 class ScheduleError(ValueError):
-    """A program that cannot be run; a bug, not a user's mistake. Names rank, position and instruction."""
+    """A program that cannot run: a bug, not a user's mistake. Names rank, position and instruction."""
 
     def __init__(self, rank: int, index: int, instruction: Instruction, reason: str):
         super().__init__(f"rank {rank}, instruction {index}, {instruction}: {reason}")
@@ -19,7 +19,7 @@ class ScheduleError(ValueError):
 
 
 def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[str]) -> Iterator[Instruction]:
-    """The instructions of the same rank that must come before `instruction` (gathers apart)."""
+    """Yield the instructions of the same rank that must come before `instruction`, apart from gathers."""
     op, layer, block, chunk = instruction
     top, last = grid.layers - 1, grid.sp * grid.rounds - 1
     receives = block > 0 and source_layer(arrows, layer, grid.layers) is not None
@@ -41,16 +41,21 @@ def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[s
 
 
 def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> None:
-    """Raise ScheduleError at the first fault in one rank's program: order, liveness, missing, twice, foreign."""
+    """Raise ScheduleError at the first fault in one rank's program.
+
+    Faults: an instruction of another rank, out of order, missing or doubled, or work on a layer that is not gathered.
+    """
     expected = wavefront(grid, rank, arrows)
     if any(instruction.op is Op.BACK for instruction in program):
         expected += backward_program(expected)
-    expected_set, seen, live = set(expected), set(), set()
+    expected_set = set(expected)
+    seen: set[Instruction] = set()
+    live: set[int] = set()
     for index, instruction in enumerate(program):
         op, layer = instruction.op, instruction.layer
         fault = None
         if instruction not in expected_set:
-            fault = f"is no work of rank {rank} in {grid}"
+            fault = f"is not among the instructions of rank {rank} in {grid}"
         elif op in ONCE and instruction in seen:
             fault = "comes twice"
         elif (op is Op.GATHER) == (layer in live) and op in (Op.GATHER, Op.RELEASE, *COMPUTE):
@@ -68,16 +73,22 @@ def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows
 
 
 def check_collectives(programs: Sequence[Sequence[Instruction]], orders: Sequence[list[tuple[int, int]]]) -> None:
-    """Raise ScheduleError where a rank issues another collective than most ranks do."""
+    """Raise ScheduleError where a rank issues a different collective from most ranks."""
     for place in range(max(map(len, orders))):
-        found = []
+        found: list[tuple[int, Instruction | None]] = []
         for program, order in zip(programs, orders, strict=True):
-            index = order[place][1] if place < len(order) else len(program)
-            instruction = program[index] if place < len(order) else None
-            found.append((index, instruction, instruction and (instruction.op, instruction.layer)))
-        usual = Counter(what for *_, what in found).most_common(1)[0][0]
-        for rank, (index, instruction, what) in enumerate(found):
-            if what != usual:
-                other = "no collective at all" if usual is None else f"{usual[0]} {usual[1]}"
-                shown = instruction or Instruction(*usual, block=rank)
+            issued = place < len(order)
+            index = order[place][1] if issued else len(program)
+            found.append((index, program[index] if issued else None))
+        usual = Counter(collective(instruction) for _, instruction in found).most_common(1)[0][0]
+        for rank, (index, instruction) in enumerate(found):
+            if collective(instruction) != usual:
+                other = "no collective" if usual is None else f"{usual[0]} {usual[1]}"
+                # A rank whose collectives have ended is shown the one that it lacks.
+                shown = instruction or Instruction(*(usual or (Op.GATHER, 0)), rank)
                 raise ScheduleError(rank, index, shown, f"is collective {place} here, but {other} on the other ranks")
+
+
+def collective(instruction: Instruction | None) -> tuple[Op, int] | None:
+    """Return what must be the same on all ranks: operation and layer."""
+    return None if instruction is None else (instruction.op, instruction.layer)

@@ -1,6 +1,6 @@
-"""The cells of one sequence, the blocks and ranks they are spread over, and the bound on efficiency.
+"""The cells of one sequence, the blocks and ranks over which they are spread, and the bound on efficiency.
 
-Letters: S segments, L layers, U units of work a rank.
+Letters: S segments, L layers, U units of work per rank.
 """
 
 import math
@@ -12,7 +12,7 @@ from ..config import ConfigError
 
 
 class Arrow(StrEnum):
-    """Where the state that cell (s, l) needs comes from; the hidden states of (s, l-1) it needs in any case."""
+    """Where the memory state of cell (s, l) comes from; it also needs the hidden states of (s, l-1)."""
 
     SAME_LAYER = "same_layer"
     """(s-1, l): ARMT, sliding window."""
@@ -25,31 +25,31 @@ RMT_ARROWS = (Arrow.LAST_LAYER,)
 
 
 def source_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
-    """The layer of segment s-1 whose state enters cell (s, layer), or None where none enters."""
+    """Return the layer of segment s-1 whose state enters cell (s, layer), None where no state enters."""
     if Arrow.SAME_LAYER in arrows:
         return layer
     return layers - 1 if layer == 0 else None
 
 
 def target_layer(arrows: Sequence[str], layer: int, layers: int) -> int | None:
-    """The layer of segment s+1 that the state leaving cell (s, layer) enters, or None where none leaves."""
+    """Return the layer of segment s+1 that the state of cell (s, layer) enters, None where no state leaves."""
     if Arrow.SAME_LAYER in arrows:
         return layer
     return 0 if layer == layers - 1 else None
 
 
 class Grid(NamedTuple):
-    """The cells of one sequence and how they are spread: sp ranks, rounds blocks a rank, chunks of the micro-batch."""
+    """The cells of one sequence and how they are spread."""
 
     segments: int
     layers: int
-    sp: int = 1
-    rounds: int = 1
-    chunks: int = 1
+    sp: int = 1  # ranks that share the sequence
+    rounds: int = 1  # blocks of segments per rank
+    chunks: int = 1  # parts of the micro-batch, handed on separately
 
     @property
     def units(self) -> int:
-        """Units of work of one rank in one direction."""
+        """Number of units of work of one rank in one direction."""
         return self.rounds * self.layers * self.chunks
 
 
@@ -66,7 +66,7 @@ def check_grid(grid: Grid) -> None:
 
 
 def efficiency_bound(grid: Grid) -> float:
-    """Largest share of the time that ranks can be busy, for equal blocks and free communication.
+    """Return the largest share of the time that ranks can be busy, for equal blocks and free communication.
 
     U / (U + sp - 1) with U = rounds * layers * chunks. A pipeline longer than layers * chunks stalls between
     rounds as well: then a round takes sp units instead of layers * chunks.
@@ -76,7 +76,7 @@ def efficiency_bound(grid: Grid) -> float:
 
 
 def pipeline_warning(grid: Grid) -> str | None:
-    """One line when the pipeline never fills (sp > layers * chunks), else None."""
+    """Return one line when the pipeline never fills (sp > layers * chunks), else None."""
     if grid.sp <= grid.layers * grid.chunks:
         return None
     return (
@@ -86,26 +86,26 @@ def pipeline_warning(grid: Grid) -> str | None:
 
 
 def prefetch_window(grid: Grid, handoff_units: float = 0.0) -> int:
-    """Layers to gather ahead so that ZeRO-3's collectives do not serialise the wavefront.
+    """Return how many layers to gather ahead so that ZeRO-3's collectives do not serialise the wavefront.
 
-    (sp - 1) / chunks + 1: the first rank is that far ahead of the last, further if a hand-off takes a notable share
+    (sp - 1) / chunks + 1: the first rank is that far ahead of the last, and further if a hand-off takes a notable share
     of a unit's time (`handoff_units`).
     """
     return math.ceil((grid.sp - 1) * (1 + handoff_units) / grid.chunks) + 1
 
 
 def block_segments(grid: Grid) -> tuple[range, ...]:
-    """The segments of each of the sp * rounds blocks; the first S mod B blocks hold one segment more."""
+    """Return the segments of each of the B = sp * rounds blocks; the first S mod B blocks have one segment more."""
     size, extra = divmod(grid.segments, grid.sp * grid.rounds)
     starts = [b * size + min(b, extra) for b in range(grid.sp * grid.rounds + 1)]
     return tuple(range(start, end) for start, end in zip(starts, starts[1:], strict=False))
 
 
 def block_owner(grid: Grid, block: int) -> int:
-    """The rank of the sp group that runs `block` (block-cyclic)."""
+    """Return the rank of the sp group that runs `block` (block-cyclic)."""
     return block % grid.sp
 
 
 def rank_blocks(grid: Grid, rank: int) -> range:
-    """The blocks of `rank`, one per round."""
+    """Return the blocks of `rank`, one per round."""
     return range(rank, grid.sp * grid.rounds, grid.sp)

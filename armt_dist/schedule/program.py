@@ -1,18 +1,18 @@
-"""The order of work on one sequence, as data: who runs which cell when. `timeline.py` simulates and draws it.
+"""The order of work on one sequence, as data: which rank runs which cell when.
 
 A sequence is a grid of cells (segment s, layer l). A cell needs the hidden states of (s, l-1) and a memory state
-from segment s-1 (`Arrow`: of which layer); any order that respects the two is valid. The segments are cut
+from segment s-1 (`Arrow` says of which layer); any order that respects the two is valid. The segments are cut
 into sp * rounds consecutive blocks, block b on rank b % sp; a unit of work is one (layer, block, chunk), a chunk
 being a slice of the micro-batch.
 
     wavefront       layer by layer over the block, the state handed to the next rank after each unit
     layer_major     the wavefront of one rank with one block: every layer is gathered once
-    segment_major   blocks of one segment: every layer is gathered once per segment (all that RMT allows)
+    segment_major   blocks of one segment: every layer is gathered once per segment (the only order that RMT allows)
 
-With U = rounds * layers * chunks units a rank and the last rank starting sp - 1 units late, the efficiency is at
+With U = rounds * layers * chunks units per rank and the last rank starting sp - 1 units late, the efficiency is at
 most U / (U + sp - 1). Nothing here imports torch: planner, tests, executor and timeline share these objects.
 
-Letters: S segments, L layers, U units of work a rank.
+Letters: S segments, L layers, U units of work per rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .grid import ARMT_ARROWS, Arrow, Grid, check_grid, rank_blocks, source_laye
 
 
 class Op(StrEnum):
-    """What a rank does next. GATHER, REDUCE and RELEASE are carried out by ZeRO-3's hooks around a layer's call."""
+    """What a rank does in one step. ZeRO-3's hooks around a layer's call carry out GATHER, REDUCE and RELEASE."""
 
     GATHER = "GATHER"
     """All ranks together make the layer's parameters whole."""
@@ -37,7 +37,7 @@ class Op(StrEnum):
     SEND = "SEND"
     """Hand the state to block + 1 without waiting; the last block has none."""
     RELEASE = "RELEASE"
-    """Drop the layer's whole parameters."""
+    """Drop the layer's gathered parameters."""
     RERUN = "RERUN"
     """Recompute the graph of the block's last cell; needs no gradient, so it fills the wait for one."""
     RECV_GRAD = "RECV_GRAD"
@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
 
 
 def wavefront(grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
-    """Forward of `rank`: per round and layer GATHER, then RECV, RUN, SEND for each chunk, then RELEASE."""
+    """Build the forward program of `rank`: per round and layer GATHER, for each chunk RECV, RUN, SEND, then RELEASE."""
     last = grid.sp * grid.rounds - 1
     program = []
     for block in rank_blocks(grid, rank):
@@ -86,11 +86,11 @@ MIRROR = {
     Op.RECV: (Op.SEND_GRAD,),
     Op.GATHER: (Op.REDUCE, Op.RELEASE),
 }
-"""What becomes of a forward instruction when the list is reversed."""
+"""The backward instructions that take the place of a forward one when the list is reversed."""
 
 
 def backward_program(forward: Sequence[Instruction]) -> list[Instruction]:
-    """The backward of a forward list, by reversal: a unit becomes RERUN, RECV_GRAD, BACK, SEND_GRAD.
+    """Build the backward program by reversing the forward one: a unit becomes RERUN, RECV_GRAD, BACK, SEND_GRAD.
 
     A layer is reduced once, after the rank's first block (its last contribution), and after dState has been sent.
     """
@@ -100,25 +100,27 @@ def backward_program(forward: Sequence[Instruction]) -> list[Instruction]:
         for op in MIRROR[instruction.op]:
             if op is Op.REDUCE and instruction.block != first:
                 continue
-            # The re-run needs no gradient from the next block, so it goes before the wait for one.
+            # The re-run needs no gradient from the next block, so it comes before the wait for one.
             hoist = op is Op.RERUN and bool(program) and program[-1].op is Op.RECV_GRAD
             program.insert(len(program) - hoist, instruction._replace(op=op))
     return program
 
 
 class Schedule(NamedTuple):
-    """A row of the table of schedules: how it cuts the grid, and the arrows that it respects."""
+    """A row of the table of schedules."""
 
-    fit: Callable[[Grid], Grid]
-    arrows: tuple[Arrow, ...]
+    fit: Callable[[Grid], Grid]  # cuts the grid into the schedule's blocks
+    arrows: tuple[Arrow, ...]  # that the schedule respects
 
 
 def _one_rank(name: str, grid: Grid) -> None:
+    """Raise ConfigError for more than one rank per sequence."""
     if grid.sp > 1:
         raise ConfigError(f"sp={grid.sp}: schedule={name} runs a sequence on one rank; use sp=1 or schedule=wavefront")
 
 
 def _one_block(grid: Grid) -> Grid:
+    """Return the grid if it has one block, else raise ConfigError."""
     _one_rank("layer_major", grid)
     if grid.rounds > 1:
         raise ConfigError(f"rounds={grid.rounds}: schedule=layer_major has one block; use rounds=1")
@@ -126,6 +128,7 @@ def _one_block(grid: Grid) -> Grid:
 
 
 def _block_per_segment(grid: Grid) -> Grid:
+    """Cut the grid into one block per segment. Raises ConfigError for any other number of rounds but 1."""
     _one_rank("segment_major", grid)
     if grid.rounds not in (1, grid.segments):
         raise ConfigError(f"rounds={grid.rounds}: schedule=segment_major has a block per segment; leave out rounds")
@@ -140,13 +143,13 @@ SCHEDULES = {
 
 
 def fit_grid(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
-    """The grid as schedule `name` cuts it (segment_major: one block per segment); its blocks are those of the program.
+    """Cut the grid as schedule `name` does, into the blocks of its program (segment_major: one per segment).
 
-    `arrows` is what the memory kind declares, values of `Arrow`. Raises ConfigError for an unknown schedule, one
-    that an arrow forbids, or a grid it cannot run.
+    `arrows` are those that the memory kind declares, values of `Arrow`. Raises ConfigError for an unknown schedule, one
+    that an arrow forbids, or a grid that it cannot run.
     """
     if name not in SCHEDULES:
-        raise ConfigError(f"schedule={name}: unknown; known here: {', '.join(SCHEDULES)}")
+        raise ConfigError(f"schedule={name}: unknown; use one of {', '.join(SCHEDULES)}")
     for arrow in arrows:
         if arrow in SCHEDULES[name].arrows:
             continue
@@ -160,27 +163,30 @@ def fit_grid(name: str, grid: Grid, arrows: Sequence[str]) -> Grid:
 
 
 def default_schedule(arrows: Sequence[str]) -> str:
-    """The first schedule of the table that `arrows` allow."""
+    """Return the first schedule of the table that `arrows` allow."""
     return next(name for name, row in SCHEDULES.items() if set(arrows) <= set(row.arrows))
 
 
 def build_program(name: str, grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
-    """The forward program of `rank` under schedule `name`; `backward` derives the other half. Raises as `fit`."""
+    """Build the forward program of `rank` under schedule `name`; `backward_program` derives the other half.
+
+    Raises ConfigError as `fit_grid` does.
+    """
     return wavefront(fit_grid(name, grid, arrows), rank, arrows)
 
 
 def segment_major(grid: Grid, rank: int = 0, arrows: Sequence[str] = ARMT_ARROWS) -> list[Instruction]:
-    """One segment at a time through all layers (the authors' loop)."""
+    """Build the program that takes one segment at a time through all layers (the authors' loop)."""
     return build_program("segment_major", grid, rank, arrows)
 
 
 def layer_major(grid: Grid, rank: int = 0) -> list[Instruction]:
-    """Each layer over all segments, then the next: the wavefront with sp = 1 and one round."""
+    """Build the program of each layer over all segments, then the next: the wavefront of one rank and one round."""
     return build_program("layer_major", grid, rank)
 
 
 class Call(NamedTuple):
-    """The instructions of one call of a layer, each time between its GATHER and the next one's.
+    """The instructions of one call of a layer, in each direction those from its GATHER to the next one.
 
     `backward` ends with the GATHER that follows, because ZeRO-3's hooks carry it out before the next call begins.
     """
@@ -195,9 +201,9 @@ HANDED_ON = (Op.RECV, Op.SEND)
 
 @lru_cache(maxsize=256)
 def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
-    """The program of `rank`, cut into layer calls in forward order.
+    """Cut the program of `rank` into layer calls, in forward order.
 
-    A state from the last layer is hidden states, so it goes from call to call in autograd's own graph.
+    A state that comes from the last layer is hidden states, so it goes from call to call in autograd's own graph.
     """
     program = build_program(name, grid, rank, arrows)
     if Arrow.LAST_LAYER in arrows:

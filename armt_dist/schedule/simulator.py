@@ -1,8 +1,8 @@
-"""What a schedule costs: a simulator of all ranks of one sp group, before a GPU is asked for.
+"""Simulate what a schedule costs on all ranks of one sp group, without a GPU.
 
-It takes the very programs that the executor runs, has them checked (`verify.py`) and lets every rank run against
-`Costs`. Clocks are max-plus: an instruction starts when its rank is free and what it waits for is there, so the
-order in which ranks are visited does not matter.
+It takes the programs that the executor runs, has them checked (`checker.py`) and runs every rank against `Costs`.
+Clocks are max-plus: an instruction starts when its rank is free and what it waits for has arrived, so the order in
+which ranks are visited does not matter.
 """
 
 import math
@@ -19,37 +19,41 @@ COLLECTIVES = (Op.GATHER, Op.REDUCE)
 
 
 class Costs(NamedTuple):
-    """What each thing takes. Defaults: free communication, the usual 1 : 1 : 2 of forward, re-run and backward."""
+    """Durations and sizes. Defaults: free communication, the usual 1 : 1 : 2 of forward, re-run and backward."""
 
     cell_s: float = 1.0
-    """Forward of one cell (segment, layer) for the whole micro-batch; a chunk takes cell_s / chunks."""
+    """Forward time of one cell (segment, layer) for the whole micro-batch; a chunk takes cell_s / chunks."""
     rerun_ratio: float = 1.0
+    """Time to run a cell again, as a multiple of cell_s."""
     backward_ratio: float = 2.0
+    """Backward time of a cell without the re-run, as a multiple of cell_s."""
     gather_s: float = 0.0
     reduce_s: float = 0.0
     latency_s: float = 0.0
-    """Of one hand-off, beside state_bytes / chunks / bytes_per_s."""
+    """Time of one hand-off on top of state_bytes / chunks / bytes_per_s."""
     state_bytes: float = 0.0
     bytes_per_s: float = math.inf
     prefetch_layers: int | None = None
-    """How many layers ahead a rank issues its gathers; None: what the grid needs."""
+    """How many layers ahead a rank issues its gathers; None for as many as the grid needs."""
     reduce_blocks: bool = False
-    """gloo: a rank stands still until all ranks have joined its reduction."""
+    """Whether a rank waits until all ranks have joined its reduction, as with gloo."""
 
 
 FREE = Costs()
 
 
 class Report(NamedTuple):
-    """What a simulation found. The bubble is the share of all ranks' time that is not computing."""
+    """Results of a simulation."""
 
     makespan_s: float
     bubble: float
+    """Share of all ranks' time in which they do not compute."""
     exposed_s: tuple[float, ...]
-    """Per rank: waits for a state or its gradient, the first of each direction apart."""
+    """Waits of each rank for a state or its gradient, except for the first of each direction."""
     skew_s: tuple[float, ...]
-    """Per rank: those first waits, the unavoidable filling of the pipeline."""
+    """Those first waits of each rank, while the pipeline fills."""
     gather_wait_s: tuple[float, ...]
+    """Waits of each rank for gathers."""
     peak_live_layers: int
     """Most layers whole (or being gathered) on any rank at a time."""
     peak_live_states: int
@@ -58,7 +62,7 @@ class Report(NamedTuple):
 
 
 def issue_order(program: Sequence[Instruction], window: int) -> list[tuple[int, int]]:
-    """Collectives in the order a rank issues them, as (index that triggers it, index of the collective itself).
+    """Return a rank's collectives in the order of issue, as (index that triggers it, index of the collective).
 
     A gather is issued when the rank reaches the gather `window` layers before it.
     """
@@ -69,18 +73,19 @@ def issue_order(program: Sequence[Instruction], window: int) -> list[tuple[int, 
 
 
 class Clock:
-    """One rank's place in its program, and what its time went into."""
+    """One rank's place in its program, its time, and the changes of what it holds."""
 
     def __init__(self, rank: int, program: Sequence[Instruction], order: list[tuple[int, int]]):
         self.rank, self.program = rank, program
         self.index, self.now_s, self.issued = 0, 0.0, 0
         self.order, self.slots = order, {index: place for place, (_, index) in enumerate(order)}
+        # (change, layer), and (time, change) of the number of states.
         self.layers: list[tuple[int, int]] = []
         self.states: list[tuple[float, int]] = []
 
 
 class Group:
-    """All ranks of a simulation: their clocks, the collectives' queue and the states on the wire."""
+    """All ranks of a simulation: their clocks, the queue of collectives and the states in transfer."""
 
     def __init__(self, grid: Grid, programs: Sequence[Sequence[Instruction]], costs: Costs, arrows: Sequence[str]):
         window = prefetch_window(grid) if costs.prefetch_layers is None else costs.prefetch_layers
@@ -108,17 +113,20 @@ class Group:
                 raise self.deadlock(unfinished)
 
     def deadlock(self, stuck: list[Clock]) -> ScheduleError:
-        """Points at what holds up a state that another rank waits for (collectives alone are in one order by now)."""
+        """Return an error that names the instruction which holds up a state that another rank waits for.
+
+        Collectives alone cannot be the cause: their order is checked by now.
+        """
         waits = "; ".join(f"rank {clock.rank} in {clock.program[clock.index]}" for clock in stuck[:8])
         culprit = next((clock for clock in stuck if clock.program[clock.index].op in SENDER), stuck[0])
-        followed = set()
+        followed: set[int] = set()
         while (op := culprit.program[culprit.index].op) in SENDER and culprit.rank not in followed:
             followed.add(culprit.rank)
             culprit = self.clocks[(culprit.rank + SENDER[op]) % self.grid.sp]
         return ScheduleError(culprit.rank, culprit.index, culprit.program[culprit.index], f"deadlock; waiting: {waits}")
 
     def step(self, clock: Clock) -> bool:
-        """Carry out one instruction; False when what it waits for has not happened yet."""
+        """Carry out one instruction; return False when what it waits for has not happened yet."""
         instruction = clock.program[clock.index]
         self.issue(clock)
         op, until_s = instruction.op, clock.now_s
@@ -160,6 +168,7 @@ class Group:
                 place += 1
 
     def compute_s(self, instruction: Instruction) -> float:
+        """Return the time of a RUN, RERUN or BACK."""
         costs, cells = self.costs, self.sizes[instruction.block]
         share = {
             Op.RUN: cells,
@@ -169,7 +178,7 @@ class Group:
         return share[instruction.op] * costs.cell_s / self.grid.chunks
 
     def send(self, clock: Clock, instruction: Instruction) -> None:
-        """Put a state on the wire without waiting; messages of one link follow one another."""
+        """Start the transfer of a state without waiting; messages of one link follow one another."""
         receive, to = self.received_as(instruction)
         if to == clock.rank:
             self.arrived_s[receive] = clock.now_s
@@ -180,15 +189,16 @@ class Group:
         self.arrived_s[receive] = self.link_free_s[link] + self.costs.latency_s
 
     def received_as(self, send: Instruction) -> tuple[Instruction, int]:
-        """The receive that matches a send, and the rank it is on."""
+        """Return the receive that matches a send, and its rank."""
         forward = send.op is Op.SEND
         layer = (target_layer if forward else source_layer)(self.arrows, send.layer, self.grid.layers)
+        assert layer is not None, f"{send}: no arrow leads from this layer"
         block = send.block + (1 if forward else -1)
         op = Op.RECV if forward else Op.RECV_GRAD
         return Instruction(op, layer, block, send.chunk), block_owner(self.grid, block)
 
     def count_states(self, clock: Clock, instruction: Instruction) -> None:
-        """A unit turns its incoming state into the outgoing one, which its rank holds until the next rank takes it."""
+        """Count the states on ranks: a unit's outgoing state stays on its rank until the next rank takes it."""
         op, layer, block, _ = instruction
         if op in SENDER:
             sender = self.clocks[block_owner(self.grid, block + SENDER[op])]
@@ -201,8 +211,9 @@ class Group:
 
 
 def peak_layers(clock: Clock) -> int:
-    """Most layers held at a time; a layer gathered ahead for the backward while still live counts once."""
-    held, peak = Counter(), 0
+    """Return the most layers held at a time; one gathered ahead for the backward while still live counts once."""
+    held: Counter[int] = Counter()
+    peak = 0
     for change, layer in clock.layers:
         held[layer] += change
         held += Counter()
@@ -211,7 +222,7 @@ def peak_layers(clock: Clock) -> int:
 
 
 def peak_states(clock: Clock) -> int:
-    """Most states held at a time; what happens at one instant frees before it takes."""
+    """Return the most states held at a time; at any one instant, states are freed before others are taken."""
     total = peak = 0
     for _, change in sorted(clock.states):
         total += change
@@ -225,7 +236,7 @@ def simulate(
     costs: Costs = FREE,
     arrows: Sequence[str] = ARMT_ARROWS,
 ) -> Report:
-    """Run the programs of all sp ranks (forward alone, or forward + backward) against `costs`.
+    """Run the programs of all sp ranks (forward alone, or forward and backward) against `costs`.
 
     Raises ScheduleError naming rank, position and instruction for a wrong order, a cell missing or run twice,
     collectives in different orders on different ranks, or a deadlock.
@@ -257,7 +268,7 @@ def simulate_step(
     costs: Costs = FREE,
     arrows: Sequence[str] = ARMT_ARROWS,
 ) -> Report:
-    """Forward and backward of one sequence under the schedule called `name`. Raises ConfigError as `build` does."""
+    """Simulate forward and backward of one sequence under schedule `name`. Raises ConfigError as `fit_grid` does."""
     fitted = fit_grid(name, grid, arrows)
     forwards = [build_program(name, grid, rank, arrows) for rank in range(grid.sp)]
     return simulate(fitted, [forward + backward_program(forward) for forward in forwards], costs, arrows)

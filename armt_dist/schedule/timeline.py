@@ -1,4 +1,4 @@
-"""Timelines of all ranks, simulated or measured, as text and as PNG."""
+"""Draw timelines of all ranks, simulated or measured, as text and as PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from .program import Instruction, Op
 FORWARD_LAYERS = "0123456789"
 BACKWARD_LAYERS = "abcdefghij"
 WAITS = {Op.GATHER: "-", Op.REDUCE: "-", Op.RECV: ".", Op.RECV_GRAD: "."}
-LEGEND = "0-9 forward of layer (mod 10), a-j backward, . waits for a state, - for a gather, blank: done"
+LEGEND = "0-9 forward of layer (mod 10), a-j backward, . waiting for a state, - waiting for a collective, blank: done"
 COLOURS = {Op.GATHER: "tab:red", Op.REDUCE: "tab:purple", Op.RECV: "0.85", Op.RECV_GRAD: "0.85"}
 NAMES = {
     Op.RUN: "forward (darker: higher layer)",
@@ -21,7 +21,7 @@ NAMES = {
 
 
 class Event(NamedTuple):
-    """A stretch of one rank's time: computing, or waiting in GATHER, RECV, RECV_GRAD or REDUCE."""
+    """A span of one rank's time: computing, or waiting in GATHER, RECV, RECV_GRAD or REDUCE."""
 
     rank: int
     instruction: Instruction
@@ -30,14 +30,14 @@ class Event(NamedTuple):
 
 
 def symbol(instruction: Instruction) -> str:
-    """One character for what a rank does."""
+    """Return one character for what a rank does."""
     if instruction.op in WAITS:
         return WAITS[instruction.op]
     return (FORWARD_LAYERS if instruction.op is Op.RUN else BACKWARD_LAYERS)[instruction.layer % 10]
 
 
 def show(events: Sequence[Event], width: int = 100) -> str:
-    """One row per rank, `width` columns for the whole time; a column shows what the rank does in its middle."""
+    """Draw one row per rank, `width` columns for the whole time; a column shows what the rank does in its middle."""
     start_s, end_s = min(event.start_s for event in events), max(event.end_s for event in events)
     column_s = (end_s - start_s) / width
     rows = {rank: [" "] * width for rank in sorted({event.rank for event in events})}
@@ -49,7 +49,7 @@ def show(events: Sequence[Event], width: int = 100) -> str:
 
 
 def plot_timeline(events: Sequence[Event], path: str | Path, title: str = "") -> None:
-    """The same as a PNG at `path`: blue forward, orange backward (darker for higher layers), waits grey and red."""
+    """Draw a PNG at `path`: blue forward, orange backward (darker for higher layers), waits grey and red."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -72,7 +72,7 @@ def plot_timeline(events: Sequence[Event], path: str | Path, title: str = "") ->
 
 
 def colours(events: Sequence[Event]) -> dict:
-    """A colour for each (op, layer) that occurs."""
+    """Return a colour for each (op, layer) that occurs."""
     from matplotlib import colormaps
 
     highest = max(event.instruction.layer for event in events) or 1
@@ -82,13 +82,14 @@ def colours(events: Sequence[Event]) -> dict:
 
 
 SENDER = {Op.RECV: -1, Op.RECV_GRAD: 1}
-"""Where what is received comes from: blocks (and ranks) from here."""
+"""From which block (and rank) a message comes, relative to the receiver."""
 
 
 def waits_s(events: Sequence[Event], ranks: int) -> tuple[list[float], list[float], list[float]]:
-    """Per rank: exposed hand-off waits, the skew (first wait of each direction), waits for gathers; in seconds."""
+    """Return for each rank the exposed hand-off waits, the skew (first wait of each direction) and the waits for
+    gathers, in seconds."""
     exposed, skew, gather = ([0.0] * ranks for _ in range(3))
-    filled = set()
+    filled: set[tuple[int, Op]] = set()
     for rank, instruction, start_s, end_s in events:
         if instruction.op is Op.GATHER:
             gather[rank] += end_s - start_s

@@ -42,6 +42,7 @@ class Batches(NamedTuple):
     task: Task
     armt: ARMTConfig
     grid: Grid  # of this run; its segments are those of each batch
+    schedule: str | None  # ParallelConfig.schedule
     mesh: Mesh
     sizes: BatchSizes
     device: torch.device
@@ -54,7 +55,8 @@ class Batches(NamedTuple):
 
     def piece(self, batch: Batch) -> Piece:
         """This rank's blocks of a micro-batch, inputs on the device."""
-        piece = cut_piece(batch.input_ids, batch.labels, batch.attention_mask, self.armt, self.grid, self.mesh.sp_rank)
+        rows = batch.input_ids, batch.labels, batch.attention_mask
+        piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule)
         mask = piece.attention_mask
         return piece._replace(
             input_ids=piece.input_ids.to(self.device, non_blocking=True),

@@ -1,47 +1,45 @@
-"""ds_config in, DeepSpeed engine out: what of it is honoured, and which limits follow from model and schedule.
-
-The ds_config owns batch, precision, optimizer, clipping, ZeRO and offload. A key that is not honoured is an error.
-"""
+"""The DeepSpeed engine around a model: limits that follow from model and schedule, and the hooks of segment BPTT."""
 
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from ..config import ConfigError, one_line
-from ..model.modeling_armt import ARMTLayer
+from ..model.memory_kind import ARMTLayer
 from ..runtime.executor import ScheduledLM
 from ..schedule.grid import Grid, prefetch_window
+from .private import mark_gradients_ready, release_after_next_backward, whole_numel
 
 STALE_LOCK_S = 900
 
 
 class Limits(NamedTuple):
-    """Parameters (elements) of the largest layer, and of the whole model."""
+    """Elements of all parameters of the largest layer, and of the whole model."""
 
     layer: int
     model: int
 
 
 def measure(model: nn.Module) -> Limits:
-    """Counts that hold for partitioned parameters too."""
+    """Count the elements of a model's parameters, partitioned or not."""
 
     def count(module: nn.Module) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        return sum(whole_numel(parameter) for parameter in module.parameters())
 
     return Limits(max(count(m) for m in model.modules() if isinstance(m, ARMTLayer)), count(model))
 
 
 def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) -> dict:
-    """ZeRO-3's windows and buckets from the model and the schedule, unless they are set by hand.
+    """Complete a ds_config with ZeRO-3's windows and buckets, derived from the model and the schedule.
 
-    DeepSpeed's defaults of 1e9, 1e9 and 5e7 elements are right for neither a tiny nor an 8B model. Raises ConfigError
-    where a value set by hand would make the wavefront serial.
+    DeepSpeed's defaults of 1e9, 1e9 and 5e7 elements suit neither a tiny nor an 8B model. Values that the user sets are
+    kept; ConfigError for one that would make the wavefront serial.
     """
     window = prefetch_window(grid)
     zero = ds["zero_optimization"]
@@ -70,9 +68,9 @@ def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) ->
 
 
 def clear_stale_locks() -> None:
-    """Remove the locks that interrupted builds of DeepSpeed's operators left behind: torch would wait for ever.
+    """Remove the locks that interrupted builds of DeepSpeed's operators left: torch would wait for them forever.
 
-    A run that is preempted while `cpu_adam` compiles, about a minute, leaves one.
+    A run that is preempted while `cpu_adam` compiles, which takes about a minute, leaves one.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.rglob("lock"):
@@ -82,16 +80,17 @@ def clear_stale_locks() -> None:
                 print(f"removed {lock}, left over from an interrupted build", flush=True)
 
 
-def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device):
-    """The DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits."""
+def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device) -> Any:
+    """Return the DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits."""
     import deepspeed
 
     clear_stale_locks()
-    # One unit for gathers and gradients. Without it SegmentBPTT's parameters would not be whole when it is applied.
+    # Each layer is one unit for gathers and gradients: SegmentBPTT needs all its parameters whole when it is applied.
     deepspeed.utils.set_z3_leaf_modules(runner, [ARMTLayer])
     for part in runner.loss_head.parts:
         for parameter in part.parameters():
             deepspeed.zero.register_external_parameter(runner.loss_head, parameter)
+    runner.mark_gradients_ready = mark_gradients_ready
     ds = derive_limits(ds, measure(runner), grid, device)
     try:
         engine, *_ = deepspeed.initialize(
@@ -99,7 +98,7 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"ds_config: DeepSpeed refuses it ({one_line(error, 400)})") from error
-    # Behind DeepSpeed's own hooks, so that the output is the one that its backward starts from.
+    # Registered after DeepSpeed's own hooks, so that the output is the tensor at which its backward hooks begin.
     for layer in runner.modules():
         if isinstance(layer, ARMTLayer):
             layer.register_forward_hook(release_after_each_backward)
@@ -107,12 +106,9 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
 
 
 def release_after_each_backward(layer: ARMTLayer, _: tuple, output: Tensor | tuple) -> None:
-    """A forward hook: let DeepSpeed release the layer after the backward of every call.
+    """Make DeepSpeed release the layer after the backward pass of every call; a forward hook.
 
-    It counts the inputs whose gradient is still to come from 0 in every forward, so that of several calls, one a round,
-    only the first backward would end with a release: the others' layers stayed gathered until the step, and as that
-    many count against `stage3_max_live_parameters`, nothing was prefetched any more (DeepSpeed 0.19.8).
-    A tuple is a single cell's, of the plain loop, which nobody trains.
+    A tuple is the output of a single cell in the plain loop, which is never trained.
     """
     if isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda _: setattr(layer, "ds_grads_remaining", 1))
+        output.register_hook(lambda _: release_after_next_backward(layer))

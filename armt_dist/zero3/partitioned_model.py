@@ -1,5 +1,7 @@
-"""A model from its configuration, partitioned over the ranks as it is made: no rank ever holds the whole of it."""
+"""Build a model from its configuration, partitioned over the ranks as it is made: no rank ever holds all of it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +15,7 @@ from ..config import ConfigError, Section, one_line
 from ..model.backbone import Backbone
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
+from .communication import start_communication
 
 Std = Annotated[float, Field(gt=0)]
 
@@ -51,8 +54,8 @@ class BaseSection(Section):
         return self
 
 
-def armt_fields() -> dict[str, tuple]:
-    """ARMTConfig's own fields as pydantic wants them, so that the YAML section never falls behind."""
+def armt_fields() -> dict[str, Any]:
+    """Return ARMTConfig's own fields as pydantic definitions, so that the YAML section always has all of them."""
     fields = ARMTConfig.__annotations__.items()
     return {name: (kind | None, None) for name, kind in fields if name not in BaseSection.model_fields}
 
@@ -61,7 +64,7 @@ ModelConfig = create_model("ModelConfig", __base__=BaseSection, **armt_fields())
 
 
 def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_tokens: int | None) -> ARMTConfig:
-    """The ARMTConfig that `config` describes; a random base takes its vocabulary (`token_fields`) from `tokens`.
+    """Return the ARMTConfig that `config` describes; a random base takes its vocabulary from `tokens` (`token_fields`).
 
     Raises ConfigError where values do not fit or the base cannot be found.
     """
@@ -75,7 +78,7 @@ def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_to
         given["segment_tokens"] = segment_tokens
     try:
         if config.base is None:
-            return ARMTConfig(base_config={**tokens, **config.base_config}, **given)
+            return ARMTConfig(base_config={**tokens, **(config.base_config or {})}, **given)
         if is_armt(config.base):
             return continue_from(ARMTConfig.from_pretrained(config.base), given)
         base = AutoConfig.from_pretrained(config.base, trust_remote_code=config.trust_remote_code)
@@ -86,13 +89,13 @@ def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_to
 
 
 def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """What a base configuration says of its tokens."""
+    """Return the fields of a base configuration that depend on the tokenizer."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
 
 
 def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
-    """An exported model's configuration, with what may change afterwards changed; its tensors' shapes may not."""
+    """Return an exported model's configuration with the `given` fields; ConfigError for one that shapes tensors."""
     fixed = ("num_mem_tokens", "sink", "d_mem", "nu", "n_heads", "gating", "memory_kind")
     for name in fixed:
         if name in given and given[name] != getattr(config, name):
@@ -102,10 +105,14 @@ def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
 
 
 def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: int) -> ARMTForCausalLM:
-    """The partitioned model: loaded or random base, fresh memory around it unless the base is an ARMT already."""
+    """Return the partitioned model: a loaded or random base, with fresh memory unless the base is an ARMT already.
+
+    Collective. Raises ConfigError where the base cannot be loaded.
+    """
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    start_communication()
     torch.manual_seed(seed)
     # Hugging Face partitions what it makes or loads as long as this object is alive.
     partitioning = HfDeepSpeedConfig(ds_config)
@@ -115,10 +122,10 @@ def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: 
             return ARMTForCausalLM.from_pretrained(config.base, config=armt, dtype=dtype)
         if config.base is not None:
             base = AutoModelForCausalLM.from_pretrained(
-                config.base, config=armt.base_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+                config.base, config=armt.base, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
         else:
-            base = AutoModelForCausalLM.from_config(armt.base_config, dtype=dtype)
+            base = AutoModelForCausalLM.from_config(armt.base, dtype=dtype)
         with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
             model = ARMTForCausalLM(armt, base=base)
     except (OSError, ValueError, RuntimeError) as error:
@@ -129,13 +136,13 @@ def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: 
 
 
 def is_armt(base: str) -> bool:
-    """Whether `base` is an exported ARMT; our own classes load it, not the code that lies beside its weights."""
+    """Tell whether `base` is an exported ARMT, which our own classes load rather than the code beside its weights."""
     return PreTrainedConfig.get_config_dict(base)[0].get("model_type") == ARMTConfig.model_type
 
 
 def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
-    """Fresh memory, and the base weights that `config` names. Collective: rank 0 draws, module by module."""
-    for layer in model.backbone.layers:
+    """Initialise the memory and the base weights that `config` names. Collective: rank 0 draws, module by module."""
+    for layer in model.layers:
         with gathered(layer) as drawing:
             if drawing:
                 layer.memory.reset_parameters()
@@ -143,15 +150,16 @@ def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
     embeddings = model.get_input_embeddings()
     with gathered(embeddings, model.memory_tokens) as drawing:
         if drawing:
-            init_normal(embeddings.weight, config.embedding_std)
-            std = config.memory_std or embeddings.weight.float().std().item()
+            weight = embeddings.get_parameter("weight")
+            init_normal(weight, config.embedding_std)
+            std = config.memory_std or weight.float().std().item()
             for rows in model.memory_tokens.parameters():
                 nn.init.normal_(rows, std=std)
     positions = model.backbone.part("positions")
     if positions is not None and config.position_std:
         with gathered(positions) as drawing:
             if drawing:
-                init_normal(positions.weight, config.position_std)
+                init_normal(positions.get_parameter("weight"), config.position_std)
     if config.linear_std and not model.config.tie_word_embeddings:
         head = Backbone(model.base, model.backbone.family).head
         with gathered(head) as drawing:
@@ -159,28 +167,18 @@ def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
                 init_linears(head, config.linear_std)
 
 
-class gathered:
-    """Whole parameters of some modules within the block; true on the rank whose changes count."""
+@contextlib.contextmanager
+def gathered(*modules: nn.Module) -> Iterator[bool]:
+    """Make the parameters of some modules whole within the block; true on the rank whose changes count. Collective."""
+    import deepspeed
 
-    def __init__(self, *modules: nn.Module):
-        import deepspeed
-
-        parameters = [p for module in modules for p in module.parameters()]
-        self.context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-        self.no_grad = torch.no_grad()
-
-    def __enter__(self) -> bool:
-        self.context.__enter__()
-        self.no_grad.__enter__()
-        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-    def __exit__(self, *exception) -> None:
-        self.no_grad.__exit__(*exception)
-        self.context.__exit__(*exception)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        yield not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def init_linears(module: nn.Module, std: float | None) -> None:
-    """Normal weights and zero biases for every linear map below `module`; nothing without a std."""
+    """Draw normal weights and set zero biases for every linear map below `module`; do nothing without a std."""
     for part in module.modules():
         if std and isinstance(part, nn.Linear | Conv1D):
             nn.init.normal_(part.weight, std=std)
@@ -189,6 +187,6 @@ def init_linears(module: nn.Module, std: float | None) -> None:
 
 
 def init_normal(weight: Tensor, std: float | None) -> None:
-    """Normal values; nothing without a std."""
+    """Draw normal values; do nothing without a std."""
     if std:
         nn.init.normal_(weight, std=std)

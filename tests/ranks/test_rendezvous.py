@@ -81,10 +81,10 @@ def test_harness_reports_the_failing_rank_and_leaves_nobody_waiting(function, ti
 
 SCRIPT = """
 from armt_dist import config
-from armt_dist.distributed import rendezvous as parallel
+from armt_dist.distributed import launchers, rendezvous
 config.RANK_0_SPEAKS_S = 0
-ranks = parallel.discover()
-config.run_main(lambda: parallel.start(ranks, timeout_s=2) and None, ranks.rank)
+ranks = launchers.discover()
+config.run_main(lambda: rendezvous.start(ranks, timeout_s=2) and None, ranks.rank)
 """
 
 

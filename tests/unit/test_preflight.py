@@ -39,7 +39,7 @@ def test_fit_nodes_have_no_faults():
         (dict(gpus=()), "shows 0 GPUs of 1"),
         (dict(gpus=("A100",)), "GPUs=A100, the other nodes have H100"),
         (dict(folder_fault="cannot write to runs (No space left on device)"), "No space left on device"),
-        (dict(folder_free_bytes=GIB / 2), "0.5 GiB free in the run's folder, 1.0 wanted"),
+        (dict(folder_free_bytes=GIB / 2), "0.5 GiB free in the run's folder, 1.0 GiB needed"),
         (dict(clock_s=1060.0), "clock is off by +60.0 s"),
         (dict(free_host_bytes=100 * GIB), "100.0 GiB of host memory free"),
         (dict(free_gpu_bytes=60 * GIB), "a GPU has 60.0 GiB free"),

@@ -256,7 +256,9 @@ def test_layers_out_of_order_are_named_in_both_directions():
 
 def test_a_foreign_cell_is_named():
     programs = full_programs(FAULTY)
-    with pytest.raises(ScheduleError, match=r"rank 0, instruction 0, GATHER 0 b1: is no work of rank 0"):
+    with pytest.raises(
+        ScheduleError, match=r"rank 0, instruction 0, GATHER 0 b1: is not among the instructions of rank 0"
+    ):
         simulate(FAULTY, [programs[1], programs[0], programs[2]])
 
 
@@ -297,7 +299,7 @@ def test_receives_posted_in_the_wrong_order_deadlock():
     [
         ("wavefront", Grid(8, 2, sp=2), RMT_ARROWS, "schedule=wavefront: forbidden .* use schedule=segment_major"),
         ("layer_major", Grid(8, 2), ("last_layer",), "schedule=layer_major: forbidden"),
-        ("diagonal", Grid(8, 2), ARMT_ARROWS, "schedule=diagonal: unknown; known here: wavefront"),
+        ("diagonal", Grid(8, 2), ARMT_ARROWS, "schedule=diagonal: unknown; use one of wavefront"),
         ("layer_major", Grid(8, 2, sp=2), ARMT_ARROWS, "sp=2: schedule=layer_major runs a sequence on one rank"),
         ("layer_major", Grid(8, 2, rounds=2), ARMT_ARROWS, "rounds=2: "),
         ("segment_major", Grid(8, 2, sp=2), RMT_ARROWS, "sp=2: schedule=segment_major"),

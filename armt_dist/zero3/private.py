@@ -1,0 +1,84 @@
+"""DeepSpeed's private parts that training needs: one function each, and nothing else of ours touches them.
+
+Each docstring says what the part does, why we need it and the version it was seen in. A test per part fails when
+DeepSpeed changes it (tests/unit/test_deepspeed_private.py, tests/ranks/test_deepspeed_behaviour.py). The private parts
+that concern files are those of `checkpoint/`.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class WholeTensor(NamedTuple):
+    """The argument of a collective that holds the whole tensor, not a rank's share."""
+
+    name: str
+    position: int
+
+
+def communication_backend() -> Any:
+    """Return the object that carries out DeepSpeed's collectives, None before `deepspeed.init_distributed`.
+
+    `deepspeed.comm.comm.cdb`, seen in DeepSpeed 0.19.8. Its methods can be replaced to count bytes.
+    """
+    import deepspeed.comm.comm as comm
+
+    return comm.cdb
+
+
+COUNTED = {
+    "all_gather_into_tensor": WholeTensor("output_tensor", 0),
+    "reduce_scatter_tensor": WholeTensor("input_tensor", 1),
+}
+"""Methods of the backend through which ZeRO-3 gathers parameters and reduces gradients. Seen in DeepSpeed 0.19.8."""
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce when its communication starts on CPU.
+
+    Compiling takes 27 s (0.01 s without), and every rank leaves 69 MB in /dev/shm. Only inference would use the
+    operator; training goes through gloo. `deepspeed.ops.__compatible_ops__` says which operators can be built. Seen in
+    DeepSpeed 0.19.8.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def use_collectives(all_gather: Any, reduce_scatter: Any) -> None:
+    """Let DeepSpeed call these two functions of torch.distributed instead of those that it has chosen.
+
+    It keeps them in the backend, under the names that torch 2.13 warns about. Seen in DeepSpeed 0.19.8.
+    """
+    backend = communication_backend()
+    backend.all_gather_function, backend.reduce_scatter_function = all_gather, reduce_scatter
+
+
+def whole_numel(parameter: Tensor) -> int:
+    """Count the elements of a parameter, of one that ZeRO-3 has partitioned as well.
+
+    A partitioned parameter is empty, and `ds_numel` is its whole size. Seen in DeepSpeed 0.19.8.
+    """
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def mark_gradients_ready(parameters: Iterable[Tensor], ready: bool) -> None:
+    """Say whether ZeRO-3's hooks may reduce the next gradients of these parameters, or more are to be added first.
+
+    `ds_grad_is_ready`, True where it is not set. Measured exact for several calls of a layer in a step, with gradient
+    accumulation too. The public `engine.coalesce_grad_reduction()` is as exact, but keeps the gradients of all layers
+    until the end of the backward pass and takes one backward call a step. Seen in DeepSpeed 0.19.8.
+    """
+    for parameter in parameters:
+        parameter.ds_grad_is_ready = ready  # type: ignore[attr-defined]
+
+
+def release_after_next_backward(module: nn.Module) -> None:
+    """Let ZeRO-3 release the module's parameters after the backward pass of one more call.
+
+    DeepSpeed resets its pending-gradient counter `ds_grads_remaining` at each forward. With several rounds only the
+    first backward would release the layer, and prefetching would stop. Seen in DeepSpeed 0.19.8.
+    """
+    module.ds_grads_remaining = 1  # type: ignore[assignment]
