@@ -50,7 +50,7 @@ def load_case(name: str) -> Case:
 
 
 def hf_labels(io: dict[str, Tensor]) -> Tensor:
-    """Mask labels where the case scores nothing: its mask is indexed by the predicting position, labels by the target."""
+    """Put -100 where the case scores nothing; its mask is indexed by the predicting position, labels by the target."""
     labels = io["labels"].clone()
     labels[:, 1:][io["labels_mask"][:, :-1] == 0] = -100
     return labels
