@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal LM keeps its parts, and how one of its decoder layers is called: one row per family.
+"""Where a Hugging Face causal LM keeps its parts, and how its decoder layers are called: one row per family.
 
 Shapes: B batch, N positions of a segment row (tokens and memory), D model width.
 """
@@ -11,42 +11,60 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class Border(NamedTuple):
+    """What the layers of one segment share about its two borders; see `sliding_window`."""
+
+    reach: Tensor  # [N] int64 first visible row of the window; W: none is, sliding_window.EVERYTHING: padding is too
+    real: Tensor  # [B or 1, T] bool, False at padding
+    turn: tuple[Tensor, Tensor] | None  # cos, sin [c or less] of a turn by -T positions; None: no rotary positions
 
 
 class Context(NamedTuple):
-    """What every layer of one segment shares besides hidden states."""
+    """What the layers of one segment share besides hidden states."""
 
     mask: Tensor | None  # [B or 1, 1, N, keys] additive float; None: plain causal
     position_ids: Tensor  # [1, N] int64
     rotary: tuple[Tensor, Tensor] | None  # cos, sin [1, N, rotary width]
-    cache: Any = None  # keys and values that go before the row's own; takes them as a transformers cache layer does
-    border: Any = None  # a window.Border where there is a sliding window
+    cache: DynamicLayer | None = None  # keys and values that stand before the row's own
+    border: Border | None = None  # only with a sliding window
 
 
 class Family(NamedTuple):
-    """Attribute names under the causal LM; `core` holds the rest. An empty name: the family has no such part."""
+    """Attribute names of a causal LM's parts. An empty name means that the family has no such part."""
 
     core: str
+    """The decoder stack below the causal LM; it holds all other parts."""
     tokens: str
+    """Token embeddings."""
     positions: str
+    """Learned position embeddings, added to those of the tokens."""
     dropout: str
+    """Dropout of the embeddings."""
     layers: str
+    """Decoder layers, in order."""
     norm: str
+    """The norm after the last layer."""
     rotary: str
+    """The module that computes cos and sin from position ids; it rotates the two halves of a head's channels."""
     call: Callable[[nn.Module, Tensor, Context], Tensor]
+    """How to call one decoder layer."""
 
 
 def call_rotary(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """A layer that turns its queries and keys by `position_embeddings`. [B, N, D] -> [B, N, D]."""
+    """Call a layer that turns its queries and keys by `position_embeddings`. [B, N, D] -> [B, N, D]."""
     named = {"attention_mask": context.mask, "position_embeddings": context.rotary, **cache_of(layer, context)}
-    check_named(type(layer), *named)
+    check_named(layer, *named)
     return layer(x, position_ids=context.position_ids, use_cache=context.cache is not None, **named)
 
 
 def call_gpt2(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """A layer whose positions are in `x` already. [B, N, D] -> [B, N, D]."""
+    """Call a layer whose input already carries its positions. [B, N, D] -> [B, N, D]."""
     named = {"attention_mask": context.mask, **cache_of(layer, context)}
-    check_named(type(layer), *named)
+    check_named(layer, *named)
     return layer(x, position_ids=context.position_ids, use_cache=context.cache is not None, **named)
 
 
@@ -55,23 +73,23 @@ CACHES_OF_LAYERS = ("layer_past", "cache", "past_key_values")
 
 
 def cache_of(layer: nn.Module, context: Context) -> dict[str, Any]:
-    """The segment's keys and values under the name by which `layer` takes them."""
-    known = named_parameters(type(layer))
-    # The first one where there is none: `check_named` then says that it is missing.
+    """Return the segment's keys and values under the name by which `layer` takes them."""
+    known = named_parameters(type(layer).forward)
+    # The first name where no name is known: `check_named` then reports it as missing.
     return {next((name for name in CACHES_OF_LAYERS if name in known), CACHES_OF_LAYERS[0]): context.cache}
 
 
 @cache
-def named_parameters(kind: type[nn.Module]) -> frozenset[str]:
-    """The parameters that `kind.forward` names; what it only collects in **kwargs may be ignored."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def named_parameters(forward: Callable) -> frozenset[str]:
+    """Return the parameters that `forward` names; what it collects in **kwargs may have no effect."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
-@cache
-def check_named(kind: type[nn.Module], *names: str) -> None:
-    """Raises TypeError where a decoder layer would swallow one of `names` in its **kwargs, and be silently wrong."""
+def check_named(layer: nn.Module, *names: str) -> None:
+    """Raise TypeError where a decoder layer would swallow one of `names` in its **kwargs, and be silently wrong."""
+    kind = type(layer)
     for name in names:
-        if name not in named_parameters(kind):
+        if name not in named_parameters(kind.forward):
             raise TypeError(
                 f"{kind.__name__}.forward of transformers {transformers.__version__} has no parameter {name!r}: it was "
                 "renamed; install a version that armt_dist was tested with"
@@ -79,6 +97,7 @@ def check_named(kind: type[nn.Module], *names: str) -> None:
 
 
 LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_rotary)
+# By `model_type` of the base configuration.
 FAMILIES = {
     "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2),
     "gpt_neox": Family(
@@ -86,6 +105,7 @@ FAMILIES = {
     ),
     "llama": LLAMA,
     "mistral": LLAMA,
+    "olmo2": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
 }
@@ -94,17 +114,23 @@ FAMILIES = {
 class Backbone(NamedTuple):
     """A causal LM seen through its family's row; holds no parameters of its own."""
 
-    model: nn.Module
+    model: PreTrainedModel
     family: Family
 
     def part(self, name: str) -> nn.Module | None:
-        """The module that the family's field `name` points to, or None."""
+        """Return the module that the family's field `name` points to, or None if the family has none."""
         attribute = getattr(self.family, name)
         return getattr(getattr(self.model, self.family.core), attribute) if attribute else None
 
+    def required(self, name: str) -> nn.Module:
+        """Return a part that every family has."""
+        part = self.part(name)
+        assert part is not None, f"the row of {self.model.config.model_type} in FAMILIES names no {name}"
+        return part
+
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[B, T] int64 -> [B, T, D], without positions."""
-        return self.part("tokens")(input_ids)
+        """Look up token embeddings, without positions. [B, T] int64 -> [B, T, D]."""
+        return self.required("tokens")(input_ids)
 
     def place(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Add learned positions, if the family has them, and apply the embedding dropout. [B, N, D] -> [B, N, D]."""
@@ -114,29 +140,31 @@ class Backbone(NamedTuple):
         return dropout(x) if dropout else x
 
     def rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin for `position_ids` in x's dtype, or None."""
+        """Compute cos and sin for `position_ids` as the family's layers take them for `x`, or None."""
         rotary = self.part("rotary")
-        # Past the module's hooks, as there is nothing to gather: how often it is called depends on the segments, and
-        # ZeRO-3 wants the same order of modules on every rank and in every step.
+        # Called without the module's hooks, as there is nothing to gather: the number of calls depends on the number of
+        # segments, and ZeRO-3 needs the same order of modules on every rank and in every step.
         return rotary.forward(x, position_ids=position_ids) if rotary else None
 
     def turn(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """cos and sin that move a rotary key by so many positions, [rotary width] float32, or None."""
+        """Compute cos and sin that move a rotary key by `positions`, [rotary width] float32, or None."""
         rotary = self.part("rotary")
         if rotary is None:
             return None
-        angle = positions * rotary.inv_freq.to(device, torch.float32).repeat(2)
+        angle = positions * rotary.get_buffer("inv_freq").to(device, torch.float32).repeat(2)
         return angle.cos(), angle.sin()
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
-        return self.part("layers")
+        layers = self.required("layers")
+        assert isinstance(layers, nn.ModuleList), f"layers are a {type(layers).__name__}, not a ModuleList"
+        return layers
 
     @property
     def norm(self) -> nn.Module:
         """The norm after the last layer."""
-        return self.part("norm")
+        return self.required("norm")
 
     @property
     def head(self) -> nn.Module:
@@ -144,25 +172,24 @@ class Backbone(NamedTuple):
         return self.model.get_output_embeddings()
 
 
-def backbone_of(model: nn.Module) -> Backbone:
-    """Raises ValueError for a family without a row."""
+def backbone_of(model: PreTrainedModel) -> Backbone:
+    """Look up the family's row. Raises ValueError for a family without one."""
     return Backbone(model, family_of(model.config.model_type))
 
 
-def family_of(model_type: str) -> Family:
-    """Raises ValueError for a family without a row."""
+def family_of(model_type: str | None) -> Family:
+    """Return the row of a model type. Raises ValueError for a family without one."""
     if model_type not in FAMILIES:
         raise ValueError(f"base_config.model_type={model_type}: no such backbone; one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def causal_mask(queries: int, attend: Tensor, dtype: torch.dtype, seeing_all: int = 0) -> Tensor:
-    """Additive causal mask for the last `queries` of the keys in `attend` [B, keys] (True: a real token).
+    """Build an additive causal mask for the last `queries` of the keys in `attend` [B, keys] (True: a real token).
 
-    The last `seeing_all` queries see every key, padding too.
-
-    Returns [B, 1, queries, keys]. finfo.min rather than -inf, as Hugging Face has it: a row that may see nothing
-    stays finite. A float mask is right for eager and sdpa alike; a bool mask under eager is silently wrong.
+    The last `seeing_all` queries see every key, padding too. Returns [B, 1, queries, keys]. It holds finfo.min rather
+    than -inf, as in Hugging Face, so that a row that may see nothing stays finite. A float mask is right for eager and
+    sdpa alike; a bool mask under eager is silently wrong.
     """
     keys = attend.shape[-1]
     seen = torch.ones(queries, keys, dtype=torch.bool, device=attend.device).tril(keys - queries)

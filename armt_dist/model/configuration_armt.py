@@ -6,13 +6,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backbone import family_of
-from .memory import MEMORIES
-from .rmt import LAST_LAYER
+from .memory import PlainMemory
+from .memory_kind import LAST_LAYER, Memory, MemoryKind
+from .rmt import RecurrentMemory
+from .sliding_window import WindowedMemory
 
+# By `memory_kind`.
+MEMORIES = {
+    "armt": MemoryKind(PlainMemory, ("sink", "sliding_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory),
+    "rmt": MemoryKind(RecurrentMemory, ("k2",)),
+}
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
 WINDOW_POSITIONS = ("relative", "restart")
-# Least values; None passes where it is allowed.
+# Least values. None passes, where the field allows it.
 LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
 LEAST |= {"sliding_window": 1, "k2": 1}
 KNOWN = {
@@ -21,17 +28,15 @@ KNOWN = {
     "segment_alignment": ALIGNMENTS,
     "window_positions": WINDOW_POSITIONS,
 }
-# Fields that one kind of memory has.
-ONLY = dict.fromkeys(("sink", "sliding_window", "freeze_mem", "wrap_pos"), "armt") | {"k2": "rmt"}
 
 
 def build_base_config(model_type: str | None = None, **fields) -> PreTrainedConfig:
-    """A base configuration from its fields. Raises ValueError in one line, whatever Hugging Face's own checks raise."""
+    """Build a base configuration. Raises ValueError in one line, whatever Hugging Face's own checks raise."""
     family_of(model_type)
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return AutoConfig.for_model(str(model_type), **fields)
     except Exception as error:
-        # Their strict dataclasses raise several classes, some not ValueErrors, with messages of several lines.
+        # The strict dataclasses raise several classes, some not ValueErrors, with messages of several lines.
         raise ValueError(f"base_config: {' '.join(str(error).split())}") from error
 
 
@@ -90,7 +95,7 @@ class ARMTConfig(PreTrainedConfig):
             self.base_config = build_base_config(**self.base_config)
         if not isinstance(self.base_config, PreTrainedConfig):
             raise ValueError(f"base_config={self.base_config!r}: must be a configuration or a dict with model_type")
-        # Copied up so that generic Hugging Face code finds them where it looks.
+        # Copied up, because generic Hugging Face code looks for them here.
         self.vocab_size = self.base_config.vocab_size
         self.hidden_size = self.base_config.hidden_size
         self.num_hidden_layers = self.base_config.num_hidden_layers
@@ -101,8 +106,20 @@ class ARMTConfig(PreTrainedConfig):
         self.check()
 
     @property
+    def base(self) -> PreTrainedConfig:
+        """`base_config`, which is a configuration once this one is built."""
+        assert isinstance(self.base_config, PreTrainedConfig), f"base_config={self.base_config!r} is no configuration"
+        return self.base_config
+
+    @property
+    def memory_class(self) -> type[Memory]:
+        """The memory that each layer owns."""
+        kind = MEMORIES[self.memory_kind]
+        return kind.windowed if self.sliding_window and kind.windowed else kind.memory
+
+    @property
     def head_rows(self) -> int:
-        """Rows of a segment before its tokens: the sinks of ARMT, the memory of RMT."""
+        """Rows of a segment before its tokens: the memory rows if the last layer hands them on, else the sinks."""
         return self.num_mem_tokens if LAST_LAYER in MEMORIES[self.memory_kind].arrows else self.sink
 
     @property
@@ -111,22 +128,9 @@ class ARMTConfig(PreTrainedConfig):
         return self.head_rows + self.num_mem_tokens
 
     def check(self) -> None:
-        """Raises ValueError for the first field that does not fit."""
-        for name, kind in ARMTConfig.__annotations__.items():
-            value, kinds = getattr(self, name), get_args(kind) or (kind,)
-            # type() rather than isinstance: True is no count.
-            if name != "base_config" and type(value) not in kinds:
-                raise ValueError(f"{name}={value!r}: must be of type {kinds[0].__name__}")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
-        for name, known in KNOWN.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
-        for name, kind in ONLY.items():
-            if getattr(self, name) != getattr(ARMTConfig, name) and self.memory_kind != kind:
-                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
+        """Raise ValueError for the first field that does not fit."""
+        self.check_values()
+        self.check_own_fields()
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -136,9 +140,31 @@ class ARMTConfig(PreTrainedConfig):
         self.check_positions()
         self.check_window()
 
+    def check_values(self) -> None:
+        """Check each field by itself: its type, its least value, its known values."""
+        for name, kind in ARMTConfig.__annotations__.items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            # type() rather than isinstance: True is not a count.
+            if name != "base_config" and type(value) not in kinds:
+                raise ValueError(f"{name}={value!r}: must be of type {kinds[0].__name__}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
+
+    def check_own_fields(self) -> None:
+        """Refuse fields that only other kinds of memory read."""
+        own = MEMORIES[self.memory_kind].own_fields
+        for name in (name for kind in MEMORIES.values() for name in kind.own_fields):
+            if name not in own and getattr(self, name) != getattr(ARMTConfig, name):
+                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
+
     def check_base(self) -> None:
-        """What would only fail, or fail to matter, once the base model runs."""
-        base = self.base_config
+        """Refuse what would fail, or have no effect, only once the base model runs."""
+        base = self.base
         family_of(base.model_type)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(base, name, 1) < 1:
@@ -155,12 +181,12 @@ class ARMTConfig(PreTrainedConfig):
             raise ValueError(f"base_config.hidden_act={activation}: no such activation; for example silu or gelu_new")
 
     def check_positions(self) -> None:
-        """A segment row must fit into a learned position table."""
-        learned = bool(family_of(self.base_config.model_type).positions)
+        """Refuse segments whose rows do not fit into a learned position table."""
+        learned = bool(family_of(self.base.model_type).positions)
         if self.wrap_pos and not learned:
-            raise ValueError(f"wrap_pos=true: {self.base_config.model_type} has no position table; set wrap_pos=false")
+            raise ValueError(f"wrap_pos=true: {self.base.model_type} has no position table; set wrap_pos=false")
         row = self.segment_tokens + self.other_rows
-        rows = self.base_config.max_position_embeddings
+        rows = self.base.max_position_embeddings
         if learned and row > rows:
             others = {"sink": self.sink, "num_mem_tokens": self.num_mem_tokens}
             if self.head_rows > self.sink:
@@ -172,7 +198,7 @@ class ARMTConfig(PreTrainedConfig):
             )
 
     def check_window(self) -> None:
-        """Ours reaches back one segment; the base model's must be off or at least as wide as a segment row."""
+        """Refuse a window beyond one segment, and one of the base model that is narrower than a segment's row."""
         if self.sliding_window is not None and self.sliding_window > self.segment_tokens:
             raise ValueError(
                 f"sliding_window={self.sliding_window}: only the segment before is kept; at most "
@@ -182,8 +208,8 @@ class ARMTConfig(PreTrainedConfig):
             raise ValueError(
                 f"window_positions=restart: needs the whole segment; set sliding_window={self.segment_tokens}"
             )
-        window = getattr(self.base_config, "sliding_window", None)
-        kinds = getattr(self.base_config, "layer_types", None) or ["sliding_attention"]
+        window = getattr(self.base, "sliding_window", None)
+        kinds = getattr(self.base, "layer_types", None) or ["sliding_attention"]
         row = self.segment_tokens + self.other_rows
         if window is not None and "sliding_attention" in kinds and window < row:
             raise ValueError(

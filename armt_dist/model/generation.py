@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D model width, n rows of the open segment that are re
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,18 @@ from transformers import GenerationConfig, GenerationMixin
 
 from .backbone import Context, causal_mask
 from .cache import CACHE_NAMES, ARMTCache
-from .memory import apply
+from .memory_kind import apply
 from .rmt import MemoryRows
+from .segment_rows import SegmentRows
 from .tested import INSTALLED, TESTED
 
 # What `generate` of this version of transformers calls the cache.
 NAMED_BY_GENERATE = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = next((name for name in CACHE_NAMES if name in NAMED_BY_GENERATE), CACHE_NAMES[0])
-# The self-check: tokens of a segment and of a text that crosses two borders, and how far the norm of the difference
-# may be from that of the logits, by dtype. A cache that is not passed on changes them by their own size.
+# The self-check: tokens of a segment, of the prompt and of what is generated, which together cross two borders.
 CHECK_SEGMENT, CHECK_PROMPT, CHECK_NEW = 3, 2, 6
+# The largest norm of the difference, relative to that of the logits, by dtype. A cache that is not passed on changes
+# the logits by about their own size.
 CHECK_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 CHECK_TOLERANCE_16_BITS = 0.1
 
@@ -29,8 +32,8 @@ CHECK_TOLERANCE_16_BITS = 0.1
 def check_others(others: dict, tokens: int, before: int, attention_mask: Tensor | None) -> None:
     """Raise for keywords of `forward` that would have no effect: TypeError for unknown ones, ValueError for values.
 
-    tokens: of this call; before: already in the cache. Positions start anew in every segment, so those that are passed
-    may only be what they are without: the places of the tokens in the text, anything at padding.
+    tokens: of this call; before: already in the cache. Positions start anew in every segment, so `position_ids` may
+    only repeat the places of the tokens in the text; at padding they may be anything.
     """
     for name, value in others.items():
         if name in ("position_ids", "cache_position"):
@@ -48,13 +51,14 @@ def check_others(others: dict, tokens: int, before: int, attention_mask: Tensor 
             raise TypeError(f"ARMTForCausalLM.forward() got an unexpected keyword argument {name!r}")
 
 
-class ARMTGenerationMixin(GenerationMixin):
+class ARMTGeneration(SegmentRows, GenerationMixin):
     """The part of `ARMTForCausalLM` that reads a text piece by piece."""
 
     checked = False
+    """Whether `check` has passed."""
 
-    def generate(self, *args, self_check: bool = True, **kwargs):
-        """As GenerationMixin.generate. The first call runs `check`, unless `self_check` is false."""
+    def generate(self, *args: Any, self_check: bool = True, **kwargs: Any) -> Any:
+        """Generate as GenerationMixin.generate does. The first call runs `check`, unless `self_check` is false."""
         if self_check and not self.checked:
             self.check()
         return super().generate(*args, **kwargs)
@@ -62,11 +66,11 @@ class ARMTGenerationMixin(GenerationMixin):
     def check(self) -> None:
         """Compare logits of `generate`, with its cache, with those of the plain forward, over two segment borders.
 
-        A few milliseconds for a small model: eight random tokens in segments of three, the rest of the model as it is.
-        Raises RuntimeError where they differ: another version of transformers may pass the cache in another way.
+        Takes a few milliseconds for a small model: eight random tokens in segments of three. Raises RuntimeError where
+        they differ, as another version of transformers may pass the cache in another way.
         """
         config = copy.copy(self.config)
-        # Where the short segment comes first the two differ by design: the cache fills segments from the left.
+        # The cache fills segments from the left; with another alignment the two differ by design.
         config.segment_tokens, config.segment_alignment = CHECK_SEGMENT, "left"
         if config.sliding_window:
             config.sliding_window = min(config.sliding_window, CHECK_SEGMENT)
@@ -84,7 +88,7 @@ class ARMTGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def compare_cached_with_plain(self) -> None:
-        """Raise RuntimeError where greedy generation and the plain forward give other logits."""
+        """Raise RuntimeError where greedy generation and the plain forward give different logits."""
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(self.config.vocab_size, (1, CHECK_PROMPT), generator=generator).to(self.device)
         settings = GenerationConfig(
@@ -98,23 +102,28 @@ class ARMTGenerationMixin(GenerationMixin):
         allowed = CHECK_TOLERANCE.get(self.dtype, CHECK_TOLERANCE_16_BITS)
         if not error <= allowed:
             raise RuntimeError(
-                f"self-check: with the cache the logits are {error:.2g} times their norm from those without, more than "
+                f"self-check: logits with and without the cache differ by {error:.2g} of their norm, more than "
                 f"{allowed:g}; transformers {INSTALLED} is installed, this code was tested with {TESTED}: install one "
-                "of those (self_check=False generates all the same)"
+                "of those, or pass self_check=False to generate without this check"
             )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """Put an empty ARMTCache into `model_kwargs`, unless a cache was passed or none is wanted."""
         for name in CACHE_NAMES:
             if name != CACHE_NAME and name in model_kwargs:
                 model_kwargs[CACHE_NAME] = model_kwargs.pop(name)
         if not generation_config.use_cache or model_kwargs.get(CACHE_NAME) is not None:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, *args
+            # transformers types `self` as a class that exists for type checkers only.
+            parent: Any = super()
+            return parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation}: ARMT has a cache of its own, which is "
-                "constant in the length of the text; leave it out"
+                f"cache_implementation={generation_config.cache_implementation}: ARMT has a cache of its own, of "
+                "constant size; leave it out"
             )
         beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs[CACHE_NAME] = ARMTCache(self.initial_states(batch_size * beams))
@@ -131,7 +140,7 @@ class ARMTGenerationMixin(GenerationMixin):
             chunk, input_ids = input_ids.tensor_split([self.config.segment_tokens - cache.open_tokens], dim=1)
             x = self.backbone.embed(chunk)
             if not cache.open_tokens:
-                head, _ = self.rows_around(cache.layers[0].state, len(x))
+                head, _ = self.rows_around(cache.slots[0].state, len(x))
                 x = torch.cat([head.to(x.dtype), x], dim=1)
             x = self.pass_layers(x, cache)[:, -chunk.shape[1] :]
             cache.count(chunk.shape[1])
@@ -139,16 +148,16 @@ class ARMTGenerationMixin(GenerationMixin):
         return torch.cat(hidden, dim=1)
 
     def close_segment(self, cache: ARMTCache) -> None:
-        """Let the memory rows read the open segment, write what they found, and forget its keys and values."""
-        first = cache.layers[0]
+        """Pass the memory rows over the open segment, update the memory, and drop the segment's keys and values."""
+        first = cache.slots[0]
         _, rows = self.rows_around(first.state, len(first.state[0]))
-        x = self.pass_layers(rows.to(self.get_input_embeddings().weight.dtype), cache, write=True)
+        x = self.pass_layers(rows.to(self.get_input_embeddings().get_parameter("weight").dtype), cache, write=True)
         if self.carries_rows:
             first.state = MemoryRows.of(self.backbone.norm(x), self.config.num_mem_tokens)
         cache.close()
 
     def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
-        """The next rows x [B, n, D] of the open segment through all layers; with `write` they are the memory's."""
+        """Pass the next rows x [B, n, D] of the open segment through all layers; with `write` they are memory rows."""
         config = self.config
         start = config.head_rows + cache.open_tokens if cache.open_tokens else 0
         end = start + x.shape[1]
@@ -161,7 +170,7 @@ class ARMTGenerationMixin(GenerationMixin):
         if config.sliding_window:
             border = self.border(tokens, x.device)
             context = context._replace(border=border._replace(reach=border.reach[start:end]))
-        for layer, slot in zip(self.backbone.layers, cache.layers, strict=True):
+        for layer, slot in zip(self.layers, cache.slots, strict=True):
             own = layer.memory.open(context._replace(cache=slot), slot.state)
             x = layer.call(layer.layer, layer.memory.read(x, slot.state), own)
             if write:

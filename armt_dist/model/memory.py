@@ -1,27 +1,18 @@
-"""The memory of ARMT as pure maths: state in, state out. Nothing here knows segments, ranks or layers' order.
-
-`MEMORIES` lists the kinds. A kind is a module that a layer owns:
-
-    arrows                      which states a cell needs; they decide the valid schedules
-    initial_state(batch, ...)   the empty state, a NamedTuple of float32 tensors [B, ...], all zeros
-    open(context, state)        what the layer's attention sees besides its row
-    read(x, state)              the row as the layer takes it
-    write(m, state, context)    the update, from the memory positions of its output; `apply` gives the next state
+"""The associative memory of ARMT as pure maths: state in, state out.
 
 Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
         f = 2·nu·d_mem/h features a head, d = D/h channels a head.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .rmt import RecurrentMemory
+from .backbone import Context
+from .memory_kind import Memory, MemoryUpdate
 
-# (s, l) needs (s-1, l): the arrow that makes layer-major and wavefront orders valid.
-SAME_LAYER = "same_layer"
 EPS = 1e-5
 
 
@@ -40,40 +31,53 @@ class Update(NamedTuple):
     gamma: Tensor  # [B, h, M]
 
     def onto(self, state: State) -> State:
-        """The state after this update (ARMT paper, eq. of the write)."""
+        """Return the state after this update (ARMT paper, equation of the write)."""
         return State(
             torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
             state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
         )
 
 
-def apply(state: tuple, update) -> tuple:
-    """The state after `update`, for every kind of memory."""
-    return update.onto(state)
+class Associations(Protocol):
+    """Any state that holds A and z."""
+
+    @property
+    def A(self) -> Tensor:
+        """[B, h, f, d] associations."""
+
+    @property
+    def z(self) -> Tensor:
+        """[B, h, f] normaliser."""
+
+
+AssociativeT = TypeVar("AssociativeT", bound=Associations)
 
 
 class DPFP(torch.autograd.Function):
-    """phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)] (deterministic parameter-free projection).
+    """Deterministic parameter-free projection: phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)].
 
-    [..., n/2] -> [..., nu·n], with `normalise` divided by its L2 norm. One function with its own backward: many small
+    [..., n/2] -> [..., nu·n], divided by its L2 norm if `normalise`. It has its own backward, because many small
     segments would otherwise spend their time dispatching rolls, concatenations and norms.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, nu: int, normalise: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, nu: int, normalise: bool) -> Tensor:
         r = torch.cat([x, -x], -1).relu_()
         n = r.shape[-1]
         # r end to end, often enough that every roll of r is a slice of it.
         tiled = torch.cat([r] * (1 + math.ceil(nu / n)), -1)
         phi = torch.stack([r * rolled for rolled in rolls(tiled, n, nu)], -2).flatten(-2)
-        scale = phi.norm(dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_() if normalise else None
-        ctx.save_for_backward(tiled, phi.mul_(scale) if normalise else None, scale)
+        scale = None
+        if normalise:
+            scale = phi.norm(dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+            phi.mul_(scale)
+        ctx.save_for_backward(tiled, phi if normalise else None, scale)
         ctx.n, ctx.nu = n, nu
         return phi
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         tiled, phi, scale = ctx.saved_tensors
         n, nu = ctx.n, ctx.nu
         if scale is not None:
@@ -90,23 +94,21 @@ class DPFP(torch.autograd.Function):
 
 
 def rolls(tiled: Tensor, n: int, nu: int) -> list[Tensor]:
-    """Views of roll(r, j), j = 1..nu, of the r [..., n] that `tiled` repeats."""
+    """Return views of roll(r, j), j = 1..nu, where `tiled` repeats r [..., n]."""
     end = tiled.shape[-1]
     return [tiled[..., end - n - j : end - j] for j in range(1, nu + 1)]
 
 
-# Fields of ARMTConfig that are options of the maths.
+# Fields of ARMTConfig that are arguments of AssociativeMemory.
 OPTIONS = ("nu", "n_heads", "maths", "use_denom", "correction", "gating")
 
 
-class AssociativeMemory(nn.Module):
-    """One layer's associative memory (ARMT, arXiv 2407.04841, section 3).
+class AssociativeMemory(Memory[AssociativeT]):
+    """One layer's associative memory (ARMT, arXiv 2407.04841, section 3), for any state that holds A and z.
 
-    `maths="default"` L2-normalises phi per head; `maths="paper"` is the first published code: no normalisation and
-    1e-5 added to ‖k‖² as well. `use_denom`, `correction`, `gating` and `n_heads` are the options of the authors' code.
+    `maths="default"` L2-normalises phi per head; `maths="paper"` follows the first published code: no normalisation,
+    and 1e-5 added to ‖k‖² as well. `use_denom`, `correction`, `gating` and `n_heads` are options of the authors' code.
     """
-
-    arrows = (SAME_LAYER,)
 
     def __init__(
         self,
@@ -131,65 +133,70 @@ class AssociativeMemory(nn.Module):
         self.W_mb = nn.Linear(hidden_size, hidden_size if gating else n_heads)
 
     @classmethod
-    def from_config(cls, config) -> "AssociativeMemory":
-        """One layer's memory as an `ARMTConfig` describes it."""
+    def from_config(cls, config: Any) -> Self:
+        """Build one layer's memory from an `ARMTConfig`."""
         return cls(config.hidden_size, config.d_mem, **{name: getattr(config, name) for name in OPTIONS})
 
     def reset_parameters(self) -> None:
-        """torch's default for W_mq, W_mk, W_mb; zero for W_mv, so that a pretrained model starts unharmed."""
+        """Give W_mq, W_mk and W_mb torch's default and W_mv zeros, so that a pretrained model starts unharmed."""
         for linear in (self.W_mq, self.W_mk, self.W_mb):
             linear.reset_parameters()
         nn.init.zeros_(self.W_mv.weight)
 
-    def initial_state(self, batch: int, device: torch.device | str) -> State:
-        """The empty memory: zeros, float32."""
+    def empty(self, batch: int, device: torch.device | str) -> State:
+        """Return the memory before the first segment: zeros, float32."""
         h, f = self.n_heads, 2 * self.nu * self.W_mq.out_features // self.n_heads
         d = self.W_mv.out_features // h
         return State(torch.zeros(batch, h, f, d, device=device), torch.zeros(batch, h, f, device=device))
 
-    def open(self, context, state: State):
-        """`context`: attention stays within the segment."""
-        return context
-
-    def read(self, x: Tensor, state: State) -> Tensor:
-        """x + qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
+    def read(self, x: Tensor, state: AssociativeT) -> Tensor:
+        """Add qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
         q = self.features(self.W_mq(x))
         return x + self.merge_heads(self.recall(q, state)).to(x.dtype)
 
-    def write(self, m: Tensor, state: State, context=None) -> Update:
-        """What the memory positions m [B, M, D] of a layer's output add to `state`: k = phi(W_mk m), β(v − v̄), γ."""
+    def update(self, m: Tensor, state: AssociativeT) -> Update:
+        """Compute what the memory positions m [B, M, D] of a layer's output add: k = phi(W_mk m), β(v − v̄), γ."""
         k = self.features(self.W_mk(m))
         v = self.split_heads(self.W_mv(m).float())
         # [B, h, M, 1], or [B, h, M, d] with gating
         beta = self.split_heads(torch.sigmoid(self.W_mb(m).float()))
         return Update(k, beta * (v - self.recall(k, state)), self.gamma(k, state))
 
-    def recall(self, q: Tensor, state: State) -> Tensor:
-        """qA / (z·q + 1e-5), without the denominator when `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""
+    def recall(self, q: Tensor, state: AssociativeT) -> Tensor:
+        """Compute qA / (z·q + 1e-5), or qA where `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""
         values = q @ state.A
         return values / ((q @ state.z.unsqueeze(-1)) + EPS) if self.use_denom else values
 
     @torch.no_grad()
-    def gamma(self, k: Tensor, state: State) -> Tensor:
-        """clip(1 − (z·k + 1e-5) / ‖k‖², 0, 1): how much of k is new to z; 1 while nothing was written. [B, h, M]."""
+    def gamma(self, k: Tensor, state: AssociativeT) -> Tensor:
+        """Measure how much of k is new to z: clip(1 − (z·k + 1e-5) / ‖k‖², 0, 1), or 1 for an empty z. [B, h, M]."""
         if not self.correction:
             return torch.ones_like(k[..., 0])
         seen = (k @ state.z.unsqueeze(-1)).squeeze(-1) + EPS
         gamma = (1 - seen / (k.square().sum(-1) + self.norm_eps)).clamp(0, 1)
-        # phi and γ are not negative, so a sum of 0 means an untouched z.
+        # phi and γ are not negative, so only an empty z sums to 0.
         return torch.where(state.z.sum(-1, keepdim=True) == 0, 1.0, gamma)
 
     def features(self, x: Tensor) -> Tensor:
-        """phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
+        """Compute phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
         return DPFP.apply(self.split_heads(x.float()), self.nu, self.normalise)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """[B, N, h·c] -> [B, h, N, c]."""
+        """Separate the heads. [B, N, h·c] -> [B, h, N, c]."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
-        """[B, h, N, c] -> [B, N, h·c]."""
+        """Join the heads. [B, h, N, c] -> [B, N, h·c]."""
         return x.transpose(1, 2).flatten(-2)
 
 
-MEMORIES = {"armt": AssociativeMemory, "rmt": RecurrentMemory}
+class PlainMemory(AssociativeMemory[State]):
+    """An associative memory whose layer attends to its own segment only."""
+
+    def initial_state(self, batch: int, device: torch.device | str) -> State:
+        """Return the empty memory: zeros, float32."""
+        return self.empty(batch, device)
+
+    def write(self, m: Tensor, state: State, context: Context) -> MemoryUpdate[State]:
+        """Return what the memory positions m [B, M, D] of the layer's output add to `state`."""
+        return self.update(m, state)

@@ -1,7 +1,7 @@
 """The recurrent memory of RMT: rows of hidden states that pass from the end of a segment into the next one's input.
 
-A segment reads `[memory | tokens | memory]`; what the last layer, normed, makes of the trailing memory rows are both
-memory rows of the next segment (RMT, arXiv 2207.06881, section 3.2). The layers hold nothing of their own.
+A segment reads `[memory | tokens | memory]`. The last layer's normed output at the trailing memory rows becomes both
+groups of memory rows of the next segment (RMT, arXiv 2207.06881, section 3.2). The layers themselves hold nothing.
 
 Shapes: B batch, N positions, M memory tokens, D model width.
 """
@@ -9,10 +9,10 @@ Shapes: B batch, N positions, M memory tokens, D model width.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# (s, 0) needs (s-1, L-1): only segment-major order is valid.
-LAST_LAYER = "last_layer"
+from .backbone import Context
+from .memory_kind import LAST_LAYER, Memory
 
 
 class MemoryRows(NamedTuple):
@@ -23,60 +23,44 @@ class MemoryRows(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, num_mem_tokens: int, hidden_size: int, device: torch.device | str) -> "MemoryRows":
-        """Nothing read yet."""
+        """Return the state before the first segment."""
         return cls(torch.zeros(batch, num_mem_tokens, hidden_size, device=device), torch.zeros(batch, device=device))
 
     @classmethod
     def of(cls, hidden: Tensor, num_mem_tokens: int) -> "MemoryRows":
-        """From the normed hidden states [B, N, D] of a segment."""
+        """Take the memory rows from the normed hidden states [B, N, D] of a segment."""
         rows = hidden[:, -num_mem_tokens:].float()
         return cls(rows, torch.ones(len(rows), device=rows.device))
 
     def entering(self, learned: Tensor) -> Tensor:
-        """The memory rows of the next segment; the `learned` ones [B, M, D] in the first. [B, M, D]."""
+        """Return the memory rows of the next segment: the `learned` ones [B, M, D] in the first. [B, M, D]."""
         return torch.where(self.written[:, None, None] > 0, self.rows.to(learned.dtype), learned)
 
 
 class Nothing(NamedTuple):
-    """The state of a layer that holds none, and the update that changes none."""
+    """The state of a layer that keeps none, and the update that changes nothing."""
 
-    def onto(self, state: tuple) -> tuple:
-        """`state`."""
+    def onto(self, state: "Nothing") -> "Nothing":
+        """Return `state` unchanged."""
         return state
 
 
-class RecurrentMemory(nn.Module):
-    """A layer's part in RMT: none. The model hands the rows on."""
+class RecurrentMemory(Memory[Nothing]):
+    """A layer's part in RMT, which is empty: the model hands the rows on."""
 
     arrows = (LAST_LAYER,)
 
-    @classmethod
-    def from_config(cls, config) -> "RecurrentMemory":
-        """No field of the configuration concerns a layer."""
-        return cls()
-
-    def reset_parameters(self) -> None:
-        """There are none."""
-
     def initial_state(self, batch: int, device: torch.device | str) -> Nothing:
-        """Nothing."""
+        """Return the state without tensors."""
         return Nothing()
 
-    def open(self, context, state: tuple):
-        """`context`."""
-        return context
-
-    def read(self, x: Tensor, state: tuple) -> Tensor:
-        """`x`."""
-        return x
-
-    def write(self, m: Tensor, state: tuple, context) -> Nothing:
-        """Nothing."""
+    def write(self, m: Tensor, state: Nothing, context: Context) -> Nothing:
+        """Return the update that changes nothing."""
         return Nothing()
 
 
 def enter(x: Tensor, rows: Tensor) -> Tensor:
-    """Put memory rows [B, M, D] at both ends of an embedded segment [B, N, D] whose own are zeros."""
+    """Add memory rows [B, M, D] at both ends of an embedded segment [B, N, D], whose memory rows are zeros."""
     tokens = x.shape[1] - 2 * rows.shape[1]
     rows = rows.to(x.dtype)
     return x + torch.cat([rows, rows.new_zeros(len(rows), tokens, rows.shape[2]), rows], dim=1)

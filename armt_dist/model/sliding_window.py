@@ -1,32 +1,25 @@
 """A sliding window for ARMT: the last keys and values of a segment stay visible in the next one, as part of the state.
 
 They pass from segment to segment of the same layer like A and z, so they are handed from rank to rank and
-back-propagated the same way. A token sees the W tokens before it across the border; memory tokens see all that there
-is, one another too; sinks see nothing of it. The first segment meets an empty window, masked: the work of a cell does
-not depend on where it is in the sequence.
+back-propagated in the same way. A token sees the W tokens before it across the border of its segment, memory tokens
+see the whole window and one another, and sinks see none of it. The first segment meets an empty, masked window, so that
+the work of a cell does not depend on where it is in the sequence.
 
 Shapes: B batch, N positions of a row `[sink | tokens | memory]`, T tokens, W rows of the window, h key-value heads,
         c channels a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .backbone import Border, Context
 from .memory import AssociativeMemory, State, Update
 
-# Where a row of a segment starts to see the window: a token at its own index, and memory sees also what is padding.
+# The value of `Border.reach` for a row that sees the whole window, padding included.
 EVERYTHING = -1
-
-
-class Border(NamedTuple):
-    """What the layers of one segment share about the border before it and the one behind it."""
-
-    reach: Tensor  # [N] int64 first row of the window that is visible; W: none, EVERYTHING: also padding
-    real: Tensor  # [B or 1, T] bool, False at padding
-    turn: tuple[Tensor, Tensor] | None  # cos, sin [c or less] of a turn by -T positions; None: no rotary positions
 
 
 class WindowState(NamedTuple):
@@ -40,7 +33,7 @@ class WindowState(NamedTuple):
 
 
 class WindowUpdate(NamedTuple):
-    """The memory's update and the window that takes the old one's place."""
+    """The memory's update, and the window that replaces the old one."""
 
     memory: Update
     keys: Tensor
@@ -48,16 +41,23 @@ class WindowUpdate(NamedTuple):
     seen: Tensor
 
     def onto(self, state: WindowState) -> WindowState:
-        """The state after this update."""
+        """Return the state after this update."""
         return WindowState(*self.memory.onto(State(state.A, state.z)), self.keys, self.values, self.seen)
 
 
-class WindowedMemory(AssociativeMemory):
+class WindowedMemory(AssociativeMemory[WindowState]):
     """An associative memory whose layer also attends to the window."""
 
+    window: int
+    sink: int
+    restart: bool
+    detach: bool
+    heads: int
+    width: int
+
     @classmethod
-    def from_config(cls, config) -> "WindowedMemory":
-        """As the parent, with the window's fields of `ARMTConfig` and the shape of the base model's keys."""
+    def from_config(cls, config: Any) -> Self:
+        """Build it as the parent does, with the window's fields of `ARMTConfig` and the base model's key shape."""
         memory = super().from_config(config)
         base = config.base_config
         memory.window, memory.sink = config.sliding_window, config.sink
@@ -67,55 +67,65 @@ class WindowedMemory(AssociativeMemory):
         return memory
 
     def initial_state(self, batch: int, device: torch.device | str) -> WindowState:
-        """The empty memory and the empty window: zeros, float32."""
+        """Return the empty memory and the empty window: zeros, float32."""
         shapes = (self.heads, self.window, self.width), (self.heads, self.window, self.width), (self.window,)
         rows = (torch.zeros(batch, *shape, device=device) for shape in shapes)
-        return WindowState(*super().initial_state(batch, device), *rows)
+        return WindowState(*self.empty(batch, device), *rows)
 
-    def open(self, context, state: WindowState):
-        """Put the window's keys and values before those of the row, and what may be seen of them into the mask."""
+    def open(self, context: Context, state: WindowState) -> Context:
+        """Put the window's keys and values before those of the row, and extend the mask by what is visible of them."""
+        mask, border = with_window(context)
         cache = DynamicLayer() if context.cache is None else context.cache
-        dtype = context.mask.dtype
         if not cache.is_initialized:
-            cache.update(state.keys.to(dtype), state.values.to(dtype))
-        reach, seen = context.border.reach[:, None], state.seen[:, None]
+            cache.update(state.keys.to(mask.dtype), state.values.to(mask.dtype))
+        reach, seen = border.reach[:, None], state.seen[:, None]
         within = torch.arange(self.window, device=seen.device) >= reach
         # [B, N, W]
         visible = torch.where(reach == EVERYTHING, seen != 0, (seen > 0) & within)
-        mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
-        own = context.mask.expand(len(mask), -1, -1, -1)
-        return context._replace(mask=torch.cat([mask, own], dim=-1), cache=cache)
+        before = torch.zeros_like(visible, dtype=mask.dtype).masked_fill_(~visible, torch.finfo(mask.dtype).min)
+        own = mask.expand(len(visible), -1, -1, -1)
+        return context._replace(mask=torch.cat([before.unsqueeze(1), own], dim=-1), cache=cache)
 
-    def write(self, m: Tensor, state: WindowState, context) -> WindowUpdate:
-        """What the memory positions add, and the window as the next segment is to see it."""
-        start, end = self.window + self.sink, self.window + self.sink + context.border.real.shape[1]
-        rows = context.cache.keys, context.cache.values
-        keys, values = (self.slide(r[:, :, : self.window], r[:, :, start:end]).float() for r in rows)
-        if context.border.turn is not None:
-            turned = rotate(keys, *context.border.turn)
+    def write(self, m: Tensor, state: WindowState, context: Context) -> WindowUpdate:
+        """Return what the memory positions add, and the window as the next segment sees it."""
+        _, border = with_window(context)
+        start, end = self.window + self.sink, self.window + self.sink + border.real.shape[1]
+        cache = context.cache
+        assert cache is not None and cache.keys is not None and cache.values is not None, "write comes after attention"
+        keys, values = (
+            self.slide(r[:, :, : self.window], r[:, :, start:end]).float() for r in (cache.keys, cache.values)
+        )
+        if border.turn is not None:
+            turned = rotate(keys, *border.turn)
             first = (state.seen == 0).all(1)[:, None, None, None]
             # In the authors' code every segment but the first starts at position W.
             keys = torch.where(first, turned, keys) if self.restart else turned
         if self.detach:
             keys, values = keys.detach(), values.detach()
-        flags = (2.0 * context.border.real - 1).expand(len(m), -1)
+        flags = (2.0 * border.real - 1).expand(len(m), -1)
         seen = self.slide(state.seen[..., None], flags[..., None]).squeeze(-1)
-        return WindowUpdate(super().write(m, state), keys, values, seen)
+        return WindowUpdate(self.update(m, state), keys, values, seen)
 
     def slide(self, before: Tensor, tokens: Tensor) -> Tensor:
-        """The last W rows of both, in a tensor of their own. [.., W, c], [.., T, c] -> [.., W, c]."""
+        """Copy the last W rows of both into a new tensor. [.., W, c], [.., T, c] -> [.., W, c]."""
         return torch.cat([before[..., tokens.shape[-2] :, :], tokens[..., -self.window :, :]], dim=-2)
 
 
+def with_window(context: Context) -> tuple[Tensor, Border]:
+    """Return the mask and the border, which every context has where there is a window."""
+    assert context.mask is not None and context.border is not None, "a sliding window needs a mask and a border"
+    return context.mask, context.border
+
+
 def reach(rows: tuple[int, int, int], window: int, device: torch.device) -> Tensor:
-    """`Border.reach` of a row of so many sinks, tokens and memory tokens. [N] int64."""
+    """Compute `Border.reach` of a row from its counts of sinks, tokens and memory tokens. [N] int64."""
     sink, tokens, memory = rows
     parts = torch.full((sink,), window), torch.arange(tokens), torch.full((memory,), EVERYTHING)
     return torch.cat(parts).to(device)
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn rotary keys [.., c] further; channels beyond those of cos and sin have no position."""
+    """Turn rotary keys [.., c] further; channels beyond those of cos and sin carry no position."""
     turning, rest = keys.split([len(cos), keys.shape[-1] - len(cos)], dim=-1)
     a, b = turning.chunk(2, dim=-1)
     return torch.cat([turning * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)

@@ -1,4 +1,4 @@
-"""The versions of transformers that the modelling code was tested with; an export carries this file too."""
+"""The versions of transformers that the modelling code was tested with."""
 
 import transformers
 from transformers.utils import logging
@@ -9,7 +9,7 @@ TESTED = f"{OLDEST} to {NEWEST}"
 
 
 def warn_if_untested() -> None:
-    """Say in one line that the installed transformers is of a minor version before OLDEST or after NEWEST."""
+    """Warn in one line if the installed transformers is of a minor version before OLDEST or after NEWEST."""
     if not minor(OLDEST) <= minor(INSTALLED) <= minor(NEWEST):
         logging.get_logger(__name__).warning(
             f"transformers {INSTALLED} is installed; this ARMT was tested with {TESTED} and checks itself at the first "
@@ -18,6 +18,6 @@ def warn_if_untested() -> None:
 
 
 def minor(version: str) -> tuple[int, int]:
-    """ "5.24.0" -> (5, 24)."""
+    """Return major and minor version: "5.24.0" -> (5, 24)."""
     major, minor, *_ = version.split(".")
     return int(major), int(minor)

@@ -6,7 +6,7 @@ from support.golden import CASES, TOLERANCES, assert_close, assert_gradients, go
 from support.models import small_model
 from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
 
-from armt_dist.model.memory import apply
+from armt_dist.model.memory_kind import apply
 from armt_dist.runtime import executor
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
