@@ -1,0 +1,106 @@
+"""What a kind of memory is, and the decoder layer that owns one.
+
+A memory is a pure function of its state: nothing in it knows segments, ranks or the order of layers.
+
+Shapes: B batch, N positions of a segment's row, M memory tokens, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Context
+
+# Cell (s, l) of segment s and layer l needs the state of (s-1, l): layer-major and wavefront orders are valid.
+SAME_LAYER = "same_layer"
+# Cell (s, 0) needs the output of the last layer of segment s-1: only segment-major order is valid.
+LAST_LAYER = "last_layer"
+
+# A kind's state: a NamedTuple of float32 tensors [B, ...].
+StateT = TypeVar("StateT")
+
+
+class MemoryUpdate(Protocol[StateT]):
+    """What one segment changes in a state; a NamedTuple of tensors, so that it can be kept instead of the state."""
+
+    def onto(self, state: StateT) -> StateT:
+        """Return the state after this update."""
+
+
+def apply(state: StateT, update: MemoryUpdate[StateT]) -> StateT:
+    """Return the state after `update`, for every kind of memory."""
+    return update.onto(state)
+
+
+class Memory(nn.Module, Generic[StateT]):
+    """One layer's memory. The defaults are those of a kind without parameters that reads nothing."""
+
+    arrows: ClassVar[tuple[str, ...]] = (SAME_LAYER,)
+    """Earlier cells that a cell needs; they decide which schedules are valid."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Build one layer's memory from an `ARMTConfig`."""
+        return cls()
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters so that reading an empty memory changes nothing."""
+
+    def initial_state(self, batch: int, device: torch.device | str) -> StateT:
+        """Return the empty state: zeros only, as resetting a cache and starting a backward pass write zeros."""
+        raise NotImplementedError
+
+    def open(self, context: Context, state: StateT) -> Context:
+        """Return what the layer's attention sees besides its row; by default, nothing more."""
+        return context
+
+    def read(self, x: Tensor, state: StateT) -> Tensor:
+        """Return the row as the layer takes it; by default, as it is. [B, N, D] -> [B, N, D]."""
+        return x
+
+    def write(self, m: Tensor, state: StateT, context: Context) -> MemoryUpdate[StateT]:
+        """Return the update from the memory positions m [B, M, D] of the layer's output."""
+        raise NotImplementedError
+
+
+class ARMTLayer(nn.Module):
+    """A decoder layer between a memory read and a memory write."""
+
+    layer: nn.Module
+    memory: Memory
+
+    def __init__(self, layer: nn.Module, memory: Memory, num_mem_tokens: int, call: Callable):
+        super().__init__()
+        self.layer, self.memory = layer, memory
+        self.num_mem_tokens, self.call = num_mem_tokens, call
+
+    def cell(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, MemoryUpdate]:
+        """Run one cell: one segment through this layer. [B, N, D] -> [B, N, D] and the update of the memory."""
+        context = self.memory.open(context, state)
+        y = self.call(self.layer, self.memory.read(x, state), context)
+        return y, self.memory.write(y[:, -self.num_mem_tokens :], state, context)
+
+    def forward(self, x: Tensor, *, run: Callable) -> Any:
+        """Return `run(self, x)`.
+
+        ZeRO-3 gathers the layer's parameters around this call, so whatever covers many segments with one gather
+        (segment BPTT, the wavefront) is passed in as `run`.
+        """
+        return run(self, x)
+
+
+class MemoryKind(NamedTuple):
+    """A row of `configuration_armt.MEMORIES`."""
+
+    memory: type[Memory]
+    own_fields: tuple[str, ...] = ()
+    """Fields of ARMTConfig that must keep their defaults under every kind that does not list them."""
+    windowed: type[Memory] | None = None
+    """What takes the place of `memory` where config.sliding_window is set; needs "sliding_window" in own_fields."""
+
+    @property
+    def arrows(self) -> tuple[str, ...]:
+        """Earlier cells that a cell needs."""
+        return self.memory.arrows

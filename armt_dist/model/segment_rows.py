@@ -1,0 +1,130 @@
+"""How a sequence becomes segments, and a segment the row that the layers see: `[head | tokens | memory]`.
+
+Shapes: B batch, T tokens of a segment, M memory tokens, D model width, L layers,
+        H + T + M = N positions of a segment's row, H of them before the tokens: sinks (ARMT), memory (RMT).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .backbone import Backbone, Border, Context, backbone_of, causal_mask
+from .configuration_armt import ARMTConfig
+from .memory_kind import ARMTLayer
+from .rmt import MemoryRows
+from .sliding_window import reach
+
+
+def segment_lengths(tokens: int, segment_tokens: int, alignment: str = "left") -> list[int]:
+    """Cut `tokens` into segments and return their lengths; the short one comes last (left) or first (right)."""
+    full, rest = divmod(tokens, segment_tokens)
+    if alignment == "center":
+        # As torch.chunk cuts: equal parts of the rounded-up mean length.
+        length = math.ceil(tokens / max(1, full + bool(rest)))
+        full, rest = divmod(tokens, max(1, length))
+        return [length] * full + [rest] * bool(rest)
+    short = [rest] * bool(rest)
+    return short + [segment_tokens] * full if alignment == "right" else [segment_tokens] * full + short
+
+
+class MemoryTokens(nn.Module):
+    """The learned rows around a segment's tokens; a separate module, so that ZeRO-3 gathers them when they are used."""
+
+    def __init__(self, num_mem_tokens: int, hidden_size: int, sink: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_mem_tokens, hidden_size))
+        if sink:
+            self.sink = nn.Parameter(torch.empty(sink, hidden_size))
+
+    def forward(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return the sinks [B, rows, D], rows = 0 without any, and the memory rows [B, M, D]."""
+        sink = self.sink if hasattr(self, "sink") else self.weight[:0]
+        return sink.expand(batch, -1, -1), self.weight.expand(batch, -1, -1)
+
+
+class SegmentRows(PreTrainedModel):
+    """The part of `ARMTForCausalLM` that builds rows of hidden states and what the layers need beside them."""
+
+    config: ARMTConfig
+    base: PreTrainedModel
+    """The wrapped causal LM; its layers are `ARMTLayer`s."""
+    memory_tokens: MemoryTokens
+    carries_rows: bool
+    """Whether memory rows come from the segment before (RMT) instead of from `memory_tokens`."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base model seen through its family's row."""
+        return backbone_of(self.base)
+
+    @property
+    def layers(self) -> Sequence[ARMTLayer]:
+        """The layers with their memories, in order."""
+        return cast(Sequence[ARMTLayer], self.backbone.layers)
+
+    def position_ids(self, tokens: int, device: torch.device) -> Tensor:
+        """Number the positions of a row with `tokens` tokens. [1, H + tokens + M] int64."""
+        memory = self.config.num_mem_tokens
+        end = self.config.head_rows + tokens
+        first = self.config.base.max_position_embeddings - memory if self.config.wrap_pos else end
+        return torch.cat([torch.arange(end, device=device), torch.arange(first, first + memory, device=device)])[None]
+
+    def embed_segments(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Embed consecutive segments into packed rows. [B, sum(lengths)] -> [B, sum(H + length + M), D].
+
+        All in one pass over the tables, because ZeRO-3 gathers a module once for each call. Memory rows that are
+        carried (RMT) are left zero: see `rmt.enter`.
+        """
+        tokens, batch = self.backbone.embed(input_ids), input_ids.shape[0]
+        if self.carries_rows:
+            head = tail = tokens.new_zeros(batch, self.config.num_mem_tokens, tokens.shape[2])
+        else:
+            head, tail = (rows.to(tokens.dtype) for rows in self.memory_tokens(batch))
+        rows = [part for segment in tokens.split(lengths, dim=1) for part in (head, segment, tail)]
+        positions = torch.cat([self.position_ids(n, input_ids.device) for n in lengths], dim=1)
+        return self.backbone.place(torch.cat(rows, dim=1), positions)
+
+    def context(self, x: Tensor, attention_mask: Tensor | None) -> Context:
+        """Build what the layers of one segment share. x [B, N, D], attention_mask [B, T] (1: real token) or None."""
+        config, memory = self.config, self.config.num_mem_tokens
+        tokens = x.shape[1] - config.other_rows
+        positions = self.position_ids(tokens, x.device)
+        mask = None
+        if attention_mask is not None:
+            attend = nn.functional.pad(attention_mask.bool(), (config.head_rows, memory), value=True)
+        else:
+            attend = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)
+        # Eager attention without a mask would not be causal.
+        if attention_mask is not None or config.sliding_window or config._attn_implementation == "eager":
+            mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
+        border = None
+        if config.sliding_window:
+            border = self.border(tokens, x.device)._replace(
+                real=attend[:, config.head_rows : config.head_rows + tokens]
+            )
+        return Context(mask, positions, self.backbone.rotary(x, positions), border=border)
+
+    def border(self, tokens: int, device: torch.device) -> Border:
+        """Describe the borders of a segment with `tokens` tokens, none of them padding, under a sliding window."""
+        assert self.config.sliding_window, "only a model with a sliding window has borders"
+        rows = self.config.head_rows, tokens, self.config.num_mem_tokens
+        real = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        return Border(reach(rows, self.config.sliding_window, device), real, self.backbone.turn(-tokens, device))
+
+    def initial_states(self, batch: int) -> list[tuple]:
+        """Return L empty memories; carried rows (RMT) stand in the first layer's place, where they enter."""
+        states = [layer.memory.initial_state(batch, self.device) for layer in self.layers]
+        if self.carries_rows:
+            states[0] = MemoryRows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
+        return states
+
+    def rows_around(self, state: tuple, batch: int) -> tuple[Tensor, Tensor]:
+        """Return the rows before and behind a segment's tokens, [B, H, D] and [B, M, D]; `state`: the first layer's."""
+        head, tail = self.memory_tokens(batch)
+        if self.carries_rows:
+            head = tail = MemoryRows(*state).entering(tail)
+        return head, tail
