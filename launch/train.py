@@ -4,10 +4,12 @@
     deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/zero3_fp32.json --config launch/configs/default.yaml
     torchrun --nproc-per-node 8 launch/train.py --ds_config ds_configs/zero3.json parallel.sp=8 parallel.chunks=2
     python launch/train.py train.max_steps=20 ds_config.train_batch_size=32       # one process, on a laptop
+    python launch/train.py --help train.save_every                                # explains a key or a section
+    python launch/train.py --config launch/configs/plays_cpu.yaml --show-config   # prints, does not start
 
-key=value sets any field of the YAML config; the ds_config owns batch, precision, optimizer, ZeRO and offload, and
-ds_config.key=value sets a field of that.
-Run again with the same --out to go on from the newest checkpoint. Exit codes: 0 done, 1 stuck, alone or
+key=value sets any field of the YAML config. Batch, precision, optimizer, ZeRO and offload come from the ds_config file,
+over it the recipe's ds_config section, over both ds_config.key=value; docs/config.md lists all keys.
+Run again with the same --out to resume from the newest checkpoint. Exit codes: 0 done, 1 stuck, alone or
 without finite numbers, 2 a mistake in the configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
 """
 
@@ -18,42 +20,59 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import load_config, run_main
+from armt_dist.config import run_main
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import claimed_rank, discover
 from armt_dist.distributed.process import make_deterministic
 from armt_dist.versions import check_versions
 
-DS_CONFIG = "ds_config."
+DS_CONFIG = ROOT / "ds_configs/zero3.json"
+CONFIG = ROOT / "launch/configs/default.yaml"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs/zero3.json", help="DeepSpeed JSON")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=ROOT / "launch/configs/default.yaml",
-        help="YAML config; left out: a small ARMT learns associative retrieval",
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
-    parser.add_argument("--out", type=Path, help="run folder; left out: runs/NAME OF THE CONFIG")
-    parser.add_argument("--resume", default="auto", help="auto (default): the newest checkpoint, if any; never; a tag")
-    parser.add_argument("--strict-versions", action="store_true", help="end if a package is outside its range")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the YAML config")
-    return parser.parse_intermixed_args(arguments)
+    add = parser.add_argument
+    add("-h", "--help", nargs="?", const="", metavar="KEY", help="show this, or explain a key or section, and exit")
+    add("--show-config", action="store_true", help="print the configuration that the run would have as YAML, and exit")
+    add("--ds_config", type=Path, help="DeepSpeed JSON; left out: ds_configs/zero3.json")
+    add("--config", type=Path, default=CONFIG, help="YAML config; left out: a small ARMT learns associative retrieval")
+    add("--out", type=Path, help="run folder; left out: runs/NAME OF THE CONFIG")
+    add("--resume", default="auto", help="auto (default): the newest checkpoint, if any; never; a tag")
+    add("--strict-versions", action="store_true", help="end if a package is outside its range")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add("overrides", nargs="*", metavar="key=value", help="fields of the YAML config")
+    return parser
+
+
+def show_help(parser: argparse.ArgumentParser, key: str) -> None:
+    """Print the usage and the sections of the configuration, or one key."""
+    from armt_dist.training.config_docs import help_key, help_sections
+
+    print(help_key(key) if key else f"{parser.format_help()}\n{help_sections()}")
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
-    ranks = discover()
-    check_versions(args.strict_versions, speaks=ranks.rank == 0)
-    from armt_dist.training.run_config import RunConfig
-    from armt_dist.zero3.ds_config import read_ds_config
+    """Train, or print what was asked for. Returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_intermixed_args(sys.argv[1:])
+    if args.help is not None:
+        if claimed_rank() == 0:
+            show_help(parser, args.help)
+        return 0
+    ranks = None if args.show_config else discover()
+    check_versions(args.strict_versions, speaks=claimed_rank() == 0)
+    from armt_dist.training.run_config import load_run
+    from armt_dist.training.run_folder import as_yaml
 
-    of_ds_config = [text for text in args.overrides if text.startswith(DS_CONFIG)]
-    config = load_config(RunConfig, args.config, [text for text in args.overrides if text not in of_ds_config])
-    ds_config = read_ds_config(args.ds_config, [text.removeprefix(DS_CONFIG) for text in of_ds_config])
+    config = load_run(args.config, args.ds_config, DS_CONFIG, args.overrides)
+    if ranks is None:
+        if claimed_rank() == 0:
+            print(as_yaml(config), end="")
+        return 0
     if config.deterministic:
         make_deterministic()
     device = parallel.start(ranks, config.parallel.timeout_s)
@@ -62,7 +81,7 @@ def main() -> int:
 
     try:
         out = args.out or Path("runs") / args.config.stem
-        return Trainer(config, ds_config, out, ranks, device).run(args.resume)
+        return Trainer(config, config.ds_config, out, ranks, device).run(args.resume)
     finally:
         parallel.stop()
 

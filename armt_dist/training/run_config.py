@@ -21,7 +21,7 @@ DS_CONFIG = "ds_config."
 
 
 class TrainConfig(Section):
-    """The training loop: seeds, logs, validations, checkpoints."""
+    """Training loop: seed, logs, validations, checkpoints."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights and of dropout. Example: 1"""
@@ -55,7 +55,7 @@ class RunConfig(Section):
     """One training run."""
 
     model: ModelConfig
-    """Base model, memory and segments. Example: {base: gpt2, num_mem_tokens: 16}"""
+    """Base model, memory and segments; retrieval tasks fix segment_tokens. Example: {base: gpt2, num_mem_tokens: 16}"""
     data: DataConfig = DataConfig()
     """Task and its samples. Example: {task: rewrite}"""
     bptt: BPTTConfig = BPTTConfig()

@@ -19,7 +19,11 @@ DEFAULT_BETAS = [0.9, 0.999]
 DEFAULT_WEIGHT_DECAY = 1e-3
 
 
-class OptimizerParams(Section):
+class OpenSection(Section):
+    """Base of sections whose other keys are passed on unchecked."""
+
+
+class OptimizerParams(OpenSection):
     """Arguments of the optimizer; those that are not listed here are passed on to it."""
 
     lr: Annotated[float, Field(gt=0)] = DEFAULT_LR
@@ -53,7 +57,7 @@ class DataTypeKeys(Section):
     """Type in which gradients are accumulated; null: that of the parameters. Example: fp32"""
 
 
-class OffloadOptimizerKeys(Section):
+class OffloadOptimizerKeys(OpenSection):
     """Place of the optimizer states between steps; DeepSpeed's other options are passed on."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
@@ -64,7 +68,7 @@ class OffloadOptimizerKeys(Section):
     """Folder on an NVMe disk, for device nvme. Example: /local_nvme"""
 
 
-class OffloadParamKeys(Section):
+class OffloadParamKeys(OpenSection):
     """Place of this rank's share of the parameters between gathers; DeepSpeed's other options are passed on."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
