@@ -35,12 +35,12 @@ def measure(ranks, layout, cell_s: float) -> list[tuple]:
     from armt_dist.monitoring import profile
     from armt_dist.runtime.executor import run_backward
     from armt_dist.runtime.piece import cut_piece
-    from armt_dist.zero3.collective_bytes import Traffic
+    from armt_dist.zero3.collective_bytes import CollectiveBytes
 
     torch.manual_seed(ranks.rank)
     runner, engine, armt, grid, mesh = tiny_engine(ranks, layout, LAYERS, SEGMENT_TOKENS)
     emulate(runner, cell_s)
-    traffic, found = Traffic(), []
+    traffic, found = CollectiveBytes(), []
     tokens = torch.randint(0, 64, (layout.chunks, SEGMENT_TOKENS * layout.sp * layout.rounds))
     for step in range(STEPS):
         before, cpu_s = (traffic.gathered_bytes, traffic.reduced_bytes), time.process_time()

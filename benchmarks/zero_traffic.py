@@ -51,13 +51,13 @@ def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
     """(S, gathered, reduced, loss) for each number of segments S."""
     from armt_dist.runtime.executor import ParallelConfig
     from armt_dist.runtime.piece import cut_piece
-    from armt_dist.zero3.collective_bytes import Traffic
+    from armt_dist.zero3.collective_bytes import CollectiveBytes
 
     wrap = (lambda runner: SegmentMajor(runner.model, runner.loss_head)) if plain else None
     runner, engine, armt, grid, _ = tiny_engine(
         ranks, ParallelConfig(), LAYERS, SEGMENT_TOKENS, width=WIDTH, zero=RELEASED, wrap=wrap
     )
-    traffic, found = Traffic(), []
+    traffic, found = CollectiveBytes(), []
     for count in segments:
         torch.manual_seed(ranks.rank)
         tokens = torch.randint(0, 64, (1, SEGMENT_TOKENS * count))

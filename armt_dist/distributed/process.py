@@ -1,7 +1,7 @@
 """Settings of the process: freed host memory is kept for the next tensors, and kernels can be made deterministic.
 
-glibc maps every tensor above 128 kB (later: above the largest one freed, at most 32 MB) anew and unmaps it when it is
-freed, and the kernel zeroes each of its pages again. A CPU run of small segments spends a fifth of its time on that.
+glibc maps memory for every tensor above 128 kB (later: above the largest one freed, at most 32 MB), unmaps it when the
+tensor is freed, and the kernel zeroes the pages each time. A CPU run of small segments loses a fifth of its time.
 """
 
 import ctypes

@@ -103,6 +103,7 @@ def slurm_rendezvous() -> tuple[str, int]:
     """
 
     def scontrol(*arguments: str) -> str:
+        """Return what the command prints."""
         return subprocess.run(["scontrol", *arguments], check=True, capture_output=True, text=True).stdout
 
     try:

@@ -43,6 +43,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def schedule_takes_them(self) -> Self:
+        """Refuse ranks and rounds under a schedule that has neither."""
         if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
             raise ValueError(
                 f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
@@ -102,7 +103,7 @@ class ScheduledLM(nn.Module):
         self.arrows = model.config.memory_class.arrows
         self.states, self.offload = states, offload
         self.link = Local() if link is None else link
-        # Set by whoever puts an engine around this module.
+        # Set by the code that puts an engine around this module.
         self.mark_gradients_ready: MarkReady = no_engine
         # Of the last pass; empty before the first.
         self.trace = Trace(torch.device("cpu"))

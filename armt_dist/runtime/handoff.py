@@ -127,7 +127,7 @@ class Pass:
         if self.due and self.due[0].op is instruction.op:
             self.post()
         expected, work, buffer = self.posted.popleft()
-        assert expected == instruction, f"{instruction} was asked for where {expected} is due"
+        assert expected == instruction, f"{instruction} was asked for, but {expected} comes next"
         work.wait()
         if buffer.is_cuda:
             # Allocated for the wire's stream, used on this one.

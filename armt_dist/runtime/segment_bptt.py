@@ -208,6 +208,7 @@ class SegmentBPTT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: LayerCall, *parameters: Tensor) -> Tensor:
+        """Run the call forward and store its input."""
         call.work.store.put(call.key, x)
         ctx.call = call
         return call.forward(x)
@@ -215,6 +216,7 @@ class SegmentBPTT(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the parameters."""
         call = ctx.call
         grad_x, gradients = call.backward(call.work.store.take(call.key), grad_out)
         return grad_x, None, *gradients

@@ -62,7 +62,7 @@ def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) ->
         if grid.sp > 1 and given is not None and given < least:
             raise ConfigError(
                 f"ds_config zero_optimization.{name}={given}: the wavefront of sp={grid.sp} has {window} layers in "
-                f"flight and would run serially; set at least {least}, or leave it out to have it derived"
+                f"flight and would run serially; set at least {least}, or leave it out, and it is derived"
             )
     return {**ds, "zero_optimization": {**derived, **zero}}
 

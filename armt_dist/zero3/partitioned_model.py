@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field, create_model, model_validator
@@ -46,7 +46,8 @@ class BaseSection(Section):
     """Initialisation of a random base model. Example: {linear_std: 0.125, embedding_std: 0.1}"""
 
     @model_validator(mode="after")
-    def one_source(self):
+    def one_source(self) -> Self:
+        """Require exactly one of a base to load and a random base."""
         if (self.base is None) == (self.base_config is None):
             raise ValueError("model.base or model.base_config: give exactly one of them")
         if self.base is not None and self.init is not None:
