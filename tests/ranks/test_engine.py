@@ -12,6 +12,8 @@ from armt_dist.schedule.grid import Grid
 from armt_dist.zero3 import engine as engines
 from armt_dist.zero3.ds_config import prepare
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # Everything is released after use, so that nothing works only because a parameter happened to be whole.
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -15,6 +15,8 @@ from support.ranks import spawn
 from armt_dist.checkpoint.export import PREFIX, export
 from armt_dist.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8}
 LLAMA = {
     "model_type": "llama",
@@ -159,7 +161,7 @@ def test_tags(trained, tmp_path):
     # The best checkpoint of an earlier stage may have been pruned.
     (checkpoints / "best").write_text("step_00000009")
     assert exported(run, None) == "step_00000002"
-    with pytest.raises(ConfigError, match="tag=step_3: no such checkpoint; there are .*step_00000001"):
+    with pytest.raises(ConfigError, match="tag=step_3: no such checkpoint; choose from .*step_00000001"):
         export(run, tmp_path / "out", "step_3")
 
 

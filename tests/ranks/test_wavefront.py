@@ -20,6 +20,8 @@ from armt_dist.distributed.launchers import Ranks
 from armt_dist.distributed.mesh import make_mesh, ring
 from armt_dist.schedule.grid import Grid
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 STATES = ("store", "rebuild", "recompute")
 BATCH = 4

@@ -168,6 +168,7 @@ for segments in (8, 64, 2048):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length():
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT], cwd=ROOT, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -277,7 +278,7 @@ def broken_task(folder):
 
 BAD = {
     "vocab_size=10: the tokenizer of task=rewrite has 20": (small_embedding, []),
-    "model=.*of type gpt2": (other_model, []),
+    "model=.*model_type is gpt2": (other_model, []),
     "model=.*cannot be loaded": (truncated, []),
     "model=.*no config.json in it; export it": (run_folder, []),
     "task: .*does not say": (no_task, []),

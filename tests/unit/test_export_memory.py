@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from support.paths import ROOT
@@ -59,6 +60,7 @@ def write_large_run(run):
     return 8 * part
 
 
+@pytest.mark.slow
 def test_host_memory_is_a_layer_not_the_model(tmp_path):
     model_mb = write_large_run(tmp_path) / 2**20
     assert model_mb > 190
