@@ -1,4 +1,4 @@
-"""`python -m armt_dist.digest RUN_A RUN_B`: see `monitoring.state_digests`."""
+"""The command `python -m armt_dist.digest RUN_A RUN_B`; see `monitoring.state_digests`."""
 
 from .config import run_main
 from .monitoring.state_digests import main

@@ -29,7 +29,7 @@ RENAMES = (
     (re.compile(r"^memory_cell\.model\.(.*layers\.\d+|.*h\.\d+)\.(?!layer\.)(.*)$"), r"base.\1.layer.\2"),
     (re.compile(r"^memory_cell\.model\.(.*)$"), r"base.\1"),
 )
-# transformers 4 named GPT-NeoX's head otherwise.
+# transformers 4 used another name for GPT-NeoX's head.
 HEADS = (("base.embed_out.", "base.lm_head."),)
 # The wrapper lists its layers a second time under this name.
 ALIASES = "memory_cell.layers."
@@ -47,7 +47,7 @@ OPTIONS = {
     "freeze_mem": "freeze_mem",
     "wrap_pos": "wrap_pos",
 }
-# The family of the checkpoint -> our kind of memory and the options without which the import would be a guess.
+# The authors' model_family -> our memory_kind, and the options that must be given, as a default would be a guess.
 KINDS = {
     "ARMT": ("armt", ("num_mem_tokens", "d_mem", "segment_size")),
     "RMT": ("rmt", ("num_mem_tokens", "segment_size")),
@@ -55,7 +55,7 @@ KINDS = {
 
 
 def our_name(name: str) -> str:
-    """The authors' parameter name as ours. Raises ConfigError for a name of no known form."""
+    """Translate a parameter name of the authors. Raises ConfigError for a name of no known form."""
     for pattern, replacement in RENAMES:
         if pattern.match(name):
             new = pattern.sub(replacement, name)
@@ -66,7 +66,7 @@ def our_name(name: str) -> str:
 
 
 def convert_config(options: dict) -> ARMTConfig:
-    """The authors' options (`hf_config` nested, as in the golden cases) as an ARMTConfig."""
+    """Translate the authors' options into an ARMTConfig; `hf_config` holds the base model's. Raises ConfigError."""
     family = options.get("model_family", "ARMT")
     if family not in KINDS:
         raise ConfigError(f"model_family={family}: only {' and '.join(KINDS)} checkpoints can be imported")
@@ -81,11 +81,11 @@ def convert_config(options: dict) -> ARMTConfig:
     fields |= {"memory_kind": kind, "sink": int(bool(options.get("use_sink")))}
     fields["maths"] = "paper" if options.get("l2_normalised_features") is False else "default"
     if options.get("sliding_window"):
-        # Their window is the whole previous segment, detached.
+        # The authors' window is the whole previous segment, detached.
         fields |= {"sliding_window": fields["segment_tokens"], "window_positions": "restart", "detach_window": True}
     try:
         if fields.get("wrap_pos") and "n_positions" in base:
-            # Their extra M rows stand after the base model's own table; ours are counted in it.
+            # The authors keep M extra rows beside the base model's table; here they are part of it.
             base["n_positions"] += fields["num_mem_tokens"]
         return ARMTConfig(base_config=base, **fields)
     except (ValueError, TypeError) as error:
@@ -93,12 +93,15 @@ def convert_config(options: dict) -> ARMTConfig:
 
 
 def convert_weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors under our names, unchanged; the wrapper's second listing of the layers is left out."""
+    """Rename the tensors, and leave out the wrapper's second listing of the layers. Values stay as they are."""
     return {our_name(name): tensor for name, tensor in tensors.items() if not name.startswith(ALIASES)}
 
 
 def load_model(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForCausalLM:
-    """A model with exactly these values. Raises ConfigError for a missing, unknown, misshapen or wider tensor."""
+    """Build a model with exactly these values.
+
+    Raises ConfigError for a tensor that is missing, unknown, of another shape or of a wider dtype.
+    """
     model = ARMTForCausalLM(config)
     weights = convert_weights(tensors)
     expected = model.state_dict()
@@ -111,7 +114,7 @@ def load_model(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForC
             shape = list(expected[name].shape) if name in expected else "no such tensor"
             raise ConfigError(f"weights: {name} {list(tensor.shape)} does not fit the config ({shape})")
         if torch.promote_types(tensor.dtype, expected[name].dtype) != expected[name].dtype:
-            raise ConfigError(f"weights: {name} is {tensor.dtype}; {expected[name].dtype} would not hold its values")
+            raise ConfigError(f"weights: {name} is {tensor.dtype}; {expected[name].dtype} cannot hold its values")
     for target, source in tied.items():
         if target in weights and source in weights and not torch.equal(weights[target], weights[source]):
             raise ConfigError(f"weights: {target} and {source} differ, but the config ties them")
@@ -120,7 +123,7 @@ def load_model(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForC
 
 
 def read_checkpoint(config_file: Path, weights_file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The two files. Raises ConfigError naming the one that cannot be read."""
+    """Read both files. Raises ConfigError naming the one that cannot be read."""
     try:
         options = json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
@@ -134,12 +137,13 @@ def read_checkpoint(config_file: Path, weights_file: Path) -> tuple[dict, dict[s
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the authors' options as JSON, hf_config nested")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors under the authors' names")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be empty")
     args = parser.parse_args()
-    # stderr is for what is wrong, in one line.
+    # Errors of this command are one line on stderr; Hugging Face's warnings would drown them.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

@@ -1,4 +1,4 @@
-"""`python -m armt_dist.report runs/NAME`: see `evaluation.run_report`."""
+"""The command `python -m armt_dist.report runs/NAME`; see `evaluation.run_report`."""
 
 from .config import run_main
 from .evaluation.run_report import main
