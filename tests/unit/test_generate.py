@@ -11,7 +11,7 @@ from support.golden import TOLERANCES, assert_close
 from support.models import small_model
 from transformers import DynamicCache, GenerationMixin, TextStreamer, Trainer, TrainingArguments
 
-from armt_dist.model import backbone, generation, tested
+from armt_dist.model import generation, tested
 from armt_dist.model.generation import CACHE_NAME
 from armt_dist.model.modeling_armt import ARMTCache
 
@@ -51,7 +51,10 @@ def generate(model, ids, **options):
     return model.generate(ids, pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, id=name, marks=[pytest.mark.slow] * name.startswith("returned")) for name, way in WAYS.items()],
+)
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 def test_cache_changes_nothing(options, way):
     """Prompts that end before, at and after a border; three borders to cross."""
