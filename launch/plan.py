@@ -1,18 +1,30 @@
-"""What a training run will need and how fast it will be on an H100 cluster: memory, traffic, time, before it starts."""
+"""What a training run will need and how fast it will be: memory, traffic, time, before it starts. Imports no torch.
+
+With --config or key=value, exactly the run that launch/train.py would start with the same arguments; with --model, a
+well-known model or a config.json, and the layout asked for or the fastest that fits.
+"""
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 from armt_dist.config import ConfigError, run_main
+from armt_dist.schedule.calibration import calibrated
 from armt_dist.schedule.grid import pipeline_warning
-from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, Model, StepWork, from_hf
+from armt_dist.schedule.hardware import HARDWARE, Hardware
+from armt_dist.schedule.model_sizes import MODELS, ModelSizes, StepWork, model_sizes
+from armt_dist.schedule.planned_run import PlannedRun, planned_run, read_object, read_trees
 from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
 
 EXAMPLES = """examples:
+  python launch/plan.py --config launch/configs/plays_cpu.yaml --ds_config ds_configs/zero3_fp32.json --gpus 2 \\
+      --hardware cpu --calibrate runs/plays_cpu data.text.files=FOLDER
+  python launch/plan.py --config X.yaml --nodes 8 --gpus 8 parallel.sp=8 ds_config.train_batch_size=64
   python launch/plan.py --model llama-1b --gpus 8 --sequence-tokens 131072
   python launch/plan.py --model llama-8b --gpus 64 --sequence-tokens 1048576 --sp 8 --rounds 4 --timeline
   python launch/plan.py --model path/to/config.json --gpus 512 --sequence-tokens 16777216 \\
@@ -20,61 +32,104 @@ EXAMPLES = """examples:
 """
 SIMULATED_UNITS = 100_000
 """Longer programs than this (all ranks together) take their time from the closed form."""
+# Options of --model: name, type, default, help. With --config the same is said by a key of the configuration.
+SHORTCUTS = (
+    ("sequence_tokens", int, 131072, ""),
+    ("segment_tokens", int, 1024, ""),
+    ("micro_batch", int, 1, "sequences per sp group; chosen unless --sp is given"),
+    ("sp", int, None, "ranks that share one sequence; without it the best layout is chosen"),
+    ("rounds", int, 1, "blocks per rank, with --sp"),
+    ("chunks", int, 1, "slices of the micro-batch, with --sp"),
+    ("max_step_tokens", float, float("inf"), "largest global batch that may be chosen"),
+    ("memory_kind", str, "armt", f"one of {', '.join(KINDS)}"),
+    ("num_mem_tokens", int, 16, ""),
+    ("d_mem", int, 64, ""),
+    ("nu", int, 3, ""),
+    ("n_heads", int, 1, "memory heads"),
+    ("sink", int, 0, "learned rows before a segment's tokens"),
+    ("sliding_window", int, 0, "tokens visible across a border, 0: none"),
+    ("states", str, "store", f"how the backward recovers states: {', '.join(STATES)}"),
+)
+OFFLOADS = {
+    "offload_activations": "layer inputs in pinned host memory",
+    "offload_optimizer": "gradients and optimizer in host memory",
+    "offload_parameters": "parameter shards in host memory",
+}
+MEMORY = ("memory_kind", "num_mem_tokens", "d_mem", "nu", "n_heads", "sink", "sliding_window")
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line; options of --model that were not given are absent."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="llama-1b", help=f"{', '.join(MODELS)}, or a Hugging Face config.json (default %(default)s)")
-    add("--gpus", type=int, default=8, help="dp x sp (default %(default)s)")
-    add("--sequence-tokens", type=int, default=131072, help="default %(default)s")
-    add("--segment-tokens", type=int, default=1024, help="default %(default)s")
-    add("--micro-batch", type=int, default=1, help="sequences per sp group; chosen unless --sp is given")
-    add("--sp", type=int, help="ranks that share one sequence; without it the best layout is chosen")
-    add("--rounds", type=int, default=1, help="blocks per rank, with --sp (default %(default)s)")
-    add("--chunks", type=int, default=1, help="slices of the micro-batch, with --sp (default %(default)s)")
-    add("--max-step-tokens", type=float, default=float("inf"), help="largest global batch that may be chosen")
-    add("--kind", choices=KINDS, default="armt", help="memory (default %(default)s)")
-    add("--memory-tokens", type=int, default=16, help="default %(default)s")
-    add("--d-mem", type=int, default=64, help="default %(default)s")
-    add("--nu", type=int, default=3, help="default %(default)s")
-    add("--sink", type=int, default=0, help="learned rows before a segment's tokens (default %(default)s)")
-    add("--sliding-window", type=int, default=0, help="tokens visible across a border (default %(default)s: none)")
-    add("--states", choices=STATES, default="store", help="how the backward has the states again (default %(default)s)")
-    add("--offload-activations", action="store_true", help="layer inputs in pinned host memory")
-    add("--offload-optimizer", action="store_true", help="gradients and optimizer in host memory")
-    add("--offload-parameters", action="store_true", help="parameter shards in host memory")
+    add("--config", type=Path, help="YAML config of a run (with key=value alone: launch/configs/default.yaml)")
+    add("--ds_config", type=Path, help="DeepSpeed JSON (default ds_configs/zero3.json)")
+    add("overrides", nargs="*", metavar="key=value", help="fields of the YAML config, or ds_config.key=value")
+    add("--model", help=f"{', '.join(MODELS)}, or a Hugging Face config.json (default llama-1b)")
+    add("--gpus", type=int, default=8, help="ranks, of each node if --nodes is given (default %(default)s)")
+    add("--nodes", type=int, default=1, help="default %(default)s")
+    add("--hardware", choices=HARDWARE, default="h100", help="default %(default)s")
+    add("--calibrate", type=Path, action="append", default=[], metavar="RUN", help="run folder; may be repeated")
     add("--timeline", action="store_true", help="print the simulated timeline of one sp group")
     add("--png", type=Path, help="draw the simulated timeline to this file")
-    return parser.parse_args()
+    only = parser.add_argument_group("with --model")
+    for name, kind, default, text in SHORTCUTS:
+        shown = f"{text} (default {default})" if default is not None else text
+        only.add_argument(option(name), type=kind, default=argparse.SUPPRESS, help=shown.strip())
+    for name, text in OFFLOADS.items():
+        only.add_argument(option(name), action="store_true", default=argparse.SUPPRESS, help=text)
+    return parser.parse_intermixed_args(arguments)
 
 
-def read_model(options: argparse.Namespace) -> Model:
-    """A known model or the sizes in a config.json, with the memory asked for."""
-    memory = {key: getattr(options, key) for key in ("kind", "memory_tokens", "d_mem", "nu", "sink", "sliding_window")}
-    if options.model in MODELS:
-        return MODELS[options.model]._replace(**memory)
-    try:
-        return from_hf(json.loads(Path(options.model).read_text(encoding="utf-8")), memory)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        known = ", ".join(MODELS)
-        raise ConfigError(f"model={options.model}: neither {known} nor a readable config.json ({error})") from None
+def option(name: str) -> str:
+    """d_mem -> --d-mem."""
+    return "--" + name.replace("_", "-")
 
 
-def read_layout(options: argparse.Namespace, model: Model) -> tuple[StepWork, Layout]:
-    """The layout asked for, or the best one."""
-    work = StepWork(**{field: getattr(options, field) for field in StepWork._fields if hasattr(options, field)})
-    if options.gpus < 1:
-        raise ConfigError(f"gpus={options.gpus}: must be at least 1")
-    if options.sp is None:
-        return choose(model, work, options.gpus, max_step_tokens=options.max_step_tokens)
-    if options.sp < 1 or options.gpus % options.sp:
-        raise ConfigError(f"sp={options.sp} does not divide gpus={options.gpus}; try sp=1")
-    return work, Layout(options.gpus // options.sp, options.sp, options.rounds, options.chunks)
+def read(options: argparse.Namespace, hardware: Hardware) -> PlannedRun:
+    """The run that the command line describes. Raises ConfigError."""
+    for name in ("gpus", "nodes"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}={getattr(options, name)}: must be at least 1")
+    world = options.nodes * options.gpus
+    if not (options.config or options.ds_config or options.overrides):
+        return read_shortcut(options, world, hardware)
+    if options.model:
+        raise ConfigError(
+            f"model={options.model}: a run is planned from --config; remove --model or the run's arguments"
+        )
+    for name in [*(row[0] for row in SHORTCUTS), *OFFLOADS]:
+        if hasattr(options, name):
+            raise ConfigError(
+                f"{option(name)}: belongs to --model; a run takes it from its configuration, as key=value"
+            )
+    config = options.config or ROOT / "launch/configs/default.yaml"
+    return planned_run(
+        read_trees(config, options.ds_config or ROOT / "ds_configs/zero3.json", options.overrides), world
+    )
+
+
+def read_shortcut(options: argparse.Namespace, world: int, hardware: Hardware) -> PlannedRun:
+    """A known model or the sizes in a config.json, in the layout asked for or the best one."""
+    given = {name: getattr(options, name, default) for name, _, default, _ in SHORTCUTS}
+    given |= {name: getattr(options, name, False) for name in OFFLOADS}
+    name = options.model or "llama-1b"
+    memory = {key: given[key] for key in MEMORY}
+    if name in MODELS:
+        model = MODELS[name]._replace(**memory)
+    elif Path(name).is_file():
+        model = model_sizes(read_object(Path(name), "model"), memory)
+    else:
+        raise ConfigError(f"model={name}: neither {', '.join(MODELS)} nor a readable config.json")
+    work = StepWork(**{field: given[field] for field in StepWork._fields if field in given})
+    sp = given["sp"]
+    if sp is None:
+        return PlannedRun(model, *choose(model, work, world, hardware, given["max_step_tokens"]))
+    if sp < 1 or world % sp:
+        raise ConfigError(f"sp={sp} does not divide gpus={world}; try sp=1")
+    return PlannedRun(model, work, Layout(world // sp, sp, given["rounds"], given["chunks"]))
 
 
 def size(count: float) -> str:
@@ -86,53 +141,79 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def lines(model: Model, work: StepWork, layout: Layout, result: Plan) -> list[str]:
+def lines(run: PlannedRun, result: Plan, hardware: Hardware) -> list[str]:
     """The table, row by row."""
-    grid = result.grid
-    head = [
-        ("model", f"{model.parameters / 1e9:.2f} B parameters, {model.layers} layers of {model.layer_parameters:,}"),
+    rows = [*describe_run(run, result), *describe_memory(result, hardware), *describe_time(run.model, run.work, result)]
+    return [f"{name:<36}{value}" for name, value in rows]
+
+
+def describe_run(run: PlannedRun, result: Plan) -> list[tuple[str, str]]:
+    """The model, the sequence and how they are spread."""
+    (model, work, layout), grid = run, result.grid
+    batch = work.accumulation * layout.dp * work.micro_batch
+    spread = f"dp {layout.dp} x sp {layout.sp}, rounds {grid.rounds}, chunks {grid.chunks}"
+    steps = f", {work.accumulation} accumulation steps" if work.accumulation > 1 else ""
+    layers = f"{model.num_hidden_layers} layers of {model.layer_parameters:,}"
+    return [
+        ("model", f"{model.parameters:,} parameters, {layers}"),
         ("sequence", f"{work.sequence_tokens:,} tokens = {grid.segments} segments of {work.segment_tokens}"),
-        ("layout", f"dp {layout.dp} x sp {layout.sp}, rounds {grid.rounds}, chunks {grid.chunks}, "
-                   f"micro-batch {work.micro_batch}, {schedule_name(model)}"),
-        ("global batch", f"{layout.dp * work.micro_batch * work.sequence_tokens:,} tokens per step"),
-    ]  # fmt: skip
-    memory = [(f"  {name}", size(count)) for name, count in result.gpu_bytes.items()]
-    host = [(f"  {name}", size(count)) for name, count in result.host_bytes.items() if count]
-    verdict = "fits" if fits(result) else "does NOT fit; try more gpus, --states rebuild or an --offload"
-    traffic = [
+        ("layout", f"{spread}, micro-batch {work.micro_batch}{steps}, {schedule_name(model, layout)}"),
+        ("global batch", f"{batch} sequences, {batch * work.sequence_tokens:,} tokens per step"),
+    ]
+
+
+def describe_memory(result: Plan, hardware: Hardware) -> list[tuple[str, str]]:
+    """Device and host memory of a rank, item by item."""
+    verdict = "fits" if fits(result, hardware) else "does NOT fit; try more gpus, states=rebuild or an offload"
+    total = f"{size(sum(result.gpu_bytes.values()))} per rank of {size(hardware.memory_bytes)}"
+    device = [(f"  {name}", size(held)) for name, held in result.gpu_bytes.items() if held]
+    host = [(f"  {name}", size(held)) for name, held in result.host_bytes.items() if held]
+    if host:
+        host.insert(0, ("host memory", f"{size(sum(result.host_bytes.values()))} per rank"))
+    name = "GPU memory" if hardware.device == "cuda" else "memory of tensors"
+    return [(name, f"{total}: {verdict}"), ("largest in", result.phase), *device, *host]
+
+
+def describe_time(model: ModelSizes, work: StepWork, result: Plan) -> list[tuple[str, str]]:
+    """Traffic, operations and time of a step."""
+    window = f"{result.window} layers of {size(model.layer_parameters * work.dtype_bytes)}"
+    handed = f"{size(result.handoff_unit_bytes)} per unit, {size(result.handoff_bytes)} per rank and step"
+    busy = f"{result.efficiency:.1%} of the time computing; the schedule's bound is {result.bound:.1%}"
+    per_rank = f"{result.tokens_per_s / result.world:,.0f} per rank"
+    return [
         ("gathered", f"{size(result.gather_bytes)} per rank and step"),
         ("reduced", f"{size(result.reduce_bytes)} per rank and step"),
-        ("handed on", f"{size(result.handoff_unit_bytes)} per unit, {size(result.handoff_bytes)} per rank and step"),
-        ("prefetch window", f"{result.window} layers of {size(model.layer_parameters * work.dtype_bytes)}"),
+        ("handed on", handed),
+        ("prefetch window", window),
         ("operations", f"{result.flops:.3g} per rank and step, the re-run counted"),
-        ("efficiency", f"{result.efficiency:.1%} of the time computing; the schedule's bound is {result.bound:.1%}"),
+        ("efficiency", busy),
         ("step", f"{result.step_s:.3g} s, {result.mfu:.1%} MFU"),
-        ("throughput", f"{result.tokens_per_s:,.0f} tokens/s, {result.tokens_per_s / result.world:,.0f} per GPU"),
+        ("throughput", f"{result.tokens_per_s:,.0f} tokens/s, {per_rank}"),
     ]
-    device = [
-        ("GPU memory", f"{size(sum(result.gpu_bytes.values()))} per rank of {size(H100.memory_bytes)}: {verdict}"),
-        *memory,
-    ]
-    offloaded = [("host memory", f"{size(sum(result.host_bytes.values()))} per rank"), *host] if host else []
-    return [f"{name:<36}{value}" for name, value in [*head, *device, *offloaded, *traffic]]
 
 
 def main() -> int:
-    options = arguments()
-    model = read_model(options)
-    work, layout = read_layout(options, model)
-    result = plan(model, work, layout)
+    """Print the plan. Returns the exit code."""
+    options = parse(sys.argv[1:])
+    hardware = HARDWARE[options.hardware]
+    if options.calibrate:
+        hardware = calibrated(hardware, options.calibrate)
+    run = read(options, hardware)
+    model, work, layout = run
+    result = plan(model, work, layout, hardware)
     drawn = options.timeline or options.png
     if drawn or 8 * result.grid.sp * result.grid.units <= SIMULATED_UNITS:
-        report = simulate_step(schedule_name(model), result.grid, result.costs, KINDS[model.kind])
-        result = plan(model, work, layout, pipeline_s=report.makespan_s)
-    print("\n".join(lines(model, work, layout, result)))
+        name = schedule_name(model, layout)
+        report = simulate_step(name, result.grid, result.costs, KINDS[model.memory_kind])
+        result = plan(model, work, layout, hardware, pipeline_s=report.makespan_s)
+    print("\n".join(lines(run, result, hardware)))
     if message := pipeline_warning(result.grid):
         print(f"warning: {message}")
     if options.timeline:
         print(show(report.events))
     if options.png:
-        plot_timeline(report.events, options.png, f"{options.model}, sp {layout.sp}, rounds {layout.rounds}")
+        title = options.model or (options.config.stem if options.config else "default")
+        plot_timeline(report.events, options.png, f"{title}, sp {layout.sp}, rounds {layout.rounds}")
     return 0
 
 

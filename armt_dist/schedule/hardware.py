@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from .grid import Grid, prefetch_window
-from .model_sizes import Model, StepWork, cell_flops, row_tokens
+from .model_sizes import ModelSizes, StepWork, cell_flops, row_tokens
 from .simulator import Costs
 
 
@@ -33,9 +33,31 @@ class Hardware(NamedTuple):
     handoff_latency_s: float = 30e-6
     host_link_bytes_per_s: float = 40e9
     """Pinned host memory over PCIe 5, for offloaded activations."""
+    memory_bytes_per_s: float = 3.35e12
+    """Of the device's memory, which the optimizer's update is bound by."""
+    backward_ratio: float = 2.0
+    """Backward of a cell over its forward."""
+    device: str = "cuda"
+    """cuda or cpu: decides what ZeRO-3 and the optimizer keep, and whether launching overlaps with computing."""
 
 
 H100 = Hardware()
+# One core of a server, and gloo on one machine; rough, for `calibration` to start from.
+CPU = Hardware(
+    peak_flops=60e9,
+    cell_launch_s=1e-3,
+    memory_bytes=16e9,
+    host_bytes=16e9,
+    gather_bytes_per_s=0.5e9,
+    collective_latency_s=0.5e-3,
+    handoff_bytes_per_s=0.5e9,
+    handoff_latency_s=0.5e-3,
+    memory_bytes_per_s=5e9,
+    device="cpu",
+)
+HARDWARE = {"h100": H100, "cpu": CPU}
+UPDATE_BYTES = 28
+"""Read and written per parameter in AdamW's update: gradient, master weight, two moments, parameter."""
 
 
 def largest_block(grid: Grid) -> int:
@@ -43,25 +65,42 @@ def largest_block(grid: Grid) -> int:
     return -(-grid.segments // (grid.sp * grid.rounds))
 
 
-def unit_costs(model: Model, work: StepWork, grid: Grid, world: int, hardware: Hardware) -> Costs:
+def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardware: Hardware) -> Costs:
     """What the simulator needs, in seconds."""
-    flops_s = hardware.peak_flops * hardware.kernel_efficiency
-    chunk_s = work.micro_batch / grid.chunks * cell_flops(model, work) / flops_s
+    chunk_rows = math.ceil(work.micro_batch / grid.chunks)
+    flops = chunk_rows * cell_flops(model, work)
+    chunk_s = flops / hardware.peak_flops / hardware.kernel_efficiency
     if work.offload_activations:
-        row_bytes = work.micro_batch / grid.chunks * row_tokens(model, work) * model.hidden * work.dtype_bytes
+        row_bytes = chunk_rows * row_tokens(model, work) * model.hidden_size * work.dtype_bytes
         chunk_s = max(chunk_s, row_bytes / hardware.host_link_bytes_per_s)
-    cell_s = grid.chunks * max(chunk_s, hardware.cell_launch_s)
+    # A GPU computes while the host launches; a CPU does one after the other.
+    launch_s = hardware.cell_launch_s
+    cell_s = grid.chunks * (chunk_s + launch_s if hardware.device == "cpu" else max(chunk_s, launch_s))
     collective_s = math.ceil(math.log2(world)) * hardware.collective_latency_s
-    wire_s = model.layer_parameters * work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
+    passing = model.layer_parameters - model.persistent(model.layer_tensors, work.stage3_param_persistence_threshold)
+    whole_s = work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     return Costs(
         cell_s=cell_s,
-        gather_s=collective_s + wire_s,
-        reduce_s=collective_s + wire_s,
+        rerun_ratio=rerun_ratio(work, grid),
+        backward_ratio=hardware.backward_ratio,
+        gather_s=collective_s + passing * whole_s if passing else 0.0,
+        reduce_s=collective_s + model.layer_parameters * whole_s,
         latency_s=hardware.handoff_latency_s,
         state_bytes=work.micro_batch * model.state_bytes,
         bytes_per_s=hardware.handoff_bytes_per_s,
         prefetch_layers=handoff_window(grid, cell_s, work.micro_batch * model.state_bytes, hardware),
     )
+
+
+def rerun_ratio(work: StepWork, grid: Grid) -> float:
+    """Forwards of a cell in the backward pass: `recompute` runs all segments of a block but the last once more."""
+    block = largest_block(grid)
+    return 1 + (block - 1) / block if work.states == "recompute" else 1.0
+
+
+def update_s(model: ModelSizes, world: int, hardware: Hardware) -> float:
+    """The optimizer's update of one rank's shard, bound by memory."""
+    return UPDATE_BYTES * model.trainable_parameters / world / hardware.memory_bytes_per_s
 
 
 def handoff_window(grid: Grid, cell_s: float, state_bytes: float, hardware: Hardware) -> int:

@@ -1,99 +1,159 @@
-"""How big a model with memory is: parameters, state, floating-point operations and activations of one cell.
+"""How large a model with memory is: its parameters, its state, and the operations of one cell.
 
-Letters: T tokens of a segment, M memory tokens, D width, F = 2 nu d_mem features.
+Fields are named as in ARMTConfig and its base_config.
+
+Letters: B micro-batch, T tokens of a segment, M memory tokens, N positions of a segment's row, D hidden_size,
+         F = 2 nu d_mem features.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import ConfigError
+from .backbone_sizes import FAMILIES, FamilySizes, Widths, base_sizes
 
-FP32 = 4
+FP32_BYTES = 4
 
 
-class Model(NamedTuple):
-    """Sizes of a backbone and its memory."""
+class ModelSizes(NamedTuple):
+    """Sizes of a base model and its memory."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocab: int
-    tied: bool = False
-    head_width: int = 0
-    """0: hidden / heads."""
-    mlp_matrices: int = 3
-    """3: gated (Llama); 2: GPT-2, GPT-NeoX."""
-    kind: str = "armt"
-    memory_tokens: int = 16
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    memory_kind: str = "armt"
+    num_mem_tokens: int = 16
     d_mem: int = 64
     nu: int = 3
-    memory_heads: int = 1
+    n_heads: int = 1
+    gating: bool = False
+    freeze_mem: bool = False
     sink: int = 0
     sliding_window: int = 0
-    """Rows of keys and values that stay visible across a segment border."""
+    """Rows of keys and values that stay visible across a segment border; 0: none."""
 
     @property
-    def attention_width(self) -> int:
-        return self.heads * (self.head_width or self.hidden // self.heads)
+    def family(self) -> FamilySizes:
+        """The row of its family."""
+        return FAMILIES[self.model_type]
 
     @property
-    def kv_width(self) -> int:
-        return self.attention_width * self.kv_heads // self.heads
+    def widths(self) -> Widths:
+        """Widths of one decoder layer."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return Widths(
+            self.hidden_size,
+            queries,
+            keys,
+            self.head_dim,
+            self.intermediate_size,
+            self.attention_bias,
+            self.mlp_bias,
+        )
 
     @property
     def features(self) -> int:
+        """Features of all memory heads together."""
         return 2 * self.nu * self.d_mem
 
     @property
+    def memory_tensors(self) -> list[int]:
+        """Elements of W_mq, W_mk, W_mv, W_mb and the bias of W_mb; RMT has none."""
+        if self.memory_kind == "rmt":
+            return []
+        d, strengths = self.hidden_size, self.hidden_size if self.gating else self.n_heads
+        return [d * self.d_mem, d * self.d_mem, d * d, d * strengths, strengths]
+
+    @property
+    def layer_tensors(self) -> list[int]:
+        """Elements of each parameter of one layer with its memory."""
+        return self.family.layer(self.widths) + self.memory_tensors
+
+    @property
+    def outer_tensors(self) -> list[int]:
+        """Elements of each parameter outside the layers: embedding, positions, last norm, head, memory rows, sinks."""
+        d = self.hidden_size
+        positions = [self.max_position_embeddings * d] if self.family.learned_positions else []
+        head = [] if self.tie_word_embeddings else [self.vocab_size * d]
+        rows = [self.num_mem_tokens * d, *([self.sink * d] if self.sink else [])]
+        return [self.vocab_size * d, *positions, *[d] * self.family.norm_vectors, *head, *rows]
+
+    @property
     def layer_parameters(self) -> int:
-        """Weights of one layer with its memory (norms and biases, below 0.1 %, left out)."""
-        backbone = 2 * self.hidden * (self.attention_width + self.kv_width) + self.mlp_matrices * self.hidden * self.mlp
-        memory = self.hidden * (2 * self.d_mem + self.hidden + self.memory_heads)
-        return backbone + (memory if self.kind == "armt" else 0)
+        """Of one layer with its memory."""
+        return sum(self.layer_tensors)
 
     @property
     def outer_parameters(self) -> int:
-        """Embedding, head, memory tokens and sinks."""
-        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.memory_tokens + self.sink)
+        """Outside the layers."""
+        return sum(self.outer_tensors)
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.outer_parameters
+        """Of the whole model."""
+        return self.num_hidden_layers * self.layer_parameters + self.outer_parameters
+
+    @property
+    def trainable_layer_parameters(self) -> int:
+        """Of one layer, those that get a gradient."""
+        return self.layer_parameters - (sum(self.memory_tensors) if self.freeze_mem else 0)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Of the whole model, those that get a gradient and an optimizer state."""
+        return self.num_hidden_layers * self.trainable_layer_parameters + self.outer_parameters
+
+    def persistent(self, tensors: list[int], threshold: int) -> int:
+        """Elements of those `tensors` that ZeRO-3 keeps whole on every rank: at most `threshold` elements each."""
+        return sum(elements for elements in tensors if elements <= threshold)
 
     @property
     def state_bytes(self) -> int:
         """One state of one sequence, fp32: A, z and the window (ARMT, per layer); M rows of hidden states (RMT)."""
-        if self.kind == "rmt":
-            return self.memory_tokens * self.hidden * FP32
-        return self.associations * FP32 + self.window_bytes
+        if self.memory_kind == "rmt":
+            return self.num_mem_tokens * self.hidden_size * FP32_BYTES
+        return self.associations * FP32_BYTES + self.window_bytes
 
     @property
     def associations(self) -> int:
         """Numbers in A and z of one layer and sequence."""
-        return self.features * self.hidden // self.memory_heads + self.features
+        return self.features * self.hidden_size // self.n_heads + self.features
 
     @property
     def window_bytes(self) -> int:
         """Keys, values and marks of one layer's window of one sequence, in fp32."""
-        return self.sliding_window * (2 * self.kv_width + 1) * FP32
+        return self.sliding_window * (2 * self.widths.keys + 1) * FP32_BYTES
 
     @property
     def update_bytes(self) -> int:
         """What one segment does to a state, fp32: k, beta (v - v_bar), gamma of rank M, and the window anew."""
-        return self.memory_tokens * (self.features + self.hidden + self.memory_heads) * FP32 + self.window_bytes
+        return self.num_mem_tokens * (self.features + self.hidden_size + self.n_heads) * FP32_BYTES + self.window_bytes
+
+
+def llama_sizes(hidden: int, layers: int, keys: int, intermediate: int, tied: bool) -> ModelSizes:
+    """A Llama 3 of 32 heads."""
+    return ModelSizes("llama", hidden, layers, 32, keys, intermediate, 128256, hidden // 32, 131072, tied)
 
 
 MODELS = {
-    "llama-1b": Model(16, 2048, 32, 8, 8192, 128256, tied=True),
-    "llama-8b": Model(32, 4096, 32, 8, 14336, 128256),
-    "gpt2": Model(12, 768, 12, 12, 3072, 50257, tied=True, mlp_matrices=2),
+    "llama-1b": llama_sizes(2048, 16, 8, 8192, tied=True),
+    "llama-8b": llama_sizes(4096, 32, 8, 14336, tied=False),
+    "gpt2": ModelSizes(**base_sizes({"model_type": "gpt2"})),
 }
 
 
 class StepWork(NamedTuple):
-    """One optimizer step's data and how it is held. `micro_batch` sequences per sp group."""
+    """The data of one optimizer step and how it is held. `micro_batch` sequences per sp group."""
 
     sequence_tokens: int
     segment_tokens: int = 1024
@@ -103,63 +163,47 @@ class StepWork(NamedTuple):
     offload_optimizer: bool = False
     offload_parameters: bool = False
     offload_activations: bool = False
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    scored_tokens: int = 0
+    """Scored positions of one sequence; 0: all."""
+    gradient_bytes: int = 0
+    """Of one accumulated gradient (ds_config data_types.grad_accum_dtype); 0: dtype_bytes."""
+    reduce_bucket_size: int = 0
+    """Elements, as in the ds_config; 0: derived from the layer."""
+    stage3_param_persistence_threshold: int = 100_000
+    """Elements, as in the ds_config; its default is DeepSpeed's."""
 
 
-def row_tokens(model: Model, work: StepWork) -> int:
+def row_tokens(model: ModelSizes, work: StepWork) -> int:
     """Positions of one segment as the layers see it."""
-    return work.segment_tokens + model.memory_tokens * (2 if model.kind == "rmt" else 1) + model.sink
+    return work.segment_tokens + model.num_mem_tokens * (2 if model.memory_kind == "rmt" else 1) + model.sink
 
 
-def cell_flops(model: Model, work: StepWork) -> float:
+def cell_flops(model: ModelSizes, work: StepWork) -> float:
     """Forward of one cell for one sequence: matrix products, full attention over the row (it has a mask), memory."""
     tokens = row_tokens(model, work)
-    attention = 4 * tokens * (tokens + model.sliding_window) * model.attention_width
-    read = 2 * tokens * model.associations if model.kind == "armt" else 0
-    # W_mv and W_mb see the M memory positions only.
-    unused = (tokens - model.memory_tokens) * model.hidden * (model.hidden + model.memory_heads)
-    write = 4 * model.memory_tokens * model.associations
-    products = 2 * tokens * model.layer_parameters - (2 * unused if model.kind == "armt" else 0)
-    return products + attention + (read + write if model.kind == "armt" else 0)
+    attention = 4 * tokens * (tokens + model.sliding_window) * model.widths.queries
+    backbone = 2 * tokens * sum(model.family.layer(model.widths))
+    if model.memory_kind == "rmt":
+        return backbone + attention
+    d, strengths = model.hidden_size, model.hidden_size if model.gating else model.n_heads
+    read = 2 * tokens * (d * model.d_mem + model.associations)
+    # W_mk, W_mv and W_mb see the M memory positions only.
+    write = model.num_mem_tokens * (2 * d * (model.d_mem + d + strengths) + 4 * model.associations)
+    return backbone + attention + read + write
 
 
-def cell_graph_bytes(model: Model, work: StepWork) -> float:
-    """What autograd saves for one cell of the whole micro-batch; an estimate, with flash attention.
+def model_sizes(config: Mapping[str, Any], memory: Mapping[str, Any]) -> ModelSizes:
+    """Sizes from a Hugging Face ``config.json`` and the memory's fields (memory_kind, num_mem_tokens, d_mem, ...).
 
-    Per position: 12 D (residuals, norms with their fp32 copies, attention output), q k v, 4 mlp, and for ARMT the
-    features of q (5 F fp32) and the read (2 D fp32). Per cell: the incoming state, its gradient and the new state.
+    Raises ConfigError naming a field that does not fit.
     """
-    per_token = (12 * model.hidden + model.attention_width + 2 * model.kv_width + 4 * model.mlp) * work.dtype_bytes
-    memory = (5 * model.features + 2 * model.hidden) * FP32 if model.kind == "armt" else 0
-    return work.micro_batch * (row_tokens(model, work) * (per_token + memory) + 3 * model.state_bytes)
-
-
-HF_KEYS = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "vocab": ("vocab_size",),
-}
-UNGATED_MLP = ("gpt2", "gpt_neox")
-
-
-def from_hf(config: Mapping, memory: Mapping) -> Model:
-    """Sizes from a Hugging Face ``config.json`` and the memory's fields (kind, memory_tokens, d_mem, nu, ...).
-
-    Raises ConfigError naming a size that the config does not give.
-    """
-    found = {}
-    for field, keys in HF_KEYS.items():
-        values = [config[key] for key in keys if config.get(key) is not None]
-        if not values:
-            raise ConfigError(f"{keys[0]} is missing from the model's config; give a config.json of a decoder model")
-        found[field] = values[0]
-    ungated = config.get("model_type") in UNGATED_MLP
-    return Model(
-        **found,
-        kv_heads=config.get("num_key_value_heads") or found["heads"],
-        mlp=config.get("intermediate_size") or config.get("n_inner") or 4 * found["hidden"],
-        tied=config.get("tie_word_embeddings", config.get("model_type") == "gpt2"),
-        head_width=config.get("head_dim") or 0,
-        mlp_matrices=2 if ungated else 3,
-        **memory,
-    )
+    sizes = ModelSizes(**base_sizes(config), **memory)
+    for field in ("num_mem_tokens", "d_mem", "nu", "n_heads"):
+        if getattr(sizes, field) < 1:
+            raise ConfigError(f"{field}={getattr(sizes, field)}: must be at least 1")
+    for field in ("d_mem", "hidden_size"):
+        if getattr(sizes, field) % sizes.n_heads:
+            raise ConfigError(f"n_heads={sizes.n_heads} does not divide {field}={getattr(sizes, field)}; try n_heads=1")
+    return sizes

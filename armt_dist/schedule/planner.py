@@ -1,6 +1,7 @@
 """What a run will take: bytes per rank, bytes on the wire, floating-point operations and time, before it starts.
 
-Arithmetic only: sizes come from `sizes.py`, every assumption about hardware is a field of `hardware.Hardware`.
+Arithmetic only: sizes come from `model_sizes`, memory from `step_memory`, and every assumption about hardware is a
+field of `hardware.Hardware`.
 
 Letters: B micro-batch, K segments of a block, L layers, R rounds, M_c chunks.
 """
@@ -10,19 +11,21 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
-from .grid import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound
-from .hardware import H100, Hardware, estimate_s, largest_block, unit_costs
-from .model_sizes import FP32, Model, StepWork, cell_flops, cell_graph_bytes, row_tokens
-from .program import fit_grid
+from .grid import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound, prefetch_window
+from .hardware import H100, Hardware, estimate_s, unit_costs, update_s
+from .model_sizes import ModelSizes, StepWork, cell_flops
+from .program import default_schedule, fit_grid
 from .simulator import Costs
+from .step_memory import Held, gpu_bytes, host_bytes
 
 STATES = ("store", "rebuild", "recompute")
 KINDS = {"armt": ARMT_ARROWS, "rmt": RMT_ARROWS}
-MAY_BE_ZERO = ("head_width", "sink", "sliding_window")
+MAY_BE_ZERO = (
+    *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
+    "stage3_param_persistence_threshold",
+)
 SPARE_LAYERS = 2
 """Layers that ZeRO-3 keeps beside the prefetch window: the one in use and the one being released."""
-LOGITS_TOKENS = 1024
-"""Rows of logits alive at a time in the chunked cross-entropy, with their gradient."""
 
 
 class Layout(NamedTuple):
@@ -32,6 +35,8 @@ class Layout(NamedTuple):
     sp: int = 1
     rounds: int = 1
     chunks: int = 1
+    schedule: str | None = None
+    """None: what the memory allows."""
 
 
 class Plan(NamedTuple):
@@ -41,7 +46,10 @@ class Plan(NamedTuple):
     world: int
     window: int
     """Layers to gather ahead."""
+    phase: str
+    """The part of a step that needs most device memory."""
     gpu_bytes: dict[str, float]
+    """In that phase."""
     host_bytes: dict[str, float]
     gather_bytes: float
     reduce_bytes: float
@@ -62,7 +70,7 @@ class Plan(NamedTuple):
     costs: Costs
 
 
-def validate(model: Model, work: StepWork, layout: Layout) -> Grid:
+def validate(model: ModelSizes, work: StepWork, layout: Layout) -> Grid:
     """The grid of a layout. Raises ConfigError naming field, value and remedy."""
     for section in (model, work, layout):
         for field, value in section._asdict().items():
@@ -72,83 +80,31 @@ def validate(model: Model, work: StepWork, layout: Layout) -> Grid:
         wanted = work.segment_tokens
         near = min(divisors(work.sequence_tokens), key=lambda divisor: abs(divisor - wanted))
         raise ConfigError(f"segment_tokens={wanted} does not divide sequence_tokens={work.sequence_tokens}; try {near}")
-    if work.micro_batch % layout.chunks:
-        raise ConfigError(f"chunks={layout.chunks} does not divide micro_batch={work.micro_batch}; try chunks=1")
+    if layout.chunks > work.micro_batch:
+        raise ConfigError(f"chunks={layout.chunks} is more than micro_batch={work.micro_batch}; try chunks=1")
     if work.states not in STATES:
         raise ConfigError(f"states={work.states}: unknown; known here: {', '.join(STATES)}")
-    if model.kind not in KINDS:
-        raise ConfigError(f"kind={model.kind}: unknown; known here: {', '.join(KINDS)}")
+    if model.memory_kind not in KINDS:
+        raise ConfigError(f"memory_kind={model.memory_kind}: unknown; known here: {', '.join(KINDS)}")
     segments = work.sequence_tokens // work.segment_tokens
-    grid = Grid(segments, model.layers, layout.sp, layout.rounds, layout.chunks)
+    grid = Grid(segments, model.num_hidden_layers, layout.sp, layout.rounds, layout.chunks)
     check_grid(grid)
-    return fit_grid(schedule_name(model), grid, KINDS[model.kind])
+    return fit_grid(schedule_name(model, layout), grid, KINDS[model.memory_kind])
 
 
 def divisors(n: int) -> list[int]:
+    """All divisors of n, in no order."""
     return [d for low in range(1, math.isqrt(n) + 1) if n % low == 0 for d in (low, n // low)]
 
 
-def schedule_name(model: Model) -> str:
-    return "segment_major" if model.kind == "rmt" else "wavefront"
-
-
-def gpu_bytes(model: Model, work: StepWork, grid: Grid, world: int, live_layers: int) -> dict[str, float]:
-    """Device memory of one rank by item."""
-    dtype, parameters, layer = work.dtype_bytes, model.parameters, model.layer_parameters
-    segments = grid.rounds * largest_block(grid)
-    inputs = work.micro_batch * row_tokens(model, work) * model.hidden * dtype
-    # Two layers of inputs stay on the device: the one in use and the one being copied.
-    held_layers = 2 if work.offload_activations else grid.layers
-    # More than one round: whole gradients until a layer's last contribution.
-    whole_gradients = grid.layers if grid.rounds > 1 else 1
-    return {
-        "parameters (shard)": 0 if work.offload_parameters else parameters * dtype / world,
-        "gradients (shard)": 0 if work.offload_optimizer else parameters * dtype / world,
-        "optimizer (shard)": 0 if work.offload_optimizer else optimizer_bytes(model) / world,
-        "live layers": min(grid.layers, live_layers) * layer * dtype,
-        "embedding, head, their gradients": 2 * model.outer_parameters * dtype,
-        "whole layer gradients": whole_gradients * layer * dtype + layer * FP32,
-        "layer inputs H": held_layers * segments * inputs,
-        "states": work.micro_batch * states_bytes(model, work, grid),
-        "one cell's graph": cell_graph_bytes(model, work),
-        "logits chunk": 2 * LOGITS_TOKENS * model.vocab * FP32,
-    }
-
-
-def optimizer_bytes(model: Model) -> float:
-    """AdamW in mixed precision: fp32 master weights and two moments."""
-    return 3 * FP32 * model.parameters
-
-
-def states_bytes(model: Model, work: StepWork, grid: Grid) -> float:
-    """What the backward needs to have each segment's incoming state again, of one sequence (bptt.states)."""
-    block = largest_block(grid)
-    per_block = {
-        "store": block * model.state_bytes,
-        "rebuild": model.state_bytes + block * model.update_bytes,
-        "recompute": model.state_bytes,
-    }
-    if model.kind == "rmt":
-        return grid.rounds * model.state_bytes
-    rerun = block * model.state_bytes if work.states == "recompute" else 0
-    return grid.layers * grid.rounds * per_block[work.states] + rerun
-
-
-def host_bytes(model: Model, work: StepWork, grid: Grid, world: int) -> dict[str, float]:
-    """Pinned host memory of one rank by item, for what is offloaded."""
-    segments = grid.rounds * largest_block(grid)
-    inputs = work.micro_batch * row_tokens(model, work) * model.hidden * work.dtype_bytes
-    return {
-        "parameters (shard)": work.offload_parameters * model.parameters * work.dtype_bytes / world,
-        "gradients and optimizer (shard)": work.offload_optimizer
-        * (model.parameters * FP32 + optimizer_bytes(model))
-        / world,
-        "layer inputs H": work.offload_activations * grid.layers * segments * inputs,
-    }
+def schedule_name(model: ModelSizes, layout: Layout | None = None) -> str:
+    """The schedule that a run of this layout carries out."""
+    asked = layout.schedule if layout else None
+    return asked or default_schedule(KINDS[model.memory_kind])
 
 
 def plan(
-    model: Model, work: StepWork, layout: Layout, hardware: Hardware = H100, pipeline_s: float | None = None
+    model: ModelSizes, work: StepWork, layout: Layout, hardware: Hardware = H100, pipeline_s: float | None = None
 ) -> Plan:
     """Everything about one layout; `pipeline_s` is the layers' time as simulated or measured, None: `estimate_s`.
 
@@ -159,38 +115,79 @@ def plan(
     costs = unit_costs(model, work, grid, world, hardware)
     if pipeline_s is None:
         pipeline_s = estimate_s(grid, costs)
-    others = 1 - 1 / world
-    layers_bytes = model.layers * model.layer_parameters * work.dtype_bytes
-    outer_bytes = model.outer_parameters * work.dtype_bytes
-    # Every rank's head follows its own block, so the last rank's head is exposed; so are the embedding's collectives.
-    segments = grid.segments / grid.sp
-    head_flops = 6 * segments * work.micro_batch * work.segment_tokens * model.hidden * model.vocab
-    head_s = head_flops / hardware.peak_flops / hardware.kernel_efficiency
-    outer_s = 2 * outer_bytes * others / hardware.gather_bytes_per_s
-    cells = segments * grid.layers
-    compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + head_s
+    window = costs.prefetch_layers or prefetch_window(grid)
+    held = Held(model, work, grid, world, window + SPARE_LAYERS, hardware.device)
+    phase, on_device = gpu_bytes(held)
+    times = step_times(model, work, grid, costs, hardware, pipeline_s, world)
     cell = work.micro_batch * cell_flops(model, work)
-    step_s = pipeline_s + head_s + outer_s
-    handoffs = 2 * grid.rounds * (model.layers if model.kind == "armt" else 1) if grid.sp > 1 else 0
+    cells, head_flops = grid.segments / grid.sp * grid.layers, output_flops(model, work, grid)
+    gathered, reduced = traffic_bytes(model, work, grid, world)
+    handoffs = 2 * grid.rounds * (grid.layers if model.memory_kind == "armt" else 1) if grid.sp > 1 else 0
+    state_bytes = work.micro_batch * model.state_bytes
+    passes = work.accumulation
     return Plan(
         grid=grid,
         world=world,
-        window=costs.prefetch_layers,
-        gpu_bytes=gpu_bytes(model, work, grid, world, costs.prefetch_layers + SPARE_LAYERS),
-        host_bytes=host_bytes(model, work, grid, world),
-        gather_bytes=others * (2 * grid.rounds * layers_bytes + 2 * outer_bytes),
-        reduce_bytes=others * (layers_bytes + outer_bytes),
-        handoff_unit_bytes=work.micro_batch * model.state_bytes / grid.chunks,
-        handoff_bytes=handoffs * work.micro_batch * model.state_bytes,
-        flops=4 * cells * cell + head_flops,
+        window=window,
+        phase=phase,
+        gpu_bytes=on_device,
+        host_bytes=host_bytes(held),
+        gather_bytes=gathered,
+        reduce_bytes=reduced,
+        handoff_unit_bytes=state_bytes / grid.chunks,
+        handoff_bytes=passes * handoffs * state_bytes,
+        flops=passes * ((3 + costs.rerun_ratio) * cells * cell + head_flops),
         bound=efficiency_bound(grid),
-        compute_s=compute_s,
-        step_s=step_s,
-        efficiency=compute_s / step_s,
-        mfu=(3 * cells * cell + head_flops) / step_s / hardware.peak_flops,
-        tokens_per_s=layout.dp * work.micro_batch * work.sequence_tokens / step_s,
+        compute_s=times.compute_s,
+        step_s=times.step_s,
+        efficiency=times.compute_s / times.step_s,
+        mfu=passes * (3 * cells * cell + head_flops) / times.step_s / hardware.peak_flops,
+        tokens_per_s=passes * layout.dp * work.micro_batch * work.sequence_tokens / times.step_s,
         costs=costs,
     )
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one optimizer step of a rank: computing alone, and in all."""
+
+    compute_s: float
+    step_s: float
+
+
+def step_times(
+    model: ModelSizes, work: StepWork, grid: Grid, costs: Costs, hardware: Hardware, pipeline_s: float, world: int
+) -> StepTimes:
+    """The passes of a step with its head, embedding collectives and update.
+
+    Every rank's head follows its own block, so the last rank's head is exposed; so are the embedding's collectives.
+    """
+    head_s = output_flops(model, work, grid) / hardware.peak_flops / hardware.kernel_efficiency
+    outer_s = 2 * model.outer_parameters * work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
+    cells = grid.segments / grid.sp * grid.layers
+    compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + head_s
+    optimizer_s = 0.0 if work.offload_optimizer else update_s(model, world, hardware)
+    step_s = work.accumulation * (pipeline_s + head_s + outer_s) + optimizer_s
+    return StepTimes(work.accumulation * compute_s, step_s)
+
+
+def output_flops(model: ModelSizes, work: StepWork, grid: Grid) -> float:
+    """Forward and backward of the head over a rank's scored positions of one micro-batch."""
+    scored = work.scored_tokens or grid.segments / grid.sp * work.segment_tokens
+    return 6 * work.micro_batch * scored * model.hidden_size * model.vocab_size
+
+
+def traffic_bytes(model: ModelSizes, work: StepWork, grid: Grid, world: int) -> tuple[float, float]:
+    """Bytes that ZeRO-3 gathers and reduces in a step, per rank.
+
+    A parameter small enough to stay whole is gathered once, after the update; the others in every forward and backward.
+    """
+    others, threshold = (1 - 1 / world) * work.dtype_bytes, work.stage3_param_persistence_threshold
+    small_layer = model.persistent(model.layer_tensors, threshold)
+    small_outer = model.persistent(model.outer_tensors, threshold)
+    layers, outer = grid.layers * (model.layer_parameters - small_layer), model.outer_parameters - small_outer
+    small = grid.layers * small_layer + small_outer
+    gathered = work.accumulation * 2 * (grid.rounds * layers + outer) + small
+    return others * gathered, others * work.accumulation * model.trainable_parameters
 
 
 def fits(result: Plan, hardware: Hardware = H100) -> bool:
@@ -199,7 +196,9 @@ def fits(result: Plan, hardware: Hardware = H100) -> bool:
     return device <= 0.9 * hardware.memory_bytes and host <= 0.9 * hardware.host_bytes
 
 
-def candidates(model: Model, work: StepWork, world: int, max_step_tokens: float) -> Iterator[tuple[StepWork, Layout]]:
+def candidates(
+    model: ModelSizes, work: StepWork, world: int, max_step_tokens: float
+) -> Iterator[tuple[StepWork, Layout]]:
     """Every sp dividing the world, R and micro-batch a power of two, with at most `max_step_tokens` per step."""
     segments = work.sequence_tokens // work.segment_tokens
     longest = 1 if schedule_name(model) == "segment_major" else segments
@@ -214,7 +213,7 @@ def candidates(model: Model, work: StepWork, world: int, max_step_tokens: float)
 
 
 def choose(
-    model: Model, work: StepWork, world: int, hardware: Hardware = H100, max_step_tokens: float = math.inf
+    model: ModelSizes, work: StepWork, world: int, hardware: Hardware = H100, max_step_tokens: float = math.inf
 ) -> tuple[StepWork, Layout]:
     """The micro-batch, sp, R and M_c with most tokens per second that fit.
 

@@ -1,0 +1,102 @@
+"""Hardware numbers from runs that were made: what a cell took, and what a step took beyond its cells.
+
+One run fixes the rate at which cells compute and the share of the backward pass. Several runs with cells of different
+size also separate the time to launch a cell from the time to compute it.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import ConfigError, read_yaml
+from ..records import read_metrics
+from .grid import Grid
+from .hardware import Hardware, estimate_s, unit_costs, update_s
+from .model_sizes import cell_flops
+from .planned_run import PlannedRun, RunTree, planned_run, read_object
+from .planner import output_flops, validate
+
+WARM_UP_STEPS = 2
+"""Steps of a process whose prefetching has not seen a whole step yet."""
+LEAST_BACKWARD_RATIO = 0.5
+
+
+class MeasuredRun(NamedTuple):
+    """A run folder: what ran, and medians over its steps."""
+
+    run: PlannedRun
+    world: int
+    grid: Grid
+    cell_s: float
+    step_s: float
+
+
+def read_run(folder: Path) -> MeasuredRun:
+    """A run folder of launch/train.py. Raises ConfigError where it has too few steps of the longest stage."""
+    tree = read_yaml(folder / "config.yaml")
+    ds_config = read_object(folder / "ds_config.json", "calibrate")
+    world = len(list((folder / "heartbeat").glob("rank_*.json")))
+    if world < 1:
+        raise ConfigError(f"calibrate={folder}: no heartbeat/rank_*.json to count ranks by; give a run folder")
+    run = planned_run(RunTree(with_vocabulary(tree, folder), ds_config), world)
+    grid = validate(run.model, run.work, run.layout)
+    steps = [record for record in read_metrics(folder) if record.get("kind") == "train"]
+    alike = [record for record in steps if is_longest(record, tree, steps)][WARM_UP_STEPS:]
+    if not alike:
+        raise ConfigError(
+            f"calibrate={folder}: fewer than {WARM_UP_STEPS + 1} steps of the longest samples; train with at_least=1.0 "
+            "for more steps"
+        )
+    medians = [statistics.median(record[name] for record in alike) for name in ("cell_s", "step_s")]
+    return MeasuredRun(run, world, grid, *medians)
+
+
+def with_vocabulary(tree: dict, folder: Path) -> dict:
+    """The resolved configuration with the sizes of the model that was built."""
+    built = read_object(folder / "model" / "config.json", "calibrate")
+    given = {key: value for key, value in (tree.get("model") or {}).items() if value is not None}
+    return tree | {"model": given | {"base": None, "base_config": built.get("base_config")}}
+
+
+def is_longest(record: dict, tree: dict, steps: Sequence[dict]) -> bool:
+    """Whether a step ran the run's longest samples: as many tokens as any."""
+    index = steps.index(record)
+    tokens = [now["tokens"] - before["tokens"] for before, now in zip([{"tokens": 0}, *steps], steps, strict=False)]
+    return tokens[index] == max(tokens)
+
+
+def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
+    """`base` with the rate of computing, the launch time and the backward's share that these runs show."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    hardware = with_cells(base, runs)
+    ratios = [backward_ratio(measured, hardware) for measured in runs]
+    return hardware._replace(backward_ratio=statistics.median(ratios))
+
+
+def with_cells(base: Hardware, runs: Sequence[MeasuredRun]) -> Hardware:
+    """Fit cell_s = launch + operations / rate to the runs; one run, or cells of one size, keep the launch of `base`."""
+    points = [
+        (-(-run.work.micro_batch // grid.chunks) * cell_flops(run.model, run.work), cell_s / grid.chunks)
+        for run, _, grid, cell_s, _ in runs
+    ]
+    launch_s = base.cell_launch_s
+    if len({flops for flops, _ in points}) > 1:
+        slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+        if slope > 0:
+            launch_s = max(0.0, intercept)
+    # A cell that takes little more than the launch leaves the rate undecided: half of it is computing then.
+    rates = [flops / max(cell_s - launch_s, cell_s / 2) for flops, cell_s in points]
+    rate = statistics.median(rates)
+    return base._replace(cell_launch_s=launch_s, kernel_efficiency=rate / base.peak_flops)
+
+
+def backward_ratio(measured: MeasuredRun, hardware: Hardware) -> float:
+    """Backward of a cell over its forward, so that the planned step takes what the measured one took."""
+    run, world, grid, cell_s, step_s = measured
+    costs = unit_costs(run.model, run.work, grid, world, hardware)._replace(cell_s=cell_s)
+    head_s = output_flops(run.model, run.work, grid) / hardware.peak_flops / hardware.kernel_efficiency
+    pass_s = (step_s - update_s(run.model, world, hardware)) / run.work.accumulation - head_s
+    # The step's time is linear in the ratio, unless collectives dominate.
+    none_s, one_s = (estimate_s(grid, costs._replace(backward_ratio=ratio)) for ratio in (0.0, 1.0))
+    return max(LEAST_BACKWARD_RATIO, (pass_s - none_s) / (one_s - none_s))

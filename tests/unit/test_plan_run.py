@@ -1,0 +1,297 @@
+"""The planner against the run it plans: parameters by tensor, defaults, batch sizes, the command line, calibration."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from support.commands import run_script
+from support.models import BASES
+from support.paths import ROOT
+from transformers import AutoConfig
+
+from armt_dist.config import ConfigError, load_config
+from armt_dist.data.babilong.task import BabilongConfig, babilong_tokenizer
+from armt_dist.data.tasks import make_task
+from armt_dist.data.tokenizers import byte_tokenizer
+from armt_dist.model.backbone import FAMILIES
+from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.modeling_armt import ARMTForCausalLM
+from armt_dist.runtime.executor import ParallelConfig
+from armt_dist.runtime.segment_bptt import BPTTConfig
+from armt_dist.schedule import backbone_sizes, planned_run
+from armt_dist.schedule.calibration import calibrated, read_run
+from armt_dist.schedule.hardware import CPU
+from armt_dist.schedule.model_sizes import ModelSizes, model_sizes
+from armt_dist.schedule.planner import plan
+from armt_dist.training.run_config import RunConfig
+from armt_dist.zero3.ds_config import batch_sizes
+from armt_dist.zero3.partitioned_model import ModelConfig, armt_config, token_fields
+
+ZERO3 = ROOT / "ds_configs/zero3_fp32.json"
+CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
+MEMORIES = {
+    "armt": {},
+    "heads and gating": {"n_heads": 2, "gating": True},
+    "heads and sink": {"n_heads": 2, "sink": 3},
+    "frozen": {"freeze_mem": True},
+    "window": {"sliding_window": 4},
+    "rmt": {"memory_kind": "rmt"},
+}
+
+
+def planned(path, overrides=(), world=1, ds_config=ZERO3):
+    return planned_run.planned_run(planned_run.read_trees(path, ds_config, overrides), world)
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_has_a_row():
+    assert set(backbone_sizes.FAMILIES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_built_model(family, memory, tied):
+    base = {"model_type": family, **BASES[family], "tie_word_embeddings": tied}
+    options = {"d_mem": 4, "num_mem_tokens": 3, **MEMORIES[memory]}
+    with torch.device("meta"):
+        model = ARMTForCausalLM(ARMTConfig(base_config=base, segment_tokens=8, **options))
+    sizes = model_sizes(base, options)
+    layer = model.backbone.layers[0]
+    assert sorted(sizes.layer_tensors) == sorted(p.numel() for p in layer.parameters())
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_are_those_of_the_built_model(family, bias):
+    base = {"model_type": family, **BASES[family], bias: True}
+    with torch.device("meta"):
+        model = ARMTForCausalLM(ARMTConfig(base_config=base, segment_tokens=8, num_mem_tokens=3, d_mem=4))
+    assert model_sizes(base, {"num_mem_tokens": 3, "d_mem": 4}).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+    default = AutoConfig.for_model(family)
+    for name, value in backbone_sizes.FAMILIES[family].defaults.items():
+        own = backbone_sizes.FAMILIES[family].names.get(name, name)
+        # What the configuration does not have (head_dim, say) follows from the rest.
+        if hasattr(default, own) and value is not None:
+            assert getattr(default, own) == value, name
+
+
+def test_sizes_use_the_names_of_armt_config():
+    known = {*ARMTConfig.__annotations__, *(name for family in BASES for name in backbone_sizes.FIELDS), "model_type"}
+    assert set(ModelSizes._fields) <= known
+    for name, default in planned_run.MEMORY_COUNTS.items():
+        assert getattr(ARMTConfig, name) == default == ModelSizes._field_defaults[name]
+
+
+# --- the configuration ---------------------------------------------------------------------------------------------
+
+
+def test_keys_are_those_of_the_configuration_classes():
+    assert set(planned_run.SECTIONS) >= set(RunConfig.model_fields)
+    classes = {"model": ModelConfig, "bptt": BPTTConfig, "parallel": ParallelConfig}
+    assert {name: set(keys) for name, keys in planned_run.KEYS.items()} == {
+        name: set(kind.model_fields) for name, kind in classes.items()
+    }
+
+
+def test_vocabularies_are_those_of_the_tokenizers():
+    assert len(byte_tokenizer()) == planned_run.BYTE_TOKENS
+    assert len(babilong_tokenizer(BabilongConfig())) == planned_run.WORD_TOKENS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_is_planned_as_it_is_configured(path, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to train on. " * 40)
+    own = [f"data.text.files={text}", "data.text.validation_fraction=0"] if path.stem.startswith("plays") else []
+    config = load_config(RunConfig, path, own)
+    if config.model.base is not None:
+        with pytest.raises(ConfigError, match=f"model.base={config.model.base}: no folder with a config.json; give"):
+            planned(path, own)
+        return
+    task = make_task(config.data, config.model.segment_tokens, None, 4)
+    armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
+    run = planned(path, own)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_mem_tokens", "d_mem", "nu", "n_heads"):
+        assert getattr(run.model, name) == getattr(armt, name), name
+    assert run.work.segment_tokens == armt.segment_tokens
+    assert run.work.sequence_tokens == max(task.sequence_tokens(stage.length) for stage in config.curriculum)
+    with torch.device("meta"):
+        built = ARMTForCausalLM(armt)
+    assert run.model.parameters == sum(p.numel() for p in built.parameters())
+
+
+def test_overrides_and_the_ds_config_decide_the_work(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "launch/configs/default.yaml").read_text() + "ds_config: {train_batch_size: 48}\n")
+    overrides = [
+        *("bptt.states=rebuild", "parallel.sp=2", "parallel.rounds=2", "parallel.chunks=64"),
+        *("ds_config.gradient_accumulation_steps=4", "ds_config.bf16.enabled=true"),
+        "ds_config.activation_checkpointing.cpu_checkpointing=true",
+        "ds_config.zero_optimization.offload_optimizer.device=cpu",
+    ]
+    _, work, layout = planned(recipe, overrides, world=4)
+    assert (work.micro_batch, work.accumulation, work.states, work.dtype_bytes) == (6, 4, "rebuild", 2)
+    assert (work.offload_activations, work.offload_optimizer, work.offload_parameters) == (True, True, False)
+    # No more chunks than rows.
+    assert tuple(layout) == (2, 2, 2, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "accumulation", "dp"),
+    [(64, None, None, 4), (None, 2, None, 4), (64, 4, None, 4), (64, None, 8, 2), (64, 8, 2, 4), (24, 2, 3, 4)],
+)
+def test_batch_sizes_follow_the_same_rule_as_the_run(total, micro, accumulation, dp):
+    named = zip(planned_run.BATCHES, (total, micro, accumulation), strict=True)
+    config = {name: value for name, value in named if value is not None}
+    sizes = batch_sizes(config, dp)
+    assert planned_run.batch_sizes(config, dp) == (sizes.micro, sizes.accumulation)
+
+
+def test_the_base_of_a_run_is_read_from_its_folder(tmp_path):
+    base = {"model_type": "llama", **BASES["llama"], "vocab_size": 70}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(base))
+    text = [
+        "data.task=text",
+        "model.segment_tokens=8",
+        "curriculum=[{segments: 4, steps: 2}]",
+        "model.base_config=null",
+    ]
+    sizes = planned(CONFIGS[0], [*text, "data.babilong=null", f"model.base={tmp_path / 'base'}"]).model
+    assert (sizes.vocab_size, sizes.num_mem_tokens) == (70, 4)
+    exported = {"model_type": "armt", "base_config": base, "num_mem_tokens": 5, "d_mem": 6, "n_heads": 2}
+    (tmp_path / "base/config.json").write_text(json.dumps(exported))
+    sizes = planned(
+        CONFIGS[0], [*text, "data.babilong=null", "model.d_mem=null", f"model.base={tmp_path / 'base'}"]
+    ).model
+    assert (sizes.hidden_size, sizes.d_mem, sizes.n_heads) == (32, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.spp=2", "parallel.spp=2: unknown key; known here: chunks, rounds, schedule, sp, timeout_s"),
+        ("paralel.sp=2", "paralel={'sp': 2}: unknown key"),
+        ("parallel.sp=3", "parallel.sp=3 does not divide gpus=4; try parallel.sp=1"),
+        ("parallel.rounds=none", "parallel.rounds=none: expected an integer of at least 1"),
+        ("bptt.states=keep", "bptt.states=keep: unknown; known here: store, rebuild, recompute"),
+        ("model.base_config.model_type=vit", "model_type=vit: no such backbone; one of gpt2"),
+        ("model.n_heads=3", "n_heads=3 does not divide d_mem=16; try n_heads=1"),
+        ("model.base_config=null", "model.base or model.base_config: give exactly one of them"),
+        ("model.segment_tokens=7", "model.segment_tokens=7: the task's segments have 4 tokens; leave it out"),
+        ("curriculum=[]", r"curriculum=\[\]: expected a list of stages"),
+        ("curriculum=[{steps: 3}]", "curriculum.0.pairs: missing; set it"),
+        ("ds_config.train_batch_size=7", "ds_config train_batch_size=7 is not 1 .* try train_batch_size=4"),
+        ("ds_config.train_batch_size=null", "ds_config train_batch_size: missing; set it"),
+        ("ds_config.bf16=true", "ds_config bf16=True: expected a section of keys"),
+    ],
+)
+def test_a_mistake_names_field_value_and_remedy(override, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(ROOT / "launch/configs/default.yaml", [override], world=4)
+
+
+# --- calibration ---------------------------------------------------------------------------------------------------
+
+
+def write_run(folder, overrides=(), cell_s=0.01, steps=6, world=1):
+    """A run folder as launch/train.py leaves it, whose steps took what the planner says for cells of `cell_s`."""
+    trees = planned_run.read_trees(ROOT / "launch/configs/plays_cpu.yaml", ZERO3, overrides)
+    run = planned_run.planned_run(trees, world)
+    hardware = CPU._replace(cell_launch_s=0.0, backward_ratio=2.5)
+    rate = plan(*run, hardware).costs.cell_s / cell_s
+    hardware = hardware._replace(kernel_efficiency=hardware.kernel_efficiency * rate)
+    result = plan(*run, hardware)
+    for name in ("model", "heartbeat"):
+        (folder / name).mkdir(parents=True)
+    for rank in range(world):
+        (folder / f"heartbeat/rank_{rank}.json").write_text("{}")
+    base = {**trees.run["model"]["base_config"], "vocab_size": run.model.vocab_size}
+    (folder / "model/config.json").write_text(json.dumps({"base_config": base}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(trees.run))
+    (folder / "ds_config.json").write_text(json.dumps(trees.ds_config))
+    lines = [
+        {"kind": "train", "step": n, "tokens": 8192 * n, "cell_s": result.costs.cell_s, "step_s": result.step_s}
+        for n in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return SimpleNamespace(run=run, hardware=hardware, result=result)
+
+
+def test_calibration_recovers_the_rate_and_the_backward(tmp_path):
+    truth = write_run(tmp_path / "run", ["ds_config.train_batch_size=1"])
+    hardware = calibrated(CPU._replace(cell_launch_s=0.0), [tmp_path / "run"])
+    assert hardware.kernel_efficiency == pytest.approx(truth.hardware.kernel_efficiency, rel=1e-6)
+    assert hardware.backward_ratio == pytest.approx(2.5, rel=1e-3)
+    other = planned(ROOT / "launch/configs/plays_cpu.yaml", ["ds_config.train_batch_size=2", "bptt.states=recompute"])
+    assert plan(*other, hardware).step_s == pytest.approx(plan(*other, truth.hardware).step_s, rel=1e-3)
+
+
+def test_calibration_reads_sizes_and_ranks_from_the_folder(tmp_path):
+    write_run(tmp_path / "run", ["ds_config.train_batch_size=2"], world=2)
+    measured = read_run(tmp_path / "run")
+    assert (measured.world, measured.run.layout.dp, measured.cell_s) == (2, 2, pytest.approx(0.01))
+    assert measured.run.model.vocab_size == planned_run.BYTE_TOKENS
+
+
+def test_a_run_that_cannot_calibrate_says_why(tmp_path):
+    with pytest.raises(ConfigError, match="config=.*No such file"):
+        calibrated(CPU, [tmp_path])
+    write_run(tmp_path / "run", ["ds_config.train_batch_size=1"], steps=2)
+    with pytest.raises(ConfigError, match="calibrate=.*fewer than 3 steps of the longest samples; train with"):
+        calibrated(CPU, [tmp_path / "run"])
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_plans_a_run():
+    done = run_script(
+        "plan.py",
+        *("--config", ROOT / "launch/configs/plays_cpu.yaml", "--ds_config", ZERO3, "--gpus", 2),
+        *("parallel.sp=2", "ds_config.train_batch_size=2", "--hardware", "cpu"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for wanted in ("1,459,204 parameters", "16 segments of 512", "dp 1 x sp 2", "micro-batch 2", "memory of tensors"):
+        assert wanted in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt2", "parallel.sp=2"], "model=gpt2: a run is planned from --config"),
+        (["--sp", "2", "train.seed=1"], "--sp: belongs to --model; a run takes it from its configuration"),
+        (["--nodes", "0"], "nodes=0: must be at least 1"),
+        (["--model", "gpt9"], "model=gpt9: neither llama-1b, llama-8b, gpt2 nor a readable config.json"),
+        (["--config", "none.yaml"], "config=none.yaml: No such file or directory"),
+        (["--ds_config", "none.json"], "ds_config=none.json: No such file or directory"),
+    ],
+)
+def test_the_command_reports_a_mistake_in_one_line(arguments, message):
+    done = run_script("plan.py", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['plan.py', '--gpus', '2', 'parallel.sp=2']\n"
+        f"try: runpy.run_path({str(ROOT / 'launch/plan.py')!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0, stop.code\n"
+        "print({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
