@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -207,8 +206,3 @@ def find_key(path: str) -> Key:
 def plain_path(path: str) -> str:
     """Return a key's path without the entries of lists."""
     return ".".join(part for part in path.split(".") if part != ENTRY and not part.isdigit())
-
-
-def parsed_example(key: Key) -> Any:
-    """Return a key's example as the command line parses it."""
-    return yaml.safe_load(key.example)
