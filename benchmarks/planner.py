@@ -204,18 +204,33 @@ def memory_row(name: str, case: Case, root: Path) -> dict:
     }
 
 
-def time_row(name: str, case: Case, root: Path, steps: int) -> dict:
-    """Measured and predicted time of one case, the calibration run made just before or, of several ranks, beside it."""
-    folder, beside = root / f"{name} time", root / f"{name} calibration"
-    clock = "cpu" if case.ranks == 1 else "wall"
-    calibration = start(CASES["base"], beside, steps, clock)
-    if case.ranks == 1:
-        finish(calibration, beside)
-    finish(start(case, folder, steps, clock), folder)
-    finish(calibration, beside)
+def time_rows(names: list[str], root: Path, steps: int) -> list[dict]:
+    """Measured and predicted times. The runs of one rank all go at once, so that whatever slows them slows all."""
+    alone = [name for name in names if CASES[name].ranks == 1]
+    base = root / "base time"
+    runs = {name: start(CASES[name], root / f"{name} time", steps, "cpu") for name in dict.fromkeys(["base", *alone])}
+    for name, run in runs.items():
+        finish(run, root / f"{name} time")
+    rows = [time_row(name, "cpu", root, base) for name in alone]
+    for name in names:
+        if CASES[name].ranks > 1:
+            folder, beside = root / f"{name} time", root / f"{name} calibration"
+            pair = {
+                each: start(case, each, steps, "wall")
+                for each, case in ((folder, CASES[name]), (beside, CASES["base"]))
+            }
+            for each, run in pair.items():
+                finish(run, each)
+            rows.append(time_row(name, "wall", root, beside))
+    return rows
+
+
+def time_row(name: str, clock: str, root: Path, calibration: Path) -> dict:
+    """Measured and predicted time of one case."""
+    folder = root / f"{name} time"
     records = [record for record in read_metrics(folder / "run") if record["kind"] == "train"][WARM_UP_STEPS:]
     measured, cell_s = (statistics.median(record[key] for record in records) for key in ("step_s", "cell_s"))
-    result = predicted(case, root / "plan", calibrated(CPU, [beside / "run"]))
+    result = predicted(CASES[name], root / "plan", calibrated(CPU, [calibration / "run"]))
     return {
         "case": name,
         "clock": clock,
@@ -240,11 +255,11 @@ def main() -> None:
     options = parser.parse_args()
     root = options.keep or Path(tempfile.mkdtemp(prefix="planner_"))
     began = time.time()
-    for kind, row in (("memory", memory_row), ("time", time_row)):
-        if kind != options.skip:
-            more = (options.steps,) if kind == "time" else ()
-            rows = [row(name, CASES[name], root, *more) for name in options.only if kind == "memory" or name != "base"]
-            print(markdown_table(rows), end="\n\n", flush=True)
+    if options.skip != "memory":
+        print(markdown_table(memory_row(name, CASES[name], root) for name in options.only), end="\n\n", flush=True)
+    if options.skip != "time":
+        names = [name for name in options.only if name != "base"]
+        print(markdown_table(time_rows(names, root, options.steps)), end="\n\n", flush=True)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{time.time() - began:.0f} s; load average at the end {load} on {os.cpu_count()} cores")
 

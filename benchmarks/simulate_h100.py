@@ -159,7 +159,7 @@ def main() -> None:
     draw(rows, target.with_suffix(".png"))
     print(markdown(rows))
     simulated = [row for row in rows if row["fits"] and row["simulated"]]
-    filled = [row for row in simulated if row["sp"] <= MODELS[row["model"]].layers * row["chunks"]]
+    filled = [row for row in simulated if row["sp"] <= MODELS[row["model"]].num_hidden_layers * row["chunks"]]
     summary = {
         "benchmark": "simulate_h100",
         "rows": len(rows),

@@ -42,7 +42,7 @@ def read_run(folder: Path) -> MeasuredRun:
     run = planned_run(RunTree(with_vocabulary(tree, folder), ds_config), world)
     grid = validate(run.model, run.work, run.layout)
     steps = [record for record in read_metrics(folder) if record.get("kind") == "train"]
-    alike = [record for record in steps if is_longest(record, tree, steps)][WARM_UP_STEPS:]
+    alike = longest(steps)[WARM_UP_STEPS:]
     if not alike:
         raise ConfigError(
             f"calibrate={folder}: fewer than {WARM_UP_STEPS + 1} steps of the longest samples; train with at_least=1.0 "
@@ -59,11 +59,11 @@ def with_vocabulary(tree: dict, folder: Path) -> dict:
     return tree | {"model": given | {"base": None, "base_config": built.get("base_config")}}
 
 
-def is_longest(record: dict, tree: dict, steps: Sequence[dict]) -> bool:
-    """Whether a step ran the run's longest samples: as many tokens as any."""
-    index = steps.index(record)
-    tokens = [now["tokens"] - before["tokens"] for before, now in zip([{"tokens": 0}, *steps], steps, strict=False)]
-    return tokens[index] == max(tokens)
+def longest(steps: Sequence[dict]) -> list[dict]:
+    """The steps with the longest samples: those that read most tokens."""
+    before = [0, *(record["tokens"] for record in steps)]
+    read = [record["tokens"] - earlier for record, earlier in zip(steps, before, strict=False)]
+    return [record for record, tokens in zip(steps, read, strict=True) if tokens == max(read)]
 
 
 def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
