@@ -1,6 +1,5 @@
-"""The model as its user meets it: imported, loaded with `from_pretrained`, equal to the authors' and to its base."""
+"""The model as its user meets it: imported, loaded with `from_pretrained`, equal to the authors'; its configuration."""
 
-import copy
 import json
 import os
 import re
@@ -25,14 +24,12 @@ from support.golden import (
 )
 from support.models import BASES
 from support.paths import ROOT
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from armt_dist import reference
-from armt_dist.model.backbone import FAMILIES
 from armt_dist.model.configuration_armt import ARMTConfig
-from armt_dist.model.modeling_armt import ARMTForCausalLM, segment_lengths
+from armt_dist.model.modeling_armt import segment_lengths
 
 # --- golden cases -------------------------------------------------------------------------------------------------
 
@@ -216,47 +213,9 @@ def test_the_command_writes_a_folder_that_loads_without_this_package(name, tmp_p
     assert torch.equal(torch.load(logits), expected)
 
 
-# --- parity with the plain Hugging Face model ---------------------------------------------------------------------
+# --- bad configurations -------------------------------------------------------------------------------------------
 
 MEMORY = dict(segment_tokens=16, num_mem_tokens=3, d_mem=4)
-
-
-def test_every_family_is_tested():
-    assert set(BASES) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", BASES)
-@torch.no_grad()
-def test_untrained_memory_changes_nothing(family, attention, padded):
-    """One segment: the logits of real tokens are the base model's, to the bit.
-
-    The base model reads arbitrary tokens where the memory rows are: causality makes them invisible, and rows of
-    another length would be summed in another order.
-    """
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **BASES[family]), attn_implementation=attention
-    ).eval()
-    # Norms and biases that do something.
-    for parameter in plain.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    config = ARMTConfig(base_config={"model_type": family, **BASES[family]}, **MEMORY)
-    config._attn_implementation = attention
-    model = ARMTForCausalLM(config, copy.deepcopy(plain)).eval()
-    model.reset_memory()
-    ids, after = torch.randint(0, 50, (3, 16)), torch.randint(0, 50, (3, 3))
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, 10:] = mask[2, 4:] = 0
-    logits = model(ids, attention_mask=mask).logits
-    expected = plain(torch.cat([ids, after], 1), attention_mask=nn.functional.pad(mask, (0, 3), value=1)).logits[:, :16]
-    assert torch.equal(logits[mask == 1], expected[mask == 1])
-    assert model.base.config._attn_implementation == attention
-
-
-# --- bad configurations -------------------------------------------------------------------------------------------
 
 BAD_CONFIGS = {
     "segment_tokens=0": dict(segment_tokens=0),
