@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 FOLDERS = ("unit", "ranks", "commands", "cluster")
 QUICK = ("unit", "ranks")
 # Of a unit test; pyproject.toml has the limit of the others.
-UNIT_TIMEOUT_S = 120
+UNIT_TIMEOUT_S = 300
 
 
 def pytest_addoption(parser):
