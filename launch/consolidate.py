@@ -1,7 +1,7 @@
-"""Turn a checkpoint of a run into a Hugging Face folder: offline, in one process, without a GPU.
+"""Export a checkpoint of a run as a Hugging Face folder: offline, in one process, without a GPU.
 
-Weights are streamed from the ranks' files into safetensors, so a model of any size fits into little host memory.
-The folder holds everything that plain transformers needs (trust_remote_code=True), armt_dist not among it.
+Weights are streamed from the ranks' files into safetensors, so a model of any size needs little host memory.
+Plain transformers loads the folder (trust_remote_code=True), without armt_dist.
 """
 
 import argparse
@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python launch/consolidate.py runs/default --out runs/default/export
   python launch/consolidate.py runs/default --tag latest --dtype bfloat16 --out model
   python launch/consolidate.py runs/default/checkpoints/step_00000700 --out model --max-shard-size 1GB
-  python launch/consolidate.py --refresh model     # this version's modelling code into a folder written before
+  python launch/consolidate.py --refresh model     # update the modelling code of an exported folder
 """
 NEXT = """wrote {out} ({size:.4g} MB) from {checkpoint}; next:
   python launch/evaluate.py --model {out}
@@ -27,18 +27,23 @@ print(AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True))'"""
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("run", type=Path, nargs="?", help="run folder of launch/train.py, or one checkpoint in it")
-    add("--out", type=Path, help="folder to write; must not exist or be empty")
-    add("--tag", help="checkpoint: latest, best or a folder's name (default: best where there is one, else latest)")
-    add("--dtype", default="float32", help="of the weights: float32 (default) or bfloat16")
-    add("--max-shard-size", default="5GB", help="of one file (default %(default)s)")
-    add("--refresh", type=Path, metavar="FOLDER", help="put this version's code into an exported folder, nothing else")
-    add("--no-self-check", action="store_true", help="do not compare cached with uncached logits of a small twin")
-    add("--strict-versions", action="store_true", help="end where a package is outside its tested range")
+    add("--out", type=Path, help="folder to write; must be new or empty")
+    add("--tag", help="checkpoint: latest, best or a folder's name (default: best if there is one, else latest)")
+    add("--dtype", default="float32", help="type of the weights: float32 (default) or bfloat16")
+    add("--max-shard-size", default="5GB", help="largest size of a file (default %(default)s)")
+    add("--refresh", type=Path, metavar="FOLDER", help="only replace the code in an exported folder by this version's")
+    add(
+        "--no-self-check",
+        action="store_true",
+        help="skip comparing cached with uncached logits of a small model",
+    )
+    add("--strict-versions", action="store_true", help="fail if a package is outside its tested range")
     args = parser.parse_args()
     if args.refresh is None and (args.run is None or args.out is None):
         parser.error("give a run and --out, or --refresh FOLDER")
@@ -48,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def refresh(folder: Path) -> None:
-    """Bring the code of an exported folder up to date. Raises ConfigError where that cannot be done."""
+    """Update the code of an exported folder. Raises ConfigError."""
     from armt_dist.checkpoint import exported_code
 
     try:
@@ -61,7 +66,7 @@ def refresh(folder: Path) -> None:
 
 
 def check_code(folder: Path) -> None:
-    """Run the self-check on a small model of the kind in `folder`. Raises ConfigError where it fails."""
+    """Run the self-check on a small model of the kind in `folder`. Raises ConfigError if it fails."""
     from armt_dist.evaluation.exported import self_check, small_twin
     from armt_dist.model.configuration_armt import ARMTConfig
 
@@ -69,6 +74,7 @@ def check_code(folder: Path) -> None:
 
 
 def main() -> None:
+    """Export, or update the code of an export, and check it."""
     args = arguments()
     check_versions(args.strict_versions)
     # Slow to import; --help should not wait for it.

@@ -1,12 +1,11 @@
-"""Evaluate an exported model by the length of what it reads, in constant memory.
+"""Evaluate an exported model by the length of its input, in constant memory.
 
 Reports accuracy (retrieval, BABILong) or perplexity and bits per byte (text) for each length as a table, and writes
-evaluation.json and evaluation.png; for BABILong, task by task, the picture is a heat map of task by length. The task is
-the one the model was trained on, unless --task names another.
+evaluation.json and evaluation.png. For BABILong, the tasks are evaluated one by one and shown as a heat map. The task
+is the one that the model was trained on, unless --task names another.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from armt_dist.config import ConfigError, run_main
+from armt_dist.records import write_json
 from armt_dist.versions import check_versions
 
 EXAMPLES = """examples:
@@ -32,28 +32,29 @@ EXAMPLES = """examples:
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder that launch/consolidate.py wrote")
     add("--task", help="rewrite, remember, text or babilong (default: the one the model was trained on)")
-    add("--lengths", nargs="*", type=int, help="pairs or segments (default: those of 5 10 20 50, or of the powers of 2 "
-        "up to 64 segments, that the task has)")  # fmt: skip
-    add("--samples", type=int, default=256, help="of each length (default %(default)s)")
-    add("--batch", type=int, default=64, help="samples at a time (default %(default)s)")
+    add("--lengths", nargs="*", type=int, help="pairs or segments (default: 5 10 20 50 pairs or 1 2 4 ... 64 segments, "
+        "as far as the task can make them)")  # fmt: skip
+    add("--samples", type=int, default=256, help="samples of each length (default %(default)s)")
+    add("--batch", type=int, default=64, help="samples evaluated at a time (default %(default)s)")
     add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
     add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
-    add("--no-self-check", action="store_true", help="do not compare cached with uncached logits first")
-    add("--strict-versions", action="store_true", help="end where a package is outside its tested range")
-    add("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
+    add("--no-self-check", action="store_true", help="skip the comparison of cached with uncached logits")
+    add("--strict-versions", action="store_true", help="fail if a package is outside its tested range")
+    add("--device", help="for example cpu or cuda:1 (default: a GPU if there is one)")
     return parser.parse_args()
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Raises ConfigError where the block cannot write."""
+    """Turn an OSError of the block into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -61,7 +62,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
-    """What is evaluated apart, by name: each task of BABILong, or the whole."""
+    """Split into what is evaluated separately, by name: each task of BABILong, or everything."""
     if data.task != "babilong":
         return {data.task: data}
     from armt_dist.data.babilong.task import BabilongConfig
@@ -74,6 +75,7 @@ def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
 
 
 def main() -> None:
+    """Evaluate, print tables, and write the results."""
     args = arguments()
     check_versions(args.strict_versions)
     # Slow to import; --help should not wait for it.
@@ -92,7 +94,7 @@ def main() -> None:
     out = args.out or args.model / ("evaluation_zero_memory" if args.zero_memory else "evaluation")
     model = load_model(args.model, args.device)
     if is_stale(args.model):
-        print(f"note: the code in {args.model} is not this version's, which evaluates it; bring it up to date with\n"
+        print(f"note: the code in {args.model} is not this version's, which evaluates it; update it with\n"
               f"  {REFRESH.format(folder=args.model)}", file=sys.stderr)  # fmt: skip
     if not args.no_self_check:
         self_check(model)
@@ -103,22 +105,20 @@ def main() -> None:
     for task in parts.values():
         lengths = lengths if lengths is not None else default_lengths(task)
         check_lengths(task, lengths, args.samples, args.batch)
-    # Before the work, so that it is not lost.
+    # Checked before the work, whose results would be lost.
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, task in parts.items():
         found[name] = evaluate(model, task, lengths, args.samples, args.batch, zero_memory=args.zero_memory)
-        print(
-            f"{name}\n{evaluation_table(found[name], task.measure)}"
-            if len(parts) > 1
-            else evaluation_table(found[name], task.measure)
-        )
+        if len(parts) > 1:
+            print(name)
+        print(evaluation_table(found[name], task.measure))
     rows = [{"task": name, **row._asdict()} for name, part in found.items() for row in part]
     facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
     result = {**facts, "measure": task.measure, "zero_memory": args.zero_memory, "rows": rows}
     with writing(out):
-        (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(out / "evaluation.json", result)
         if data.task == "babilong":
             heat_map(found, out / "evaluation.png", "BABILong: exact match")
         else:

@@ -1,6 +1,6 @@
-"""The modelling code that lies in an exported folder: is it this version's, and how it is replaced.
+"""The modelling code in an exported folder: compare it with this version's, and replace it.
 
-Needs nothing but transformers, as launch/ask.py does.
+Needs only transformers, like launch/ask.py.
 """
 
 import filecmp
@@ -21,14 +21,14 @@ REFRESH = "python launch/consolidate.py --refresh {folder}"
 
 
 def code_files() -> list[Path]:
-    """The files that an export carries: configuration and model, and what they import of this package."""
+    """List the files that an export carries: configuration, model, and their imports from this package."""
     starts = [HERE / name for name in STARTS]
     imported = {Path(file) for start in starts for file in get_relative_import_files(start)}
     return sorted({*starts, *imported})
 
 
 def is_stale(folder: Path) -> bool:
-    """Return whether the code in `folder` is there and not this version's."""
+    """Return whether `folder` holds code of another version."""
     if not (folder / STARTS[1]).is_file():
         return False
     return any(
@@ -38,10 +38,10 @@ def is_stale(folder: Path) -> bool:
 
 
 def refresh(folder: Path) -> list[str]:
-    """Put this version's code into `folder` and return the names of the files that changed.
+    """Replace the code in `folder` by this version's and return the names of the changed files.
 
-    Each file is replaced as a whole; weights, tokenizer and configuration keep every byte, but for an `auto_map` that
-    config.json may lack. Raises ValueError, in one line, for a folder without an ARMT; OSError where it cannot write.
+    Each file is replaced as a whole. Weights, tokenizer and configuration stay as they are, except that config.json may
+    get its `auto_map`. Raises ValueError, in one line, for a folder without an ARMT, and OSError.
     """
     config_file = folder / "config.json"
     try:
@@ -49,7 +49,7 @@ def refresh(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"refresh={folder}: no readable config.json in it ({error})") from None
     if not isinstance(config, dict) or config.get("model_type") != "armt":
-        raise ValueError(f"refresh={folder}: holds no ARMT; give a folder that launch/consolidate.py wrote")
+        raise ValueError(f"refresh={folder}: is not an ARMT; give a folder that launch/consolidate.py wrote")
     changed = []
     for file in code_files():
         target = folder / file.name
@@ -63,7 +63,7 @@ def refresh(folder: Path) -> list[str]:
 
 
 def replace(target: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old or the new one; it keeps the old one's mode."""
+    """Write a file so that readers see either the old or the new content; keep the old mode."""
     staging = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         staging.write_bytes(content)

@@ -1,16 +1,18 @@
-"""Checkpoints that are whole or absent: staged, hashed, renamed, and only then pointed to.
+"""Checkpoint folders that are complete or absent: staged, hashed, renamed, and only then pointed to.
 
-A checkpoint is a DeepSpeed tag folder `step_00000100` with two additions: `rank_R.safetensors` (generators of each
-rank) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag's name.
-`saver` writes checkpoints, `resume` loads them.
+A checkpoint is a DeepSpeed tag folder `step_00000100` with two additions: `rank_R.safetensors` (random generators of
+each rank) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag.
+`save` writes checkpoints, `load` restores them.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,44 +26,73 @@ MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is missing, unfinished, damaged or of another world."""
+    """A checkpoint is missing, incomplete, damaged, or does not fit this run."""
 
 
 def tag_of(step: int) -> str:
-    """The folder name of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
 
 
 def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> None:
-    """Give the staged checkpoint its manifest and its name, and point `latest` at it. Rank 0 only."""
+    """Complete the staged checkpoint with its manifest and its name, and point `latest` to it. Rank 0 only.
+
+    parts: `hash_files` of each rank's files.
+    """
+    staged = staging(root / tag)
     files = {name: entry for part in parts for name, entry in part.items()}
-    write_manifest(
-        staging(root, tag), root / tag, files, {"tag": tag, "world_size": dist.get_world_size(), "state": state}
-    )
+    write_manifest(staged, files, {"tag": tag, "world_size": dist.get_world_size(), "state": state})
+    remove(root / tag)
+    take_name(staged, root / tag)
     point_to(root, "latest", tag)
 
 
 def point_to(root: Path, name: str, tag: str) -> None:
-    """Let the pointer `name`, `latest` or `best`, name a checkpoint. Rank 0 only."""
+    """Point `name`, `latest` or `best`, to a checkpoint. Rank 0 only."""
     write_atomically(root / name, tag)
 
 
-def write_manifest(staged: Path, folder: Path, files: dict[str, dict], facts: dict) -> None:
-    """Complete the `staged` folder with a manifest of its `files` and `facts`, and rename it to `folder`."""
-    write_atomically(staged / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+def write_manifest(folder: Path, files: dict[str, dict], facts: dict) -> None:
+    """Write the manifest of the `files` in `folder`; facts: the other fields of Manifest."""
+    write_atomically(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+
+
+def staging(path: Path) -> Path:
+    """Return the folder in which `path` is written until it is complete."""
+    return path.with_name(STAGING + path.name)
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """Yield a new folder that takes the name `path` at the end of the block, or is removed if the block fails.
+
+    Raises OSError if the folder cannot be made, or if `path` is in use by then: an empty folder is replaced.
+    """
+    staged = staging(path.absolute())
+    staged = staged.with_name(f"{staged.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        staged.mkdir(parents=True)
+        yield staged
+        take_name(staged, path.absolute())
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def take_name(staged: Path, path: Path) -> None:
+    """Rename a staged folder, durably."""
     sync(staged)
+    staged.rename(path)
+    sync(path.parent)
+
+
+def make_anew(folder: Path) -> None:
+    """Make an empty folder, and delete the one that is there."""
     remove(folder)
-    staged.rename(folder)
-    sync(folder.parent)
-
-
-def staging(root: Path, tag: str) -> Path:
-    """Where a checkpoint is written until it is whole."""
-    return root / (STAGING + tag)
+    folder.mkdir(parents=True)
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
-    """Size and SHA-256 of some files below `folder`, which are flushed to disk."""
+    """Flush `files` below `folder` to disk and return their sizes and SHA-256, as in a manifest."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path, flush=True)}
         for path in files
@@ -69,7 +100,7 @@ def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
 
 
 def sha256(path: Path, flush: bool = False) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -77,14 +108,14 @@ def sha256(path: Path, flush: bool = False) -> str:
 
 
 class Entry(Section):
-    """A file, as it was written."""
+    """Size and hash of a file when it was written."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
 class Manifest(Section):
-    """What a checkpoint is made of; `state` is what `Saver.save` was given."""
+    """The files of a checkpoint, and the `state` passed to `Saver.save`."""
 
     tag: str
     world_size: Annotated[int, Field(ge=0)]
@@ -93,20 +124,20 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished checkpoint. Raises CheckpointError where there is none or it is damaged."""
+    """Read the manifest of a complete checkpoint. Raises CheckpointError if it is missing or damaged."""
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes(), strict=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint={folder}: no readable {MANIFEST} ({one_line(error)})") from None
     for name in manifest.files:
-        # A manifest must not make us read or trust anything outside its folder.
+        # A manifest must not refer to files outside its folder.
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"checkpoint={folder}: {MANIFEST} names {name!r}, which is outside the folder")
     return manifest
 
 
 def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
-    """Compare (a share of) the files with the manifest. Raises CheckpointError naming the first that differs."""
+    """Compare the files, or a share of them, with the manifest. Raises CheckpointError naming the first difference."""
     manifest = read_manifest(folder)
     for name in sorted(manifest.files)[share]:
         entry, path = manifest.files[name], folder / name
@@ -120,32 +151,32 @@ def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
 
 
 def tags(root: Path) -> list[str]:
-    """Finished checkpoints, oldest first; staging folders are none."""
+    """List the complete checkpoints, oldest first."""
     return sorted(path.name for path in root.glob("step_*") if path.is_dir())
 
 
 def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
-    """The newest undamaged checkpoint, or None where there is none at all; damaged ones are reported and passed over.
+    """Return the newest undamaged checkpoint; None if there is no checkpoint. Damaged ones are reported and skipped.
 
-    Collective: the ranks share the hashing. Raises CheckpointError where all are damaged.
+    Collective: the ranks share the hashing. Raises CheckpointError if all are damaged.
     """
     candidates = together(lambda: tags(root))
     for tag in reversed(candidates):
         share = slice(dist.get_rank(), None, dist.get_world_size())
         try:
-            together(lambda tag=tag, share=share: verify_checkpoint(root / tag, share))
+            together(partial(verify_checkpoint, root / tag, share))
             return tag
         except ConfigError as error:
-            report(f"passing over a damaged checkpoint: {error}")
+            report(f"skipping a damaged checkpoint: {error}")
     if candidates:
-        raise CheckpointError(f"resume={root}: no undamaged checkpoint; start anew with another --out")
+        raise CheckpointError(f"resume={root}: all checkpoints are damaged; start a new run with another --out")
     return None
 
 
 def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) -> None:
-    """Delete the checkpoints not in `keep`, among the newest `keep_last` or of a step that `keep_every` divides.
+    """Delete old checkpoints, with their universal forms. Rank 0 only.
 
-    Their universal forms go with them. Rank 0 only.
+    Kept are those in `keep`, the newest `keep_last`, and those of every `keep_every`-th step.
     """
     for tag in tags(root)[:-keep_last]:
         step = int(tag.removeprefix("step_")) if tag.removeprefix("step_").isdigit() else 0
@@ -157,13 +188,13 @@ def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) ->
 
 
 def clean(root: Path) -> None:
-    """Delete what unfinished writing left behind. Rank 0 only, while nothing is being written."""
+    """Delete folders of interrupted saves. Rank 0 only, while nothing is being written."""
     for path in root.glob(STAGING + "*"):
         remove(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one."""
+    """Write a file so that readers see either the old or the new content."""
     staged = path.with_name(f".{path.name}.tmp")
     with staged.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -174,7 +205,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make renames in `folder` durable, where the file system can."""
+    """Make renames in `folder` durable, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -184,7 +215,7 @@ def sync(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, if it is there; renamed first, so that a half-deleted one is not taken for a checkpoint."""
+    """Delete a folder if it exists; it is renamed first, so that a half-deleted one never passes for a checkpoint."""
     if folder.exists():
         doomed = folder if folder.name.startswith(STAGING) else folder.rename(folder.with_name(STAGING + folder.name))
         shutil.rmtree(doomed)

@@ -1,19 +1,20 @@
-"""README.md of an exported model: what it is, how it is loaded, how it was trained and how well it did."""
+"""README.md of an exported model: what it is, how to load it, how it was trained, and its last validation."""
 
-import json
 from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import read_yaml
 from ..model.configuration_armt import ARMTConfig
+from ..records import markdown_table, read_json, read_json_lines
 from .folder import MANIFEST
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [armt, associative-recurrent-memory, long-context]
----
-
-# {name}
+DATA = ModelCardData(
+    library_name="transformers",
+    pipeline_tag="text-generation",
+    tags=["armt", "associative-recurrent-memory", "long-context"],
+)
+TEXT = """# {name}
 
 An [Associative Recurrent Memory Transformer](https://arxiv.org/abs/2407.04841): a {family} of {layers} layers, width
 {width}, that reads a text in segments of {segment_tokens} tokens and carries an associative memory in every layer from
@@ -30,12 +31,13 @@ prompt = tokenizer("your text", return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(prompt.input_ids, max_new_tokens=20)[0]))
 ```
 
-The modelling code is in this folder; it needs only `torch` and `transformers`. Batches are padded on the right.
+The modelling code is in this folder; it needs only `torch` and `transformers`. Pad batches on the right.
 
 ## Training
 
-{facts}{metrics}"""
-# Where the run says how it was trained: configuration key -> its name for people.
+{facts}
+"""
+# Configuration keys of the run that the card shows, and their names for people.
 SHOWN = {
     ("data", "task"): "task",
     ("model", "base"): "started from",
@@ -44,32 +46,35 @@ SHOWN = {
 }
 
 
-def write_model_card(run: Path, checkpoint: Path, config: ARMTConfig, parameters: int) -> str:
-    """The card of `checkpoint` of `run`; facts that the run folder lacks are left out. parameters: their number."""
-    facts, metrics = training_facts(run, checkpoint), last_validation(run, step_of(checkpoint))
-    return CARD.format(
+def write_model_card(path: Path, run: Path, checkpoint: Path, config: ARMTConfig, parameters: int) -> None:
+    """Write the card of `checkpoint` of `run`, without the facts that the run folder lacks. Raises OSError.
+
+    parameters: number of parameters.
+    """
+    progress = read_json(checkpoint / MANIFEST).get("state", {}).get("progress", {})
+    metrics = last_validation(run, progress.get("step"))
+    text = TEXT.format(
         name=run.name,
-        family=config.base_config.model_type,
+        family=config.base.model_type,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         segment_tokens=config.segment_tokens,
         parameters=parameters,
-        facts=table(("fact", "value"), facts),
-        metrics="\n## Validation\n\n" + table(("metric", "value"), metrics) if metrics else "",
+        facts=facts_table("fact", training_facts(run, checkpoint, progress)),
     )
+    if metrics:
+        text += f"\n## Validation\n\n{facts_table('metric', metrics)}\n"
+    ModelCard(f"---\n{DATA.to_yaml()}\n---\n\n{text}").save(path)
 
 
-def without_nulls(value: object) -> object:
-    """Nested mappings and lists without the entries that were left out."""
-    if isinstance(value, dict):
-        return {key: without_nulls(child) for key, child in value.items() if child is not None}
-    return [without_nulls(child) for child in value] if isinstance(value, list) else value
+def facts_table(head: str, facts: dict[str, object]) -> str:
+    """Format names and values as a Markdown table."""
+    return markdown_table({head: name, "value": value} for name, value in facts.items())
 
 
-def training_facts(run: Path, checkpoint: Path) -> dict[str, object]:
-    """From the resolved configuration, the environment and the checkpoint's manifest."""
+def training_facts(run: Path, checkpoint: Path, progress: dict) -> dict[str, object]:
+    """Collect facts from the configuration, the environment and the checkpoint's progress."""
     facts: dict[str, object] = {"checkpoint": checkpoint.name}
-    progress = read_json(checkpoint / MANIFEST).get("state", {}).get("progress", {})
     facts |= {name: progress.get(name) for name in ("step", "tokens", "seconds")}
     config = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     for keys, name in SHOWN.items():
@@ -83,31 +88,18 @@ def training_facts(run: Path, checkpoint: Path) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value not in (None, {}, [])}
 
 
+def without_nulls(value: object) -> object:
+    """Drop the null entries of nested mappings."""
+    if isinstance(value, dict):
+        return {key: without_nulls(child) for key, child in value.items() if child is not None}
+    return [without_nulls(child) for child in value] if isinstance(value, list) else value
+
+
 def last_validation(run: Path, step: int | None) -> dict[str, object]:
-    """The last validation at or before `step`; empty where there is none."""
-    path, found = run / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        # A run that is going on may be in the middle of its last line.
-        record = json.loads(line) if line.endswith("}") else {}
-        if record.get("kind") == "validation" and (step is None or record["step"] <= step):
+    """Return the last validation at or before `step`; empty if there is none."""
+    path = run / "metrics.jsonl"
+    found: dict[str, object] = {}
+    for record in read_json_lines(path) if path.is_file() else []:
+        if record["kind"] == "validation" and (step is None or record["step"] <= step):
             found = record
     return {name: value for name, value in found.items() if name != "kind"}
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """Optimizer steps that a checkpoint was saved after."""
-    return read_json(checkpoint / MANIFEST).get("state", {}).get("progress", {}).get("step")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def table(head: tuple[str, str], rows: dict[str, object]) -> str:
-    """A Markdown table of names and values."""
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    for name, value in rows.items():
-        text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-        lines.append(f"| {name} | {text.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,8 @@
-"""Every random generator of a process as tensors, and back."""
+"""The random generators of a process (torch, CUDA, NumPy, Python) as tensors.
+
+`torch.utils.checkpoint.get_device_states` covers one of the four, so it would not shorten this. The names are those in
+checkpoint files.
+"""
 
 import random
 
@@ -7,12 +11,13 @@ import torch
 
 
 def generators() -> dict[str, torch.Tensor]:
-    """Every random generator of this process."""
-    numpy_state = np.random.get_state()
+    """Return the states of all random generators of this process."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_rest = [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]]
     states = {
         "torch": torch.get_rng_state(),
-        "numpy_keys": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_rest": torch.tensor([numpy_state[2], numpy_state[3], numpy_state[4]], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": torch.tensor(numpy_rest, dtype=torch.float64),
         "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
     }
     if torch.cuda.is_available():
@@ -21,7 +26,7 @@ def generators() -> dict[str, torch.Tensor]:
 
 
 def set_generators(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `generators`."""
+    """Restore what `generators` returned."""
     torch.set_rng_state(states["torch"])
     position, has_gauss, gauss = states["numpy_rest"].tolist()
     np.random.set_state(

@@ -1,15 +1,15 @@
-"""Writes checkpoints, at once or while the run goes on.
+"""Writes checkpoints, either at once or in the background.
 
-DeepSpeed collects what belongs into a checkpoint; `Writer` keeps it from writing, so that the files can be written,
-flushed and hashed in one place: by the caller, or from a copy in host memory by a thread. Publishing (manifest,
-rename, `latest`) is collective and done by the main threads alone: the background writes files and nothing else.
+DeepSpeed collects the contents of a checkpoint, and `Writer` takes them over, so that files are written, flushed and
+hashed in one place: by the caller, or from a copy in host memory by a thread. Publishing (manifest, rename, `latest`)
+is collective and left to the main threads; the background thread only writes files.
 """
 
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,43 +18,47 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 
 from ..config import ConfigError, one_line
-from ..distributed.collectives import device, together
-from .folder import CheckpointError, hash_files, point_to, publish, remove, staging
+from ..distributed.collectives import device, gather_objects, together
+from .deepspeed_files import leave_out_recovery_script, writing_through
+from .folder import CheckpointError, hash_files, make_anew, point_to, publish, staging
 from .rng_state import generators
 
 
 class Writer(TorchCheckpointEngine):
-    """Collects (content, path) instead of writing; `copy`: the contents as they are now, in host memory."""
+    """Collects the contents of a rank's files, and writes them later. Its base was seen in DeepSpeed 0.19.8."""
 
     def __init__(self, copy: bool):
+        """copy: whether to copy the contents to host memory, so that the run may change them."""
         super().__init__()
-        self.copy, self.files = copy, []
+        self.copy = copy
+        self.files: list[tuple[Any, Path]] = []
 
     def save(self, state_dict: dict, path: str) -> None:
+        """Collect one file; called by the engine."""
         content = tree_map(host_copy, state_dict, is_leaf=is_shape) if self.copy else state_dict
         self.files.append((content, Path(path)))
 
     def write(self, generator_states: dict, folder: Path, rank: int) -> dict[str, dict]:
-        """Write and flush this rank's files; their sizes and hashes. Needs no other rank. OSError where it cannot."""
+        """Write and flush this rank's files, and return their sizes and hashes. Raises OSError. Not collective."""
         own = folder / f"rank_{rank}.safetensors"
         try:
             save_file(generator_states, own)
             for content, path in self.files:
                 torch.save(content, path)
             return hash_files(folder, [own, *(path for _, path in self.files)])
-        # A full disk is a RuntimeError of torch, which does not say so, and a SafetensorError of safetensors.
+        # For a full disk, torch raises an uninformative RuntimeError, and safetensors a SafetensorError.
         except Exception as error:
             left = shutil.disk_usage(folder).free / 2**20
             raise OSError(f"{one_line(error, 200)}; {left:.0f} MB left on the disk") from error
 
 
 def is_shape(value: object) -> bool:
-    """`tree_map` would turn a shape into a plain tuple."""
+    """Return whether `tree_map` must leave a value alone: it would turn a shape into a plain tuple."""
     return isinstance(value, torch.Size)
 
 
 def host_copy(value: object) -> object:
-    """A tensor as it is now, in host memory; anything else as it is."""
+    """Copy a tensor to host memory; return anything else unchanged."""
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -63,35 +67,34 @@ class Pending(NamedTuple):
 
     tag: str
     state: dict
-    best: bool  # whether it is to become `best`
-    written: Future
+    best: bool  # whether `best` will point to it
+    written: Future[dict[str, dict]]
 
 
 class Saver:
-    """The checkpoints of one run. All methods are collective and return the same on every rank."""
+    """The checkpoints of one run. All methods are collective and have the same result on every rank."""
 
-    def __init__(self, engine, root: Path, background: bool, say: Callable[[str], None]):
-        """`background`: go on while files are written, at the price of a copy of the rank's state in host memory."""
+    def __init__(self, engine: Any, root: Path, background: bool, say: Callable[[str], None]):
+        """background: write files in a thread, from a copy of the rank's state in host memory."""
         self.engine, self.root, self.background, self.say = engine, root, background, say
         self.pool = ThreadPoolExecutor(max_workers=1) if background else None
         self.pending: Pending | None = None
-        # The newest checkpoint that is whole.
+        # The newest complete checkpoint.
         self.saved: str | None = None
-        # DeepSpeed's scripts run whatever a checkpoint was pickled with; launch/consolidate.py does not.
-        engine._copy_recovery_script = lambda path: None
+        leave_out_recovery_script(engine)
 
     def save(self, tag: str, state: dict, best: bool = False) -> None:
-        """Write checkpoint `tag` with the JSON-serialisable `state`, unless it is there; `best`: point `best` to it.
+        """Write checkpoint `tag` with the JSON-serialisable `state`, unless it exists; best: point `best` to it.
 
-        Waits for one that is still being written. Raises CheckpointError on all ranks where a file cannot be written;
-        what was there before stays as it was. In the background that is raised by the next call of any method.
+        Waits for one that is still being written. Raises CheckpointError on all ranks if a file cannot be written, and
+        leaves earlier checkpoints as they are. A failure in the background is raised by the next call of any method.
         """
         self.wait()
         if tag == self.saved:
             if best:
                 together(lambda: point_to(self.root, "best", tag), only=0)
             return
-        staged = staging(self.root, tag)
+        staged = staging(self.root / tag)
         try:
             together(lambda: make_anew(staged), only=0)
             written = together(lambda: self.start_writing(staged))
@@ -101,25 +104,22 @@ class Saver:
         if not self.background:
             self.wait()
 
-    def start_writing(self, staged: Path) -> Future:
-        """This rank's files: written now, or by the thread from a copy."""
+    def start_writing(self, staged: Path) -> Future[dict[str, dict]]:
+        """Write this rank's files, or let the thread write them from a copy."""
         writer = Writer(copy=self.background)
-        before, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
-        try:
+        with writing_through(self.engine, writer):
             self.engine.save_checkpoint(str(self.root), tag=staged.name, client_state={}, save_latest=False)
-        finally:
-            self.engine.checkpoint_engine = before
         arguments = (generators(), staged, dist.get_rank())
         if self.pool is not None:
             return self.pool.submit(writer.write, *arguments)
-        written = Future()
+        written: Future[dict[str, dict]] = Future()
         written.set_result(writer.write(*arguments))
         return written
 
     def poll(self) -> None:
-        """Publish what was written in the background, once all ranks have written it; does not wait for files.
+        """Publish the checkpoint in the background if all ranks have written their files; do not wait for them.
 
-        Raises CheckpointError on all ranks where a file could not be written.
+        Raises CheckpointError on all ranks if a file could not be written.
         """
         if self.pending is None:
             return
@@ -135,8 +135,7 @@ class Saver:
             return
         pending, self.pending = self.pending, None
         try:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, together(pending.written.result))
+            parts = gather_objects(together(pending.written.result))
             together(lambda: publish(self.root, pending.tag, parts, pending.state), only=0)
             if pending.best:
                 together(lambda: point_to(self.root, "best", pending.tag), only=0)
@@ -145,13 +144,7 @@ class Saver:
         self.saved = pending.tag
 
     def give_up(self, tag: str, error: ConfigError) -> CheckpointError:
-        """Make room again, and say what happened."""
+        """Remove the incomplete checkpoint and return the error to raise."""
         if dist.get_rank() == 0:
-            shutil.rmtree(staging(self.root, tag), ignore_errors=True)
+            shutil.rmtree(staging(self.root / tag), ignore_errors=True)
         return CheckpointError(f"checkpoint={self.root / tag}: not written ({one_line(error, 400)})")
-
-
-def make_anew(folder: Path) -> None:
-    """An empty folder, whatever was there."""
-    remove(folder)
-    folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""The parameters in a ZeRO-3 checkpoint folder: for each, the ranks' pieces of it, mapped from disk and not yet read.
+"""The parameters in a ZeRO-3 checkpoint folder, each as the ranks' pieces, mapped from disk and not yet read.
 
-DeepSpeed's own reader (`zero_to_fp32`) runs whatever code a checkpoint was pickled with, and reads the frozen
-parameters of all ranks into memory. Here files are opened with torch's restricted unpickler, and bytes move only when
-a piece is used. Needs neither deepspeed nor a process group.
+DeepSpeed's own reader (`zero_to_fp32`) runs any code that a checkpoint was pickled with, and reads the frozen
+parameters of all ranks into memory. Here files are opened with torch's restricted unpickler, and bytes are read only
+when a piece is used. Needs neither DeepSpeed nor a process group.
 """
 
 from collections.abc import Iterator
@@ -13,44 +13,33 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, one_line
+from .deepspeed_files import read_tensors
 
-# Rank r of a checkpoint: fp32 master weights with the optimizer's states, and everything else.
+# Files of a rank: fp32 master weights with the optimizer's states, and everything else. Seen in DeepSpeed 0.19.8.
 OPTIMIZER, MODEL = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 
 
-class Parameter(NamedTuple):
-    """One parameter: its pieces, flat and without ZeRO's padding, follow each other in the whole tensor."""
+class StoredParameter(NamedTuple):
+    """One parameter; its flat pieces, without ZeRO's padding, make up the whole tensor in order."""
 
     shape: torch.Size
     pieces: tuple[Tensor, ...]
 
 
-class Inert:
-    """Stands for an object of DeepSpeed's that nothing here needs."""
-
-
-# What DeepSpeed puts beside tensors, and what takes its place.
-KNOWN_OBJECTS = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-]
-
-
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds files of a ZeRO checkpoint."""
+    """Return whether `folder` holds files of a ZeRO checkpoint."""
     return any(folder.glob(OPTIMIZER.format("*"))) or any(folder.glob(MODEL.format("*")))
 
 
-def open_checkpoint(folder: Path) -> dict[str, Parameter]:
-    """Every parameter, trained and frozen, under the name that it had in the engine.
+def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
+    """Map every parameter, trained and frozen, by its name in the engine.
 
     Raises ConfigError for a file that is missing, truncated or not of a ZeRO-3 checkpoint.
     """
     first = open_file(folder, OPTIMIZER, 0)["optimizer_state_dict"]
     stage, world = first.get("zero_stage"), first.get("partition_count")
     if stage != 3:
-        raise ConfigError(f"checkpoint={folder}: of ZeRO stage {stage}; only stage 3 can be exported")
+        raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {stage}; only stage 3 can be exported")
     ranks = [first, *(open_file(folder, OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
     models = [open_file(folder, MODEL, 0)]
     trained = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
@@ -67,7 +56,7 @@ def open_checkpoint(folder: Path) -> dict[str, Parameter]:
 
 
 def open_file(folder: Path, pattern: str, rank: int) -> dict:
-    """One file of one rank, its tensors mapped. Raises ConfigError naming it."""
+    """Map one file of one rank from disk. Raises ConfigError naming it."""
     path = next(folder.glob(pattern.format(rank)), None)
     if path is None:
         raise ConfigError(
@@ -75,23 +64,24 @@ def open_file(folder: Path, pattern: str, rank: int) -> dict:
             "restore it or choose another --tag"
         )
     try:
-        with torch.serialization.safe_globals(KNOWN_OBJECTS):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = read_tensors(path)
         required = "optimizer_state_dict" if pattern is OPTIMIZER else "param_shapes"
         if required not in content:
             raise ValueError(f"no {required} in it")
         return content
-    # The restricted unpickler raises many classes on damaged input.
+    # The restricted unpickler raises many exceptions for damaged files.
     except Exception as error:
         raise ConfigError(
             f"checkpoint={path}: truncated or not a DeepSpeed file ({one_line(error)}); choose another --tag"
         ) from None
 
 
-def trained_parameters(shapes: dict[str, torch.Size], groups: list[list[Tensor]]) -> Iterator[tuple[str, Parameter]]:
-    """The parameters lie one after the other in each rank's flat groups, each cut into equal parts over the ranks.
+def trained_parameters(
+    shapes: dict[str, torch.Size], groups: list[list[Tensor]]
+) -> Iterator[tuple[str, StoredParameter]]:
+    """Yield the parameters, which follow one another in each rank's flat groups, in equal parts over the ranks.
 
-    Raises ValueError where the groups are longer or shorter than the parameters.
+    Raises ValueError if the groups are longer or shorter than the parameters.
     """
     world, start = len(groups), 0
     for name, shape in shapes.items():
@@ -105,7 +95,7 @@ def trained_parameters(shapes: dict[str, torch.Size], groups: list[list[Tensor]]
 
 
 def stretch_of(groups: list[Tensor], start: int, count: int) -> Iterator[Tensor]:
-    """Views of values `start` to `start + count` of the concatenated flat `groups`."""
+    """Yield views of the values `start` to `start + count` of the concatenated flat `groups`."""
     for group in groups:
         taken = group[max(start, 0) : max(start + count, 0)]
         if len(taken):
@@ -113,13 +103,13 @@ def stretch_of(groups: list[Tensor], start: int, count: int) -> Iterator[Tensor]
         start -= len(group)
 
 
-def join(shape: torch.Size, by_rank: list[list[Tensor]]) -> Parameter:
-    """The parts of all ranks without the padding at the end. Raises ValueError where they are too short."""
-    left, pieces = shape.numel(), []
+def join(shape: torch.Size, by_rank: list[list[Tensor]]) -> StoredParameter:
+    """Join the parts of all ranks and drop the padding at the end. Raises ValueError if they are too short."""
+    left, pieces = shape.numel(), list[Tensor]()
     for piece in (piece.flatten() for parts in by_rank for piece in parts):
         if left:
             pieces.append(piece[:left])
             left -= len(pieces[-1])
     if left:
         raise ValueError(f"{left} values of a parameter of shape {list(shape)} are missing")
-    return Parameter(torch.Size(shape), tuple(pieces))
+    return StoredParameter(torch.Size(shape), tuple(pieces))

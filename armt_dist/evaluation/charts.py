@@ -1,4 +1,4 @@
-"""Line charts with several panels."""
+"""Line charts with several panels, as PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +14,19 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One pair of axes. `log_x`: lengths double from point to point; `limits` of y, None for those of the data."""
+    """One pair of axes with curves."""
 
     x_label: str
     y_label: str
     curves: Sequence[Curve]
     log_x: bool = True
     limits: tuple[float, float] | None = None
+    """Limits of y; None: those of the data."""
 
 
 def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """A PNG at `path`, the panels side by side. Raises OSError where it cannot be written."""
-    # Slow to import; without pyplot there is no display to choose.
+    """Draw the panels side by side into a PNG at `path`. Raises OSError."""
+    # Slow to import. pyplot is avoided: it looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter

@@ -1,4 +1,4 @@
-"""How well a model remembers, by the length of what it read: streamed, so that memory does not grow with the length.
+"""Evaluates a model by the length of its input, segment by segment, so that memory does not grow with the length.
 
 Shapes: B batch rows, S segments, T tokens of a segment, D model width, n scored positions.
 """
@@ -6,7 +6,7 @@ Shapes: B batch rows, S segments, T tokens of a segment, D model width, n scored
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -15,30 +15,31 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError
 from ..data.task import IGNORE, Batch, Difficulty, Task
+from ..data.tokenizers import decode
 from ..model.modeling_armt import ARMTForCausalLM, segment_lengths
 from ..runtime.loss import hits, token_nll
 
-# Tokens decoded at a time: a long text is never whole as a list of numbers and as a string.
+# Tokens decoded at a time: a long text is never in memory as a whole list or string.
 DECODED = 16384
-# A character has at most this many bytes, and so tokens; what is cut in two decodes to this.
+# A character has at most this many bytes, and so tokens; a divided one decodes to BROKEN.
 CHARACTER, BROKEN = 4, "\ufffd"
 
 
 class Row(NamedTuple):
-    """The evaluation at one length. Means are over all scored tokens; a sample is right when all of its are."""
+    """The result at one length. Means are over all scored tokens; a sample is right if all its scored tokens are."""
 
-    length: int  # pairs or segments, as `unit` says
+    length: int  # in `unit`, pairs or segments
     unit: str
     tokens: int  # of a sample, padding included
     samples: int
     accuracy: float  # of samples
     token_accuracy: float
-    loss: float  # nats a token
+    loss: float  # nats per token
     perplexity: float
-    bits_per_byte: float | None  # of running text only
+    bits_per_byte: float | None  # None unless the measure is perplexity
     tokens_per_s: float
-    peak_bytes: int  # device memory; on a CPU resident host memory at the ends of segments
-    by_segment: tuple[float | None, ...]  # mean loss by position in the sample; None where nothing is scored
+    peak_bytes: int  # device memory; on a CPU, resident host memory at the ends of segments
+    by_segment: tuple[float | None, ...]  # mean loss of each segment; None if nothing in it is scored
 
 
 class Score(NamedTuple):
@@ -50,9 +51,13 @@ class Score(NamedTuple):
     peak_bytes: int
 
     def plus(self, other: "Score") -> "Score":
-        """Both batches' rows."""
-        joined = (torch.cat(pair) for pair in zip(self[:3], other[:3], strict=True))
-        return Score(*joined, max(self.peak_bytes, other.peak_bytes))
+        """Return the sums of both batches' rows."""
+        return Score(
+            torch.cat((self.nll, other.nll)),
+            torch.cat((self.scored, other.scored)),
+            torch.cat((self.right, other.right)),
+            max(self.peak_bytes, other.peak_bytes),
+        )
 
 
 def evaluate(
@@ -64,10 +69,10 @@ def evaluate(
     *,
     zero_memory: bool = False,
 ) -> list[Row]:
-    """Validation samples of each of `lengths` pairs or segments, up to `samples` of them, `batch` rows at a time.
+    """Evaluate up to `samples` validation samples of each length, `batch` rows at a time, on the model's device.
 
-    zero_memory: the states are emptied before every segment, which shows what memory is worth. The device is the
-    model's. Raises ConfigError as `check`, and where the validation data are empty.
+    lengths: pairs or segments, as `task.unit` says; zero_memory: empty the states before every segment.
+    Raises ConfigError as `check_lengths` does, and if no validation token is scored.
     """
     check_lengths(task, lengths, samples, batch)
     trained = model.training
@@ -78,7 +83,7 @@ def evaluate(
 
 
 def check_lengths(task: Task, lengths: Sequence[int], samples: int, batch: int) -> None:
-    """Raises ConfigError for numbers below 1 and lengths that the task does not have."""
+    """Check numbers and lengths. Raises ConfigError for a number below 1 and for a length that the task cannot make."""
     if not lengths:
         raise ConfigError("lengths: none given; for example --lengths 5 10 20 50")
     for name, value in (("samples", samples), ("batch", batch), *(("lengths", n) for n in lengths)):
@@ -89,7 +94,7 @@ def check_lengths(task: Task, lengths: Sequence[int], samples: int, batch: int) 
 
 
 def evaluate_length(model: ARMTForCausalLM, task: Task, length: int, sizes: tuple[int, int], zero_memory: bool) -> Row:
-    """`evaluate` at one length; sizes: samples, and rows at a time."""
+    """Evaluate one length; sizes: number of samples, and rows at a time."""
     samples, rows = sizes
     available = task.size("validation")
     samples = samples if available is None else min(samples, available)
@@ -100,18 +105,18 @@ def evaluate_length(model: ARMTForCausalLM, task: Task, length: int, sizes: tupl
         data = task.batch("validation", step, range(min(rows, samples - first)), Difficulty.fixed(length))
         started = time.perf_counter()
         found = score(model, data, zero_memory)
-        # Reading the sums waits for the device.
+        # The device is done: `score` copies the sums to the host.
         total = found if total is None else total.plus(found)
         seconds += time.perf_counter() - started
         read_tokens += data.input_ids.numel() if data.attention_mask is None else int(data.attention_mask.sum())
         text_bytes += scored_bytes(task.tokenizer, data.labels) if task.measure == "perplexity" else 0
     if total is None or not total.scored.any():
-        raise ConfigError(f"length={length}: the validation data have no scored token; give other data")
+        raise ConfigError(f"length={length}: the validation data has no scored token; give other data")
     return summarise(total, Sample(length, task, read_tokens / seconds, text_bytes))
 
 
 class Sample(NamedTuple):
-    """What `summarise` must know beside the sums."""
+    """What `summarise` needs besides the sums."""
 
     length: int
     task: Task
@@ -120,7 +125,7 @@ class Sample(NamedTuple):
 
 
 def summarise(total: Score, sample: Sample) -> Row:
-    """The sums as means."""
+    """Turn sums into means."""
     scored, right = total.scored.sum(1), total.right.sum(1)
     nll, count = total.nll.sum().item(), int(scored.sum())
     samples = int((scored > 0).sum())
@@ -145,7 +150,7 @@ def summarise(total: Score, sample: Sample) -> Row:
 
 @torch.inference_mode()
 def score(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
-    """One batch, segment by segment: only the memory states stay. Logits exist for the scored positions alone."""
+    """Score one batch segment by segment, with logits at the scored positions only; only memory states are kept."""
     config, device = model.config, model.device
     count, tokens = batch.input_ids.shape
     lengths = segment_lengths(tokens, config.segment_tokens, config.segment_alignment)
@@ -154,16 +159,16 @@ def score(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
     right = torch.zeros(count, len(lengths), dtype=torch.int64, device=device)
     states, peak = model.initial_states(count), 0
     for s, (ids, labels) in enumerate(parts):
-        # No mask: padding is on the right, and nothing scored comes after it to see it.
+        # No mask is needed: padding is on the right, so no scored position comes after it.
         hidden, following = model.segment(ids.to(device), states)
         states = model.initial_states(count) if zero_memory else following
-        # Picked on the host, where the labels are: the device need not be waited for.
+        # The labels are on the host, so picking positions does not wait for the device.
         where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
         if len(where):
             row = (where // labels.shape[1]).to(device)
             targets = labels.flatten()[where].to(device)
             picked = hidden.flatten(0, 1)[where.to(device)]
-            head = model.backbone.head
+            head: Any = model.backbone.head
             nll[:, s].index_add_(0, row, token_nll(picked, head, targets).double())
             right[:, s].index_add_(0, row, hits(picked, head, targets).long())
         peak = max(peak, used_bytes(device))
@@ -172,22 +177,22 @@ def score(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
 
 
 def used_bytes(device: torch.device) -> int:
-    """The most memory of a GPU since it was reset; of a CPU what is resident now."""
+    """Return the peak memory of a GPU since its reset, or the resident memory of the process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, labels: Tensor) -> int:
-    """UTF-8 bytes of the text that the labels [B, N] spell; special tokens spell nothing."""
+    """Count the UTF-8 bytes of the text in the labels [B, N], without special tokens."""
     return sum(spelled_bytes(tokenizer, row[row != IGNORE]) for row in labels)
 
 
 def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int:
-    """UTF-8 bytes of the text of the tokens [n], decoded piece by piece."""
+    """Count the UTF-8 bytes of the text of the tokens [n], decoded piece by piece."""
     total = first = 0
     while first < len(ids):
         for end in range(first + DECODED, first + DECODED + CHARACTER):
-            text = tokenizer.decode(ids[first:end], skip_special_tokens=True)
-            # Not in the middle of a character, if that can be helped.
+            text = decode(tokenizer, ids[first:end], skip_special_tokens=True)
+            # Avoid cutting a character in two.
             if not text.endswith(BROKEN):
                 break
         total, first = total + len(text.encode()), end

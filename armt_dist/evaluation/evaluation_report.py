@@ -1,12 +1,13 @@
-"""An evaluation for people: a table and a picture."""
+"""Shows an evaluation: as a table in the terminal, and as a chart or heat map."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..records import text_table
 from .charts import Curve, Panel, draw
 from .evaluate import Row
 
-# Columns of the table by the task's measure, beside length and speed.
+# Columns of the table for each measure, besides length and speed.
 SHOWN = {
     "accuracy": ("samples", "tokens", "accuracy", "token_accuracy", "loss"),
     "perplexity": ("samples", "tokens", "perplexity", "bits_per_byte", "token_accuracy", "loss"),
@@ -14,7 +15,7 @@ SHOWN = {
 
 
 def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
-    """Accuracy by task (down) and length (across), written into its cells, as a PNG. Raises OSError."""
+    """Draw accuracy by task (rows) and length (columns) as a PNG. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,22 +35,19 @@ def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None
 
 
 def evaluation_table(rows: Sequence[Row], measure: str) -> str:
-    """One line for each length."""
+    """Format one line for each length."""
     names = SHOWN[measure]
     head = [rows[0].unit, *names, "tokens/s", "peak MB"]
-    lines = []
+    lines = [head]
     for row in rows:
         values = [getattr(row, name) for name in names]
         cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
         lines.append([str(row.length), *cells, f"{row.tokens_per_s:,.0f}", f"{row.peak_bytes / 1e6:,.0f}"])
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *lines)
-    )
+    return text_table(lines)
 
 
 def plot_evaluation(rows: Sequence[Row], measure: str, path: Path, title: str) -> None:
-    """Accuracy by length, or perplexity by length and loss by position, as a PNG."""
+    """Draw accuracy by length, or perplexity by length and loss by segment, as a PNG. Raises OSError."""
     lengths = [row.length for row in rows]
     if measure == "accuracy":
         curves = [Curve("samples", lengths, [row.accuracy for row in rows])]
@@ -62,7 +60,7 @@ def plot_evaluation(rows: Sequence[Row], measure: str, path: Path, title: str) -
     draw(
         [
             Panel(longest.unit, "perplexity", [Curve("whole text", lengths, [row.perplexity for row in rows])]),
-            Panel("segment", "nats a token", [by_position], log_x=False),
+            Panel("segment", "nats per token", [by_position], log_x=False),
         ],
         path,
         title,

@@ -1,4 +1,4 @@
-"""An exported model and the task that it was trained on, read back from its folder."""
+"""Loads an exported model, and the task that it was trained on, from its folder."""
 
 import json
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from ..data.tasks import KINDS, DataConfig
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 
-# Tried where no lengths are given; those that the task does not have are left out.
+# Default lengths; those that the task cannot make are left out.
 LENGTHS = {"pairs": (5, 10, 20, 50), "segments": (1, 2, 4, 8, 16, 32, 64)}
 
 
 class EvaluationData(Section):
-    """What ``data.key=value`` is checked against."""
+    """The section that ``data.key=value`` overrides change."""
 
     data: DataConfig = DataConfig()
 
 
 def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
-    """The exported model in `folder`, by our own classes. Raises ConfigError where it is none or not whole."""
+    """Load the exported model in `folder` with this version's code. Raises ConfigError if it is missing or damaged."""
     where = choose_device(device)
     if not (folder / "config.json").is_file():
         hint = "export it with launch/consolidate.py" if (folder / "checkpoints").is_dir() else "give an exported model"
@@ -32,21 +32,21 @@ def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != ARMTConfig.model_type:
-            raise ConfigError(f"model={folder}: of type {kind}; give an ARMT that launch/consolidate.py wrote")
+            raise ConfigError(f"model={folder}: its model_type is {kind}; give an ARMT from launch/consolidate.py")
         model, loading = ARMTForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except ConfigError:
         raise
-    # Damaged files raise whatever their readers raise.
+    # The readers raise many exceptions for damaged files.
     except Exception as error:
         raise ConfigError(f"model={folder}: cannot be loaded ({one_line(error, 400)}); export it again") from None
-    # Hugging Face only warns, and goes on with random values.
+    # Hugging Face only warns, and uses random values.
     for name in (*loading["missing_keys"], *loading["unexpected_keys"]):
-        raise ConfigError(f"model={folder}: {name} is not both in config.json and in the weights; export it again")
+        raise ConfigError(f"model={folder}: config.json and the weights do not agree about {name}; export it again")
     return model.to(where).eval()
 
 
 def self_check(model: ARMTForCausalLM) -> None:
-    """Run `model.check()`. Raises ConfigError where generation with this transformers would be wrong."""
+    """Run `model.check()`. Raises ConfigError if generation would be wrong with the installed transformers."""
     try:
         model.check()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -54,8 +54,8 @@ def self_check(model: ARMTForCausalLM) -> None:
 
 
 def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
-    """A tiny random model of the same family and memory: what of `check` depends on code, not on weights."""
-    base = config.base_config
+    """Build a tiny random model of the same family and memory, for a self-check of the code."""
+    base = config.base
     width = 8 * base.num_attention_heads * config.n_heads
     names = type(base).attribute_map
     small = {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 16}
@@ -66,7 +66,7 @@ def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`; None: a GPU where there is one. Raises ConfigError for one that is not there."""
+    """Return the device `name`; None: a GPU if there is one. Raises ConfigError if it is not available."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
@@ -76,9 +76,9 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataConfig:
-    """The task that the model was trained on, or `name`, changed by ``data.key=value`` overrides.
+    """Return the task that the model was trained on, or `name`, changed by ``data.key=value`` overrides.
 
-    Raises ConfigError where none is known and for overrides that do not fit.
+    Raises ConfigError if no task is known or an override does not fit.
     """
     saved = read_settings(folder)
     if not saved and name is None:
@@ -89,7 +89,7 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
     section = KINDS[name].section
     settings = dict(saved.get(section) or {})
     if section != "retrieval":
-        # The name or folder that training used may not be there any more; its tokenizer is.
+        # The tokenizer that training named may no longer exist; the export has a copy.
         settings["tokenizer"] = str(folder)
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
     for override in overrides:
@@ -98,7 +98,7 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
 
 
 def read_settings(folder: Path) -> dict:
-    """The data section that training used; empty where the folder has none. Raises ConfigError for a damaged file."""
+    """Return the data section of the training run; empty if there is none. Raises ConfigError if it is damaged."""
     path = folder / TASK_FILE
     try:
         return json.loads(path.read_text())["data"] if path.is_file() else {}
@@ -107,7 +107,7 @@ def read_settings(folder: Path) -> dict:
 
 
 def default_lengths(task: Task) -> list[int]:
-    """Those of LENGTHS that the task has."""
+    """Return the LENGTHS that the task can make."""
     lengths = []
     for n in LENGTHS[task.unit]:
         try:

@@ -1,8 +1,8 @@
-"""A run for people: `report.md` and `report.png` in its folder.
+"""Writes the report of a run: `report.md` and `report.png` in its folder.
 
     python -m armt_dist.report runs/NAME
 
-Written at the end of a run; the command writes it at any time, also for a run that goes on.
+Training writes it at the end; the command writes it at any time, also during the run.
 """
 
 import argparse
@@ -16,19 +16,19 @@ from ..config import ConfigError, read_yaml
 from ..records import markdown_table, read_json, read_metrics
 from .charts import Curve, Panel, draw
 
-# Metric -> axis label; those that a run has are drawn.
-DRAWN = {"loss": "loss, nats a token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
-# Points of a curve: a step each would be noise.
+# Metrics to draw, if the run has them, and their axis labels.
+DRAWN = {"loss": "loss, nats per token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
+# Points of a curve, each a mean over steps.
 POINTS = 200
 
 
 def write_run_report(run: Path) -> Path:
-    """`report.md` of the run in folder `run`. Raises ConfigError where there is nothing to report."""
+    """Write the report of the run in folder `run` and return its path. Raises ConfigError without a training step."""
     records = read_metrics(run)
     training = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation"]
     if not training:
-        raise ConfigError(f"run={run}: metrics.jsonl has no step yet; train first")
+        raise ConfigError(f"run={run}: metrics.jsonl has no training step yet; train first")
     config = read_yaml(run / "config.yaml")
     panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
     try:
@@ -40,7 +40,7 @@ def write_run_report(run: Path) -> Path:
 
 
 def panel(name: str, label: str, training: Sequence[dict], validation: Sequence[dict]) -> Panel:
-    """One metric over the steps, in training as means of neighbouring steps."""
+    """Return the panel of one metric over the steps; training values are means of neighbouring steps."""
     size = max(1, len(training) // POINTS)
     groups = [training[i : i + size] for i in range(0, len(training), size)]
     means = [fmean(r[name] or 0.0 for r in group) for group in groups]
@@ -51,7 +51,7 @@ def panel(name: str, label: str, training: Sequence[dict], validation: Sequence[
 
 
 def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[str]:
-    """The parts of the report."""
+    """Yield the sections of the report."""
     last = training[-1]
     facts = read_json(run / "environment.json")
     yield f"# {run.name}"
@@ -67,7 +67,7 @@ def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequ
 
 
 def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[dict]:
-    """One row for each stage that was begun."""
+    """Yield one row for each stage that has begun."""
     curriculum = config.get("curriculum", [])
     for number in sorted({r["stage"] for r in training}):
         steps = [r for r in training if r["stage"] == number]
@@ -83,7 +83,7 @@ def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -
 
 
 def evaluations(run: Path) -> Iterable[str]:
-    """The results of launch/evaluate.py below the run folder."""
+    """Yield the results of launch/evaluate.py below the run folder."""
     for path in sorted(run.rglob("evaluation.json")):
         folder = path.parent.relative_to(run)
         rows = read_json(path).get("rows", [])
@@ -93,6 +93,7 @@ def evaluations(run: Path) -> Iterable[str]:
 
 
 def main() -> None:
+    """Write the report of the run given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     print(f"wrote {write_run_report(parser.parse_args().run)}")

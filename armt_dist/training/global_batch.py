@@ -1,8 +1,9 @@
-"""How a global batch is spread over ranks and accumulation steps, and its results summed up again.
+"""The spread of a global batch over ranks and accumulation steps, and the sums of its results.
 
-Shapes: G rows of a global batch: accumulation steps, then data-parallel ranks, then micro-batch rows.
+Shapes: G rows of a global batch, ordered by accumulation step, then data-parallel rank, then row of the micro-batch.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,34 @@ from ..schedule.grid import Grid
 from ..zero3.ds_config import BatchSizes
 
 
+class MicroBatch(NamedTuple):
+    """This data-parallel rank's samples of one accumulation step."""
+
+    rows: range  # of the global batch
+    batch: Batch
+
+
+class MicroResult(NamedTuple):
+    """A micro-batch after its forward pass on one rank."""
+
+    rows: range
+    batch: Batch
+    totals: Totals  # over this rank's blocks
+    grid: Grid  # of its piece
+
+
 class Sums(NamedTuple):
-    """A global batch, summed over all ranks."""
+    """Sums over a global batch on all ranks."""
 
     nll: float
     scored: int
     right_tokens: int
     right_rows: int
     rows: int
-    stop: bool  # some rank was told to stop
+    stop: bool  # whether any rank was told to stop
 
     def metrics(self) -> dict[str, float]:
-        """Means over tokens and samples."""
+        """Return means over tokens and samples."""
         return {
             "loss": self.nll / max(1, self.scored),
             "accuracy": self.right_rows / max(1, self.rows),
@@ -41,20 +58,21 @@ class Batches(NamedTuple):
 
     task: Task
     armt: ARMTConfig
-    grid: Grid  # of this run; its segments are those of each batch
+    grid: Grid  # of this run; the number of segments is that of each batch
     schedule: str | None  # ParallelConfig.schedule
     mesh: Mesh
     sizes: BatchSizes
     device: torch.device
 
-    def micro_batches(self, split: Split, step: int, difficulty: Difficulty) -> list[tuple[range, Batch]]:
-        """This data-parallel rank's rows of a global batch, one micro-batch for each accumulation step."""
+    def micro_batches(self, split: Split, step: int, difficulty: Difficulty) -> list[MicroBatch]:
+        """Return this rank's rows of a global batch, one micro-batch for each accumulation step."""
         micro, dp = self.sizes.micro, self.mesh.dp
         starts = [(a * dp + self.mesh.dp_rank) * micro for a in range(self.sizes.accumulation)]
-        return [(range(s, s + micro), self.task.batch(split, step, range(s, s + micro), difficulty)) for s in starts]
+        parts = [range(start, start + micro) for start in starts]
+        return [MicroBatch(rows, self.task.batch(split, step, rows, difficulty)) for rows in parts]
 
     def piece(self, batch: Batch) -> Piece:
-        """This rank's blocks of a micro-batch, inputs on the device."""
+        """Cut this rank's blocks out of a micro-batch, and copy the inputs to the device."""
         rows = batch.input_ids, batch.labels, batch.attention_mask
         piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule)
         mask = piece.attention_mask
@@ -63,18 +81,18 @@ class Batches(NamedTuple):
             attention_mask=None if mask is None else mask.to(self.device, non_blocking=True),
         )
 
-    def sum_up(self, parts: list[tuple[range, Batch, Totals]], stop: bool) -> Sums:
-        """Sum what the ranks found; the only point of a step where the host waits for the device. Collective."""
+    def sum_up(self, results: Sequence[MicroResult], told_to_stop: bool) -> Sums:
+        """Sum the results of all ranks. Collective; the only point of a step where the host waits for the device."""
         rows = self.sizes.global_batch
         nll, told, wrong, scored = 0, 1, slice(2, 2 + rows), slice(2 + rows, 2 + 2 * rows)
         sums = torch.zeros(2 + 2 * rows, dtype=torch.float64, device=self.device)
-        sums[told] = float(stop)
-        for where, batch, totals in parts:
-            own = slice(where.start, where.stop)
-            sums[nll] += totals.nll.detach()
-            sums[wrong][own] += totals.wrong
-            # Every rank of a group sees the whole rows' labels.
-            sums[scored][own] += batch.labels.ge(0).sum(1).to(self.device) / self.mesh.sp
+        sums[told] = float(told_to_stop)
+        for part in results:
+            own = slice(part.rows.start, part.rows.stop)
+            sums[nll] += part.totals.nll.detach()
+            sums[wrong][own] += part.totals.wrong
+            # Every rank of an sp group counts the labels of whole rows.
+            sums[scored][own] += part.batch.labels.ge(0).sum(1).to(self.device) / self.mesh.sp
         dist.all_reduce(sums)
         sums = sums.cpu()
         scored_rows = sums[scored].round() > 0
@@ -88,3 +106,15 @@ class Batches(NamedTuple):
             int(scored_rows.sum()),
             bool(sums[told] > 0),
         )
+
+
+def add_up(parts: Sequence[Sums]) -> Sums:
+    """Add the sums of several global batches."""
+    return Sums(
+        sum(part.nll for part in parts),
+        sum(part.scored for part in parts),
+        sum(part.right_tokens for part in parts),
+        sum(part.right_rows for part in parts),
+        sum(part.rows for part in parts),
+        any(part.stop for part in parts),
+    )

@@ -21,7 +21,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
         settings = [*SAVE_OFTEN, "train.max_steps=8", "train.keep_last=100"]
         result = train("--ds_config", FP32, "--out", disk / "run", *settings)
         lines = [line for line in (result.stdout + result.stderr).splitlines() if "0 MB left on the disk" in line]
-        assert any("going on, the newest checkpoint is step_" in line for line in lines), result.stderr[-3000:]
+        assert any("the run continues, the newest checkpoint is step_" in line for line in lines), result.stderr[-3000:]
         assert result.returncode == 2 and lines[-1].startswith("error: checkpoint="), "the last one must not be missed"
         root = disk / "run/checkpoints"
         assert checkpoint.tags(root) and not list(root.glob("staging-*"))
@@ -50,7 +50,7 @@ def test_checkpoints_that_become_read_only_cost_no_step(tmp_path):
         spoken = [rank.communicate(timeout=120) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [2, 2], spoken
         said = spoken[0][0]
-        assert "Read-only file system" in said and f"going on, the newest checkpoint is {before}" in said
+        assert "Read-only file system" in said and f"the run continues, the newest checkpoint is {before}" in said
         assert max(step for kind, step in curve(out) if kind == "train") == 12, "it did not go on"
         assert [line for line in spoken[0][1].splitlines() if line.startswith("error: checkpoint=")]
         assert (root / "latest").read_text() == before and checkpoint.verify_checkpoint(root / before)

@@ -51,7 +51,7 @@ def test_old_code_is_recognised_and_refreshed(exported, tmp_path):
 
 BAD_FOLDERS = {
     "no readable config.json": None,
-    "holds no ARMT": '{"model_type": "gpt2"}',
+    "is not an ARMT": '{"model_type": "gpt2"}',
     "no readable config.json in it": "{",
 }
 

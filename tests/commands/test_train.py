@@ -56,7 +56,7 @@ def test_no_deprecation_reaches_the_terminal(runs):
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(runs):
     log = (runs / "stopped.log").read_text()
-    assert "passing over a damaged checkpoint" in log and "step_00000015" in log and "SHA-256" in log
+    assert "skipping a damaged checkpoint" in log and "step_00000015" in log and "SHA-256" in log
     # The best one of the first stage was the newest undamaged.
     assert "resumed" in log and "at step 14" in log
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Now:
     step = 0
 
 
-def patch(owner: type, name: str, make: Callable) -> None:
+def patch(owner: type | ModuleType, name: str, make: Callable) -> None:
     """Replace `owner.name` by `make(original)`."""
     original = getattr(owner, name)
     setattr(owner, name, wraps(original)(make(original)))
@@ -64,19 +65,19 @@ def patch(owner: type, name: str, make: Callable) -> None:
 
 def clock() -> None:
     """Keep `Now.step` up to date."""
-    from armt_dist.training.trainer import Trainer
+    from armt_dist.training import trainer
 
     def make(original):
-        def train_step(trainer, *args):
-            Now.step = trainer.progress.batch + 1
+        def train_step(parts, stage, progress, *args):
+            Now.step = progress.batch + 1
             try:
-                return original(trainer, *args)
+                return original(parts, stage, progress, *args)
             finally:
                 Now.step = 0
 
         return train_step
 
-    patch(Trainer, "train_step", make)
+    patch(trainer, "train_step", make)
 
 
 def nan(plant: Plant) -> None:

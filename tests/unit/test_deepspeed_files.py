@@ -1,0 +1,65 @@
+"""DeepSpeed's private parts that checkpoints rest on are still what they were; each test fails if one changes."""
+
+import inspect
+import os
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from armt_dist.checkpoint import deepspeed_files as private
+
+
+def engine_source(name):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return inspect.getsource(getattr(DeepSpeedEngine, name))
+
+
+def test_the_engine_saves_through_its_checkpoint_engine_by_content_and_path():
+    from armt_dist.checkpoint.save import Writer
+
+    assert "self.checkpoint_engine.save" in engine_source("_save_checkpoint") + engine_source("_save_zero_checkpoint")
+    base = Writer.__mro__[1]
+    assert list(inspect.signature(base.save).parameters) == ["self", "state_dict", "path"]
+    engine = SimpleNamespace(checkpoint_engine="before")
+    with private.writing_through(engine, "mine"):
+        assert engine.checkpoint_engine == "mine"
+    assert engine.checkpoint_engine == "before"
+
+
+def test_the_engine_copies_its_script_by_one_method_and_asks_its_configuration_for_universal_checkpoints():
+    assert "self._copy_recovery_script(save_path)" in engine_source("_save_zero_checkpoint")
+    assert "self._config.load_universal_checkpoint" in engine_source("load_universal_checkpoint")
+    engine = SimpleNamespace(_config=SimpleNamespace(load_universal_checkpoint=False))
+    with private.reading_universal(engine, True):
+        assert engine._config.load_universal_checkpoint
+    assert not engine._config.load_universal_checkpoint
+
+
+def test_the_universal_converter_takes_these_arguments():
+    from deepspeed.checkpoint import ds_to_universal
+
+    source = inspect.getsource(ds_to_universal)
+    for name in ("input_folder", "output_folder", "num_extract_workers", "num_merge_workers", "keep_temp_folder"):
+        assert f"args.{name}" in source, name
+    assert "latest_universal" in source
+
+
+def test_restricted_readers_take_the_classes_that_checkpoints_hold_and_nothing_else(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    known, unknown = tmp_path / "known.pt", tmp_path / "unknown.pt"
+    torch.save({"stage": ZeroStageEnum.weights, "scaler": LossScaler(1.0), "x": torch.ones(2)}, known)
+    torch.save({"x": SimpleNamespace()}, unknown)
+    assert private.read_tensors(known)["stage"] == 3
+    with pytest.raises(pickle.UnpicklingError):
+        private.read_tensors(unknown)
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    with private.restricted_unpickling():
+        assert isinstance(torch.load(known)["scaler"], LossScaler)
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(unknown)
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
