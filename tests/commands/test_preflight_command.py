@@ -15,7 +15,7 @@ def test_command_passes_on_one_fit_node(tmp_path):
     [
         (["--nodes=2"], "nodes=2: 1 take part"),
         (["--gpus=64"], "GPUs of 64"),
-        (["--need-gib=1e9"], "GiB free in the run's folder, 1000000000.0 wanted"),
+        (["--need-gib=1e9"], "GiB free in the run's folder, 1000000000.0 GiB needed"),
     ],
 )
 def test_command_ends_with_one_line_and_code_2(tmp_path, arguments, words):
