@@ -7,9 +7,10 @@ arguments.
 Memory: the largest number of bytes in live tensors of a rank within a step, of forward and backward and of the
 optimizer's update; parameters, gradients, optimizer and buffers are included. A GPU's allocator would report the same;
 neither allocator nor interpreter blurs it. It is counted in a run of its own, because counting slows every operation.
-Time: the median of step_s, predicted after calibrating on one other run, the case `base`. A run of one rank is timed by
-the CPU seconds of its process, which other processes on the machine lengthen little. A run of several ranks waits, so
-that only the wall clock times it; its calibration run goes on beside it and shares the load.
+Time: the median of step_s, predicted after calibrating on one other run, `base`, and on two, `base` and `batch of 4`,
+whose cells differ in size. A run of one rank is timed by the CPU seconds of its process, which other processes on the
+machine lengthen little. A run of several ranks waits, so that only the wall clock times it; its calibration runs go on
+beside it and share the load.
 Prints both tables.
 """
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +32,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.records import markdown_table, read_json, read_metrics
-from armt_dist.schedule.calibration import WARM_UP_STEPS, calibrated
+from armt_dist.records import markdown_table, read_json
+from armt_dist.schedule.calibration import WARM_UP_STEPS, calibrated, read_run
 from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.planned_run import planned_run, read_trees
 from armt_dist.schedule.planner import KINDS, SPARE_LAYERS, Plan, plan, schedule_name
@@ -42,6 +44,7 @@ TRAIN, DS_CONFIG = ROOT / "launch/train.py", ROOT / "ds_configs/zero3_fp32.json"
 TEXT = ROOT / "benchmarks/data/plays/as_you_like_it.txt"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 COUNTED_STEPS = 3
+CALIBRATION = ("base", "batch of 4")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 128,
@@ -207,38 +210,38 @@ def memory_row(name: str, case: Case, root: Path) -> dict:
 def time_rows(names: list[str], root: Path, steps: int) -> list[dict]:
     """Measured and predicted times. The runs of one rank all go at once, so that whatever slows them slows all."""
     alone = [name for name in names if CASES[name].ranks == 1]
-    base = root / "base time"
-    runs = {name: start(CASES[name], root / f"{name} time", steps, "cpu") for name in dict.fromkeys(["base", *alone])}
-    for name, run in runs.items():
-        finish(run, root / f"{name} time")
-    rows = [time_row(name, "cpu", root, base) for name in alone]
+    run_together(dict.fromkeys([*CALIBRATION, *alone]), root, steps, "cpu")
+    rows = [time_row(name, "cpu", root, root) for name in alone if name not in CALIBRATION]
     for name in names:
         if CASES[name].ranks > 1:
-            folder, beside = root / f"{name} time", root / f"{name} calibration"
-            pair = {
-                each: start(case, each, steps, "wall")
-                for each, case in ((folder, CASES[name]), (beside, CASES["base"]))
-            }
-            for each, run in pair.items():
-                finish(run, each)
-            rows.append(time_row(name, "wall", root, beside))
+            beside = root / f"{name} calibration"
+            run_together(dict.fromkeys([*CALIBRATION, name]), beside, steps, "wall")
+            rows.append(time_row(name, "wall", beside, beside))
     return rows
+
+
+def run_together(names: Iterable[str], root: Path, steps: int, clock: str) -> None:
+    """Run some cases at the same time, to their end."""
+    runs = {name: start(CASES[name], root / f"{name} time", steps, clock) for name in names}
+    for name, run in runs.items():
+        finish(run, root / f"{name} time")
 
 
 def time_row(name: str, clock: str, root: Path, calibration: Path) -> dict:
     """Measured and predicted time of one case."""
-    folder = root / f"{name} time"
-    records = [record for record in read_metrics(folder / "run") if record["kind"] == "train"][WARM_UP_STEPS:]
-    measured, cell_s = (statistics.median(record[key] for record in records) for key in ("step_s", "cell_s"))
-    result = predicted(CASES[name], root / "plan", calibrated(CPU, [calibration / "run"]))
+    measured = read_run(root / f"{name} time/run")
+    runs = [calibration / f"{each} time/run" for each in CALIBRATION]
+    one, two = (predicted(CASES[name], root / "plan", calibrated(CPU, chosen)) for chosen in (runs[:1], runs))
     return {
         "case": name,
         "clock": clock,
-        "predicted cell ms": result.costs.cell_s * 1e3,
-        "measured cell ms": cell_s * 1e3,
-        "predicted step s": result.step_s,
-        "measured step s": measured,
-        "off by": f"{result.step_s / measured - 1:+.1%}",
+        "measured cell ms": measured.cell_s * 1e3,
+        "measured step s": measured.step_s,
+        "one run: predicted step s": one.step_s,
+        "one run: off by": f"{one.step_s / measured.step_s - 1:+.1%}",
+        "two runs: predicted cell ms": two.costs.cell_s * 1e3,
+        "two runs: predicted step s": two.step_s,
+        "two runs: off by": f"{two.step_s / measured.step_s - 1:+.1%}",
     }
 
 
@@ -258,8 +261,7 @@ def main() -> None:
     if options.skip != "memory":
         print(markdown_table(memory_row(name, CASES[name], root) for name in options.only), end="\n\n", flush=True)
     if options.skip != "time":
-        names = [name for name in options.only if name != "base"]
-        print(markdown_table(time_rows(names, root, options.steps)), end="\n\n", flush=True)
+        print(markdown_table(time_rows(options.only, root, options.steps)), end="\n\n", flush=True)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{time.time() - began:.0f} s; load average at the end {load} on {os.cpu_count()} cores")
 

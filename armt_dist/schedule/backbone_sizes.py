@@ -29,6 +29,8 @@ class FamilySizes(NamedTuple):
 
     layer: Callable[[Widths], list[int]]
     """Elements of each parameter of one decoder layer."""
+    kernels: int
+    """Operations that one forward of a decoder layer launches, views not counted."""
     norm_vectors: int
     """Vectors of width D in one norm: 1 (RMSNorm), 2 (LayerNorm with its bias)."""
     fused_qkv: bool
@@ -125,6 +127,7 @@ def shape(
 FAMILIES = {
     "gpt2": FamilySizes(
         gpt2_layer,
+        kernels=17,
         norm_vectors=2,
         fused_qkv=True,
         defaults=shape(50257, 768, 12, 12, 12, None, 1024) | {"tie_word_embeddings": True, "hidden_act": "gelu_new"},
@@ -134,6 +137,7 @@ FAMILIES = {
     ),
     "gpt_neox": FamilySizes(
         gpt_neox_layer,
+        kernels=23,
         norm_vectors=2,
         fused_qkv=True,
         defaults=shape(50432, 6144, 44, 64, 64, 24576, 2048) | {"attention_bias": True, "hidden_act": "gelu"},
@@ -142,20 +146,22 @@ FAMILIES = {
         parallel_residual=True,
     ),
     "llama": FamilySizes(
-        llama_layer, 1, False, shape(32000, 4096, 32, 32, 32, 11008, 2048), biases=("attention_bias", "mlp_bias")
+        llama_layer, 34, 1, False, shape(32000, 4096, 32, 32, 32, 11008, 2048), biases=("attention_bias", "mlp_bias")
     ),
-    "mistral": FamilySizes(llama_layer, 1, False, shape(32000, 4096, 32, 32, 8, 14336, 131072)),
+    "mistral": FamilySizes(llama_layer, 34, 1, False, shape(32000, 4096, 32, 32, 8, 14336, 131072)),
     "olmo2": FamilySizes(
         olmo2_layer,
+        46,
         1,
         False,
         shape(50304, 4096, 32, 32, 32, 11008, 2048),
         biases=("attention_bias",),
         inner_norms=True,
     ),
-    "qwen2": FamilySizes(qwen2_layer, 1, False, shape(151936, 4096, 32, 32, 32, 22016, 32768)),
+    "qwen2": FamilySizes(qwen2_layer, 34, 1, False, shape(151936, 4096, 32, 32, 32, 22016, 32768)),
     "qwen3": FamilySizes(
         qwen3_layer,
+        46,
         1,
         False,
         shape(151936, 4096, 32, 32, 32, 22016, 32768) | {"head_dim": 128},

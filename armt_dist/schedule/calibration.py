@@ -1,7 +1,7 @@
 """Hardware numbers from runs that were made: what a cell took, and what a step took beyond its cells.
 
 One run fixes the rate at which cells compute and the share of the backward pass. Several runs with cells of different
-size also separate the time to launch a cell from the time to compute it.
+size also separate the time to launch a cell's kernels from the time to compute them.
 """
 
 import statistics
@@ -19,6 +19,8 @@ from .planner import output_flops, validate
 
 WARM_UP_STEPS = 2
 """Steps of a process whose prefetching has not seen a whole step yet."""
+SAME_CELLS = 1e-4
+"""Runs whose kernels and operations are proportional to this accuracy are alike."""
 LEAST_BACKWARD_RATIO = 0.5
 
 
@@ -75,20 +77,38 @@ def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
 
 
 def with_cells(base: Hardware, runs: Sequence[MeasuredRun]) -> Hardware:
-    """Fit cell_s = launch + operations / rate to the runs; one run, or cells of one size, keep the launch of `base`."""
-    points = [
-        (-(-run.work.micro_batch // grid.chunks) * cell_flops(run.model, run.work), cell_s / grid.chunks)
-        for run, _, grid, cell_s, _ in runs
-    ]
-    launch_s = base.cell_launch_s
-    if len({flops for flops, _ in points}) > 1:
-        slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-        if slope > 0:
-            launch_s = max(0.0, intercept)
-    # A cell that takes little more than the launch leaves the rate undecided: half of it is computing then.
-    rates = [flops / max(cell_s - launch_s, cell_s / 2) for flops, cell_s in points]
-    rate = statistics.median(rates)
-    return base._replace(cell_launch_s=launch_s, kernel_efficiency=rate / base.peak_flops)
+    """Fit cell_s = kernels x launch + operations / rate to the runs, by least squares.
+
+    One run, or runs whose cells differ in nothing, keep the launch of `base`.
+    """
+    cells = [Cell.of(run) for run in runs]
+    launch_s = base.kernel_launch_s
+    kk, kf, ff = (sum(products) for products in zip(*((k * k, k * f, f * f) for k, f, _ in cells), strict=True))
+    kt, ft = (sum(products) for products in zip(*((k * t, f * t) for k, f, t in cells), strict=True))
+    determinant = kk * ff - kf * kf
+    if determinant > SAME_CELLS * kk * ff:
+        launch_s, per_flop_s = (kt * ff - ft * kf) / determinant, (ft * kk - kt * kf) / determinant
+        if launch_s >= 0 and per_flop_s > 0:
+            return base._replace(kernel_launch_s=launch_s, kernel_efficiency=1 / per_flop_s / base.peak_flops)
+        launch_s = base.kernel_launch_s
+    # A cell that takes little more than its launches leaves the rate undecided: half of it is computing then.
+    rate = statistics.median(f / max(t - k * launch_s, t / 2) for k, f, t in cells)
+    return base._replace(kernel_efficiency=rate / base.peak_flops)
+
+
+class Cell(NamedTuple):
+    """One cell of a measured run, of one chunk of the micro-batch."""
+
+    kernels: int
+    flops: float
+    seconds: float
+
+    @classmethod
+    def of(cls, measured: MeasuredRun) -> "Cell":
+        """The cells of a run."""
+        run, chunks = measured.run, measured.grid.chunks
+        rows = -(-run.work.micro_batch // chunks)
+        return cls(run.model.kernels, rows * cell_flops(run.model, run.work), measured.cell_s / chunks)
 
 
 def backward_ratio(measured: MeasuredRun, hardware: Hardware) -> float:

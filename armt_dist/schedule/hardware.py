@@ -20,8 +20,8 @@ class Hardware(NamedTuple):
 
     peak_flops: float = 989e12
     kernel_efficiency: float = 0.5
-    cell_launch_s: float = 0.3e-3
-    """Host time to launch the ~60 kernels of one cell: a cell takes no less, however small its chunk."""
+    kernel_launch_s: float = 3.5e-6
+    """Host time to launch one kernel: a cell takes no less than all of its own, however small its chunk."""
     memory_bytes: float = 80e9
     host_bytes: float = 200e9
     """Host memory per GPU."""
@@ -45,7 +45,7 @@ H100 = Hardware()
 # One core of a server, and gloo on one machine; rough, for `calibration` to start from.
 CPU = Hardware(
     peak_flops=60e9,
-    cell_launch_s=1e-3,
+    kernel_launch_s=20e-6,
     memory_bytes=16e9,
     host_bytes=16e9,
     gather_bytes_per_s=0.5e9,
@@ -74,7 +74,7 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
         row_bytes = chunk_rows * row_tokens(model, work) * model.hidden_size * work.dtype_bytes
         chunk_s = max(chunk_s, row_bytes / hardware.host_link_bytes_per_s)
     # A GPU computes while the host launches; a CPU does one after the other.
-    launch_s = hardware.cell_launch_s
+    launch_s = model.kernels * hardware.kernel_launch_s
     cell_s = grid.chunks * (chunk_s + launch_s if hardware.device == "cpu" else max(chunk_s, launch_s))
     collective_s = math.ceil(math.log2(world)) * hardware.collective_latency_s
     passing = model.layer_parameters - model.persistent(model.layer_tensors, work.stage3_param_persistence_threshold)

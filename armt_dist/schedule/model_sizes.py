@@ -13,6 +13,8 @@ from ..config import ConfigError
 from .backbone_sizes import FAMILIES, FamilySizes, Widths, base_sizes
 
 FP32_BYTES = 4
+MEMORY_KERNELS = 52
+"""Operations that one read and one write of the associative memory launch, views not counted."""
 
 
 class ModelSizes(NamedTuple):
@@ -60,6 +62,11 @@ class ModelSizes(NamedTuple):
             self.attention_bias,
             self.mlp_bias,
         )
+
+    @property
+    def kernels(self) -> int:
+        """Operations that one forward of a cell launches."""
+        return self.family.kernels + (0 if self.memory_kind == "rmt" else MEMORY_KERNELS)
 
     @property
     def features(self) -> int:

@@ -198,6 +198,8 @@ def update_bytes(held: Held) -> dict[str, float]:
     """The optimizer's update: one flat fp32 gradient; torch's AdamW, which runs on CPU, adds two temporaries."""
     shard = 0 if held.work.offload_optimizer else held.model.trainable_parameters / held.world * FP32_BYTES
     return {
+        # Released before the update and gathered after it.
+        "small parameters (whole)": 0,
         "gradients (fp32)": shard,
         "AdamW's temporaries": 2 * shard if held.device == "cpu" else 0,
     }
