@@ -89,6 +89,7 @@ class ARMTConfig(PreTrainedConfig):
     """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""
 
     def __post_init__(self, **kwargs):
+        """Make a configuration of `base_config`, copy up what others look for here, and check the fields."""
         if self.base_config is None:
             self.base_config = {"model_type": "gpt2"}
         if isinstance(self.base_config, dict):
