@@ -35,10 +35,11 @@ sys.path.insert(0, str(ROOT))
 from armt_dist.records import markdown_table, read_json
 from armt_dist.schedule.calibration import WARM_UP_STEPS, calibrated, read_run
 from armt_dist.schedule.hardware import CPU
-from armt_dist.schedule.planned_run import planned_run, read_trees
+from armt_dist.schedule.planned_run import planned_run
 from armt_dist.schedule.planner import KINDS, SPARE_LAYERS, Plan, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.step_memory import UPDATE, Held, phase_bytes
+from armt_dist.zero3.run_trees import read_trees
 
 TRAIN, DS_CONFIG = ROOT / "launch/train.py", ROOT / "ds_configs/zero3_fp32.json"
 TEXT = ROOT / "benchmarks/data/plays/as_you_like_it.txt"
@@ -177,7 +178,7 @@ def measured_bytes(name: str, case: Case, root: Path) -> tuple[float, float]:
 def predicted(case: Case, folder: Path, hardware=CPU) -> Plan:
     """The plan of a case, its pipeline simulated."""
     given = arguments(case, folder, 1)
-    model, work, layout = planned_run(read_trees(folder / "recipe.yaml", DS_CONFIG, given[6:]), case.ranks)
+    model, work, layout = planned_run(read_trees(folder / "recipe.yaml", DS_CONFIG, DS_CONFIG, given[6:]), case.ranks)
     result = plan(model, work, layout, hardware)
     report = simulate_step(schedule_name(model, layout), result.grid, result.costs, KINDS[model.memory_kind])
     return plan(model, work, layout, hardware, pipeline_s=report.makespan_s)
@@ -188,7 +189,7 @@ def memory_row(name: str, case: Case, root: Path) -> dict:
     passes, updates = measured_bytes(name, case, root)
     result = predicted(case, root / "plan")
     run = planned_run(
-        read_trees(root / "plan/recipe.yaml", DS_CONFIG, arguments(case, root / "plan", 1)[6:]), case.ranks
+        read_trees(root / "plan/recipe.yaml", DS_CONFIG, DS_CONFIG, arguments(case, root / "plan", 1)[6:]), case.ranks
     )
     held = Held(run.model, run.work, result.grid, case.ranks, result.window + SPARE_LAYERS, CPU.device)
     totals = {phase: sum(items.values()) for phase, items in phase_bytes(held).items()}

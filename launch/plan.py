@@ -16,10 +16,11 @@ from armt_dist.schedule.calibration import calibrated
 from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import HARDWARE, Hardware
 from armt_dist.schedule.model_sizes import MODELS, ModelSizes, StepWork, model_sizes
-from armt_dist.schedule.planned_run import PlannedRun, planned_run, read_object, read_trees
+from armt_dist.schedule.planned_run import PlannedRun, planned_run, read_object
 from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
+from armt_dist.zero3.run_trees import read_trees
 
 EXAMPLES = """examples:
   python launch/plan.py --config launch/configs/plays_cpu.yaml --ds_config ds_configs/zero3_fp32.json --gpus 2 \\
@@ -106,9 +107,7 @@ def read(options: argparse.Namespace, hardware: Hardware) -> PlannedRun:
                 f"{option(name)}: belongs to --model; a run takes it from its configuration, as key=value"
             )
     config = options.config or ROOT / "launch/configs/default.yaml"
-    return planned_run(
-        read_trees(config, options.ds_config or ROOT / "ds_configs/zero3.json", options.overrides), world
-    )
+    return planned_run(read_trees(config, options.ds_config, ROOT / "ds_configs/zero3.json", options.overrides), world)
 
 
 def read_shortcut(options: argparse.Namespace, world: int, hardware: Hardware) -> PlannedRun:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import ConfigError, assign, one_line, read_yaml
+from ..config import ConfigError, one_line
+from .batch_sizes import batch_sizes
 from .model_sizes import ModelSizes, StepWork, model_sizes
 from .planner import KINDS, STATES, Layout
 from .program import SCHEDULES
@@ -44,7 +45,6 @@ WORD_TOKENS = 177
 """bAbI's words, the words of the built-in background and three special tokens."""
 ANSWER_TOKENS = 2
 """Scored tokens of a BABILong sample: a one-word answer and eos."""
-BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 class RunTree(NamedTuple):
@@ -52,24 +52,6 @@ class RunTree(NamedTuple):
 
     run: dict
     ds_config: dict
-
-
-def read_trees(yaml_file: Path, json_file: Path, overrides: Iterable[str] = ()) -> RunTree:
-    """Both files with key=value on top; a recipe's own ``ds_config:`` section is merged over the JSON file.
-
-    Raises ConfigError for a file that cannot be read, a malformed override or an unknown key.
-    """
-    overrides = list(overrides)
-    of_ds_config = [text for text in overrides if text.startswith(f"{DS_CONFIG}.")]
-    run = read_yaml(yaml_file)
-    for override in overrides:
-        if override not in of_ds_config:
-            assign(run, override)
-    check_keys(run)
-    ds_config = merged(read_object(json_file, DS_CONFIG), section(run, DS_CONFIG, ""))
-    for override in of_ds_config:
-        assign(ds_config, override.removeprefix(f"{DS_CONFIG}."))
-    return RunTree(run, ds_config)
 
 
 def read_object(path: Path, field: str) -> dict:
@@ -83,15 +65,6 @@ def read_object(path: Path, field: str) -> dict:
     if not isinstance(found, dict):
         raise ConfigError(f"{field}={path}: expected a JSON object, got {type(found).__name__}")
     return found
-
-
-def merged(below: Mapping, above: Mapping) -> dict:
-    """`above` laid over `below`, objects key by key."""
-    result = dict(below)
-    for key, value in above.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def check_keys(run: Mapping) -> None:
@@ -173,20 +146,20 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
     sp = count(parallel, "sp", "parallel.", 1)
     if world < 1 or world % sp:
         raise ConfigError(f"parallel.sp={sp} does not divide gpus={world}; try parallel.sp=1 or other --gpus")
-    micro, accumulation = batch_sizes(trees.ds_config, world // sp)
+    sizes = batch_sizes(trees.ds_config, world // sp)
     samples = longest_samples(trees.run)
     bf16 = flag(section(trees.ds_config, "bf16", "ds_config "), "enabled", "ds_config bf16.")
     recompute = section(trees.ds_config, "activation_checkpointing", "ds_config ")
     work = StepWork(
         sequence_tokens=samples.sequence_tokens,
         segment_tokens=samples.segment_tokens,
-        micro_batch=micro,
+        micro_batch=sizes.micro,
         states=choice(section(trees.run, "bptt", ""), "states", "bptt.", STATES),
         dtype_bytes=2 if bf16 else 4,
         offload_optimizer=offloaded(zero, "offload_optimizer"),
         offload_parameters=offloaded(zero, "offload_param"),
         offload_activations=flag(recompute, "cpu_checkpointing", "ds_config activation_checkpointing."),
-        accumulation=accumulation,
+        accumulation=sizes.accumulation,
         scored_tokens=samples.scored_tokens,
         gradient_bytes=gradient_bytes(trees.ds_config),
         **{
@@ -199,25 +172,10 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         sp,
         count(parallel, "rounds", "parallel.", 1),
         # A micro-batch is cut into no more parts than it has rows.
-        min(count(parallel, "chunks", "parallel.", 1), micro),
+        min(count(parallel, "chunks", "parallel.", 1), sizes.micro),
         choice(parallel, "schedule", "parallel.", (None, *SCHEDULES)),
     )
     return PlannedRun(read_model(section(trees.run, "model", ""), samples.vocab_size), work, layout)
-
-
-def batch_sizes(ds_config: Mapping[str, Any], dp: int) -> tuple[int, int]:
-    """Micro-batch and accumulation by DeepSpeed's rule, train_batch_size = micro x accumulation x dp."""
-    total, micro, accumulation = (count(ds_config, name, "ds_config ", 0) for name in BATCHES)
-    if not total and not micro:
-        raise ConfigError("ds_config train_batch_size: missing; set it, or train_micro_batch_size_per_gpu")
-    accumulation = accumulation or (max(1, total // (micro * dp)) if total and micro else 1)
-    micro = micro or max(1, total // (accumulation * dp))
-    if total and total != micro * accumulation * dp:
-        raise ConfigError(
-            f"ds_config train_batch_size={total} is not {micro} (micro-batch) x {accumulation} (accumulation) x {dp} "
-            f"(data-parallel ranks); try train_batch_size={micro * accumulation * dp} or other --gpus"
-        )
-    return micro, accumulation
 
 
 def offloaded(zero: Mapping[str, Any], name: str) -> bool:

@@ -12,12 +12,11 @@ from ..monitoring.bad_steps import Rollback
 from ..monitoring.watchdog import WatchdogConfig
 from ..runtime.executor import ParallelConfig
 from ..runtime.segment_bptt import BPTTConfig
-from ..zero3.ds_config import check_section, is_whole, read_ds_config
+from ..zero3.ds_config import complete_ds_config, split_overrides
 from ..zero3.partitioned_model import ModelConfig
 from .curriculum import Stage
 
 Positive = Annotated[int, Field(ge=1)]
-DS_CONFIG = "ds_config."
 
 
 class TrainConfig(Section):
@@ -84,9 +83,7 @@ def load_run(config: Path, ds_config: Path | None, default_ds_config: Path, over
     The recipe `config` is merged over the file `ds_config`, or over `default_ds_config` where none was given and the
     recipe does not stand alone (`is_whole`); ``ds_config.key=value`` overrides both. Raises ConfigError.
     """
-    of_ds_config = [text for text in overrides if text.startswith(DS_CONFIG)]
-    run = load_config(RunConfig, config, [text for text in overrides if text not in of_ds_config])
-    section = check_section(run.ds_config, config)
-    file = default_ds_config if ds_config is None and not is_whole(section) else ds_config
-    complete = read_ds_config(file, [text.removeprefix(DS_CONFIG) for text in of_ds_config], section)
+    of_recipe, of_ds_config = split_overrides(overrides)
+    run = load_config(RunConfig, config, of_recipe)
+    complete = complete_ds_config(run.ds_config, config, ds_config, default_ds_config, of_ds_config)
     return run.model_copy(update={"ds_config": complete})

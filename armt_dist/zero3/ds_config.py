@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import ConfigError, as_number, assign, one_line
+from ..schedule.batch_sizes import BatchSizes, batch_sizes
 from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED
 
 if TYPE_CHECKING:
     import torch
 
+# Of overrides that belong here.
+PREFIX = "ds_config."
 # Keys that other DeepSpeed runs use, and what takes their place.
 REMEDIES = {
     "scheduler": "learning-rate schedules are part of the curriculum's stages in the YAML config",
@@ -35,14 +38,6 @@ OBJECTS = (
 )
 
 
-class BatchSizes(NamedTuple):
-    """Sequences: of one optimizer step, of one rank's micro-batch; and micro-batches a step."""
-
-    global_batch: int
-    micro: int
-    accumulation: int
-
-
 class Prepared(NamedTuple):
     """A checked ds_config: what DeepSpeed gets, and what we take from it ourselves."""
 
@@ -50,6 +45,25 @@ class Prepared(NamedTuple):
     sizes: BatchSizes
     lr: float
     offload_activations: bool
+
+
+def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the ``key=value`` of the recipe, and those of the ds_config without their prefix."""
+    overrides = list(overrides)
+    own = [text for text in overrides if text.startswith(PREFIX)]
+    return [text for text in overrides if text not in own], [text.removeprefix(PREFIX) for text in own]
+
+
+def complete_ds_config(
+    section: dict, recipe: str | Path, file: Path | None, default_file: Path, overrides: Iterable[str] = ()
+) -> dict:
+    """Return the ds_config of a run: `recipe`'s `section` over the file, ``a.b=value`` overrides over both.
+
+    The file is `default_file` where none was given and the section does not stand alone (`is_whole`). Raises
+    ConfigError.
+    """
+    section = check_section(section, recipe)
+    return read_ds_config(default_file if file is None and not is_whole(section) else file, overrides, section)
 
 
 def read_ds_config(path: str | Path | None, overrides: Iterable[str] = (), section: dict | None = None) -> dict:
@@ -158,38 +172,6 @@ def check_stage(config: dict) -> None:
         raise ConfigError(
             f"ds_config zero_optimization.stage={stage}: the schedules are built on ZeRO-3's gathers; set stage to 3"
         )
-
-
-def batch_sizes(config: dict, dp: int) -> BatchSizes:
-    """Apply DeepSpeed's rule, train_batch_size = micro x accumulation x dp, with the missing one filled in.
-
-    Raises ConfigError for sizes that are not positive integers or do not fit the world.
-    """
-    total = batch_size(config, "train_batch_size")
-    micro = batch_size(config, "train_micro_batch_size_per_gpu")
-    accumulation = batch_size(config, "gradient_accumulation_steps")
-    if total is None and micro is None:
-        raise ConfigError("ds_config train_batch_size: missing; set it, or train_micro_batch_size_per_gpu")
-    if accumulation is None:
-        accumulation = 1 if total is None or micro is None else max(1, total // (micro * dp))
-    if micro is None:
-        micro = max(1, (total or 1) // (accumulation * dp))
-    if total is None:
-        total = micro * accumulation * dp
-    if total != micro * accumulation * dp:
-        raise ConfigError(
-            f"ds_config train_batch_size={total} is not {micro} (micro-batch) x {accumulation} (accumulation) x {dp} "
-            f"(data-parallel ranks); try train_batch_size={micro * accumulation * dp} or another world size"
-        )
-    return BatchSizes(total, micro, accumulation)
-
-
-def batch_size(config: dict, name: str) -> int | None:
-    """Return one of the batch sizes. Raises ConfigError where it is not a positive integer."""
-    value = config.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"ds_config {name}={one_line(value)}: expected a positive integer")
-    return value
 
 
 def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepared:

@@ -28,8 +28,8 @@ from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.model_sizes import ModelSizes, model_sizes
 from armt_dist.schedule.planner import plan
 from armt_dist.training.run_config import RunConfig
-from armt_dist.zero3.ds_config import batch_sizes
 from armt_dist.zero3.partitioned_model import ModelConfig, armt_config, token_fields
+from armt_dist.zero3.run_trees import read_trees
 
 ZERO3 = ROOT / "ds_configs/zero3_fp32.json"
 CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
@@ -44,7 +44,7 @@ MEMORIES = {
 
 
 def planned(path, overrides=(), world=1, ds_config=ZERO3):
-    return planned_run.planned_run(planned_run.read_trees(path, ds_config, overrides), world)
+    return planned_run.planned_run(read_trees(path, ds_config, ds_config, overrides), world)
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -178,15 +178,16 @@ def test_overrides_and_the_ds_config_decide_the_work(tmp_path):
     assert tuple(layout) == (2, 2, 2, 6, None)
 
 
-@pytest.mark.parametrize(
-    ("total", "micro", "accumulation", "dp"),
-    [(64, None, None, 4), (None, 2, None, 4), (64, 4, None, 4), (64, None, 8, 2), (64, 8, 2, 4), (24, 2, 3, 4)],
-)
-def test_batch_sizes_follow_the_same_rule_as_the_run(total, micro, accumulation, dp):
-    named = zip(planned_run.BATCHES, (total, micro, accumulation), strict=True)
-    config = {name: value for name, value in named if value is not None}
-    sizes = batch_sizes(config, dp)
-    assert planned_run.batch_sizes(config, dp) == (sizes.micro, sizes.accumulation)
+def test_a_complete_section_needs_no_file(tmp_path):
+    """What --show-config prints, or a run folder's config.yaml, is planned as the run that it came from."""
+    recipe = ROOT / "launch/configs/plays_cpu.yaml"
+    trees = read_trees(recipe, ZERO3, ZERO3)
+    shown = tmp_path / "config.yaml"
+    shown.write_text(yaml.safe_dump({**trees.run, "ds_config": trees.ds_config}))
+    # The default file has bf16, which must not be merged under a complete section.
+    again = read_trees(shown, None, ROOT / "ds_configs/zero3.json")
+    assert planned_run.planned_run(again, 1) == planned_run.planned_run(trees, 1)
+    assert planned_run.planned_run(again, 1).work.dtype_bytes == 4
 
 
 def test_the_base_of_a_run_is_read_from_its_folder(tmp_path):
@@ -225,7 +226,7 @@ def test_the_base_of_a_run_is_read_from_its_folder(tmp_path):
         ("curriculum=[{steps: 3}]", "curriculum.0.pairs: missing; set it"),
         ("ds_config.train_batch_size=7", "ds_config train_batch_size=7 is not 1 .* try train_batch_size=4"),
         ("ds_config.train_batch_size=null", "ds_config train_batch_size: missing; set it"),
-        ("ds_config.bf16=true", "ds_config bf16=True: expected a section of keys"),
+        ("ds_config.bf16=true", "ds_config bf16=True: expected an object"),
     ],
 )
 def test_a_mistake_names_field_value_and_remedy(override, message):
@@ -238,7 +239,7 @@ def test_a_mistake_names_field_value_and_remedy(override, message):
 
 def write_run(folder, overrides=(), steps=6, world=1, hardware=CPU):
     """A run folder as launch/train.py leaves it, whose steps took what the planner says of `hardware`."""
-    trees = planned_run.read_trees(ROOT / "launch/configs/plays_cpu.yaml", ZERO3, overrides)
+    trees = read_trees(ROOT / "launch/configs/plays_cpu.yaml", ZERO3, ZERO3, overrides)
     run = planned_run.planned_run(trees, world)
     result = plan(*run, hardware)
     for name in ("model", "heartbeat"):
