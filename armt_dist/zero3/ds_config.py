@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import ConfigError, as_number, assign, one_line
-from ..schedule.batch_sizes import BatchSizes, batch_sizes
+from ..schedule.planned_run import BatchSizes, batch_sizes
 from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED
 
 if TYPE_CHECKING:
