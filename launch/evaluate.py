@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from armt_dist.data.tasks import DataConfig
+    from armt_dist.evaluation.evaluate import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -74,6 +75,19 @@ def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
     }
 
 
+def write_results(out: Path, facts: dict, found: "dict[str, list[Row]]") -> None:
+    """Write evaluation.json and evaluation.png. Raises OSError."""
+    from armt_dist.evaluation.evaluation_report import heat_map, plot_evaluation
+
+    rows = [{"task": name, **row._asdict()} for name, part in found.items() for row in part]
+    write_json(out / "evaluation.json", {**facts, "rows": rows})
+    name, measure, picture = facts["data"]["task"], facts["measure"], out / "evaluation.png"
+    if name == "babilong":
+        heat_map(found, picture, "BABILong: exact match")
+    else:
+        plot_evaluation(found[name], measure, picture, f"{name}: {measure} by length")
+
+
 def main() -> None:
     """Evaluate, print tables, and write the results."""
     args = arguments()
@@ -84,7 +98,7 @@ def main() -> None:
     from armt_dist.checkpoint.exported_code import REFRESH, is_stale
     from armt_dist.data.tasks import make_task
     from armt_dist.evaluation.evaluate import check_lengths, evaluate
-    from armt_dist.evaluation.evaluation_report import evaluation_table, heat_map, plot_evaluation
+    from armt_dist.evaluation.evaluation_report import evaluation_table
     from armt_dist.evaluation.exported import default_lengths, load_model, read_task, self_check
 
     logging.set_verbosity_error()
@@ -114,17 +128,10 @@ def main() -> None:
         if len(parts) > 1:
             print(name)
         print(evaluation_table(found[name], task.measure))
-    rows = [{"task": name, **row._asdict()} for name, part in found.items() for row in part]
     facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
-    result = {**facts, "measure": task.measure, "zero_memory": args.zero_memory, "rows": rows}
+    facts |= {"measure": task.measure, "zero_memory": args.zero_memory}
     with writing(out):
-        write_json(out / "evaluation.json", result)
-        if data.task == "babilong":
-            heat_map(found, out / "evaluation.png", "BABILong: exact match")
-        else:
-            plot_evaluation(
-                found[data.task], task.measure, out / "evaluation.png", f"{data.task}: {task.measure} by length"
-            )
+        write_results(out, facts, found)
     print(f"wrote {out}/evaluation.json and {out}/evaluation.png")
 
 

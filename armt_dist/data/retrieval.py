@@ -41,6 +41,7 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def strings_can_be_numbered(self) -> "RetrievalConfig":
+        """Check that there are not too many strings."""
         for name in ("key_length", "value_length"):
             if self.symbols ** getattr(self, name) > MAX_STRINGS:
                 raise ValueError(

@@ -49,6 +49,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def sections_fit_the_task(self) -> "DataConfig":
+        """Check that there is no section of another task."""
         own = KINDS[self.task].section
         for section in sorted({kind.section for kind in KINDS.values()} - {own}):
             if getattr(self, section) is not None:

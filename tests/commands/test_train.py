@@ -114,7 +114,7 @@ MISTAKES = {
     "unknown key": (["model.d_memm=4"], "model.d_memm=4: unknown key"),
     "heads and width": (["model.n_heads=3"], "n_heads=3 does not divide d_mem=16"),
     "unit of another task": (["curriculum.0.pairs=null", "curriculum.0.segments=4"], "curriculum.0.segments=4"),
-    "key of a stage": (["curriculum.0.key_length=2"], "key_length=2: data.retrieval.key_length=1 is the most"),
+    "key of a stage": (["curriculum.0.key_length=2"], "key_length=2: above data.retrieval.key_length=1"),
     "missing file": (["--config", "/no/such.yaml"], "config=/no/such.yaml"),
     "sp and the world": (["parallel.sp=3"], "sp=3 does not divide the world of 2"),
     "batch and the world": (["--ds_config", "odd.json"], "train_batch_size=5"),

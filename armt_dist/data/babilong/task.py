@@ -58,6 +58,7 @@ class BabilongConfig(Section):
 
     @model_validator(mode="after")
     def published_stories_are_as_they_are(self) -> "BabilongConfig":
+        """Check that published stories are not aligned."""
         if self.aligned and self.published:
             raise ValueError(
                 "aligned=True: published stories are too long for one segment per fact; remove aligned or published"

@@ -43,6 +43,7 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def one_source(self) -> "TextConfig":
+        """Check that there is one source, with its own validation data."""
         if (self.files is None) == (self.dataset is None):
             raise ValueError("give one of text.files and text.dataset")
         if self.dataset is not None and self.validation_files is not None:
