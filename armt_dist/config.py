@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+Positive = Annotated[int, Field(ge=1)]
 USER_ERROR = 2
 RANK_0_SPEAKS_S = 15.0
 

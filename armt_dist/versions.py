@@ -1,6 +1,8 @@
 """Compare the installed packages with the tested ranges of setup.py."""
 
+import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -8,6 +10,17 @@ from packaging.requirements import Requirement
 from .config import ConfigError
 
 INSTALL = "bash launch/install.sh"
+
+
+def installed(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the version of Python and of each package, None for one that is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def outside() -> list[str]:

@@ -3,15 +3,12 @@
 `examine` measures, on one rank per node or more; `judge` is pure: facts in, one sentence per fault out.
 """
 
-import contextlib
 import os
-import platform
 import socket
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..versions import installed
 from .collectives import gather_objects
 from .launchers import Ranks
 
@@ -77,10 +75,8 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
 
 def package_versions() -> dict[str, str]:
     """Return the version of everything that must be the same on all ranks for equal collectives and numbers."""
-    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+    found = {name: number for name, number in installed(PACKAGES).items() if number is not None}
+    found["cuda"] = str(torch.version.cuda)
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found

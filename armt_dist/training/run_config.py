@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import Section, load_config
+from ..config import Positive, Section, load_config
 from ..data.tasks import DataConfig
 from ..monitoring.bad_steps import Rollback
 from ..monitoring.watchdog import WatchdogConfig
@@ -15,8 +15,6 @@ from ..runtime.segment_bptt import BPTTConfig
 from ..zero3.ds_config import complete_ds_config, split_overrides
 from ..zero3.partitioned_model import ModelConfig
 from .curriculum import Stage
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class TrainConfig(Section):

@@ -3,7 +3,6 @@
 import json
 import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 from ..config import ConfigError, one_line, read_yaml
 from ..data.task import Task
 from ..model.configuration_armt import ARMTConfig
+from ..versions import installed
 from .run_config import RunConfig
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
@@ -73,12 +73,7 @@ def flat(value: object, path: str) -> dict[str, object]:
 
 def environment() -> dict:
     """Return versions, Python and git commit, as far as they can be known."""
-    facts: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except ModuleNotFoundError:
-            facts[package] = None
+    facts = {**installed(PACKAGES), "platform": platform.platform()}
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
