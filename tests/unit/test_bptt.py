@@ -26,7 +26,9 @@ def test_golden_cases(name, states):
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 OPTIONS = {
     "default": {},
-    "heads": dict(n_heads=2),
+    # Two channels a head leave so few features that z·q comes close to 0: float32 gradients of W_mk are then 1e5 times
+    # off, in either path, and whether the two agree depends on the CPU's order of additions.
+    "heads": dict(n_heads=2, d_mem=16),
     "gating": dict(gating=True, n_heads=2),
     "no_denominator": dict(use_denom=False),
     "no_correction": dict(correction=False),
