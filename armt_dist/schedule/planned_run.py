@@ -53,12 +53,12 @@ class RunTree(NamedTuple):
     ds_config: dict
 
 
-def read_object(path: Path, field: str) -> dict:
-    """A JSON object. Raises ConfigError naming `field`."""
+def read_object(path: Path, field: str, remedy: str = "give a readable JSON file") -> dict:
+    """Read a JSON object. Raises ConfigError naming `field`, with `remedy` where the file cannot be opened."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{field}={path}: {error.strerror}; give a readable JSON file") from None
+        raise ConfigError(f"{field}={path}: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{field}={path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(found, dict):

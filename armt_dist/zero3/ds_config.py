@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import ConfigError, as_number, assign, one_line
-from ..schedule.planned_run import BatchSizes, batch_sizes
+from ..schedule.planned_run import BatchSizes, batch_sizes, read_object
 from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED
 
 if TYPE_CHECKING:
@@ -81,14 +81,7 @@ def read_ds_config(path: str | Path | None, overrides: Iterable[str] = (), secti
 
 def read_file(path: str | Path) -> dict:
     """Read a ds_config from JSON and check its keys. Raises ConfigError naming the file."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"ds_config={path}: {error.strerror}; for example ds_configs/zero3.json") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"ds_config={path}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"ds_config={path}: expected a JSON object, got {type(config).__name__}")
+    config = read_object(Path(path), "ds_config", "for example ds_configs/zero3.json")
     check_keys(config, f" in {path}")
     return config
 
