@@ -131,8 +131,7 @@ class Watchdog:
         """End the process with exit code 1, without clean-up, which could wait for the other ranks again."""
         why = f"rank {self.rank} spent more than {phase.limit_s:g} s in {phase.section} (after step {phase.step})"
         line = f"error: {why}, {describe_wait(self.at())}; stacks: {self.stacks}\n"
-        # The main thread may hold the lock of sys.stderr.
-        os.write(2, line.encode())
+        report(line)
         self.dump(why)
         os._exit(1)
 
@@ -180,6 +179,20 @@ def describe_wait(at: Instruction | None) -> str:
     return f"last instruction {at} (layer {at.layer})" if at else "before any instruction"
 
 
+# Taken for good by the thread that reports why this process ends: the limit of a step may run out while the main thread
+# reports a lost rank.
+reported = threading.Lock()
+
+
+def report(line: str) -> None:
+    """Write `line` to stderr, unless another thread has reported why this process ends: then let that thread end it."""
+    if reported.acquire(blocking=False):
+        # Not through sys.stderr, whose lock the main thread may hold.
+        os.write(2, line.encode())
+    else:
+        time.sleep(TIMER_LATER_S)
+
+
 # Signs of a lost rank in gloo's messages; NCCL raises DistBackendError.
 LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
@@ -202,7 +215,7 @@ def end_when_alone(
         instruction = at()
         doing = f"in {instruction} (layer {instruction.layer})" if instruction else "outside the layers"
         why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
-        print(f"error: {why}", file=sys.stderr, flush=True)
+        report(f"error: {why}\n")
         # The failing frames have unwound and are missing from the stacks.
         dump(f"{why}\n{traceback.format_exc()}")
         os._exit(1)

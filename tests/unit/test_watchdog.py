@@ -99,3 +99,22 @@ with end_when_alone(dog.at, dog.dump):
     result, stacks, _ = watched(tmp_path, body, before)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
     assert "lost another rank in RUN 2.1 b0" in result.stderr and "lost another rank" in stacks
+
+
+def test_one_line_where_the_limit_runs_out_during_the_report_of_a_lost_rank(tmp_path):
+    before = """
+import torch.distributed as dist
+from armt_dist.monitoring.watchdog import end_when_alone
+dist.get_rank = lambda: 3
+"""
+    body = """
+def slow_dump(why):
+    time.sleep(1.5)
+watchdog.TIMER_LATER_S = 5
+dog.enter('step', 1)
+with end_when_alone(dog.at, slow_dump):
+    raise RuntimeError("[gloo] Timed out waiting 600000ms")
+"""
+    result, _, _ = watched(tmp_path, body, before)
+    assert result.returncode == 1, f"exit code {result.returncode}: {result.stderr}"
+    assert len(result.stderr.splitlines()) == 1 and "lost another rank" in result.stderr, result.stderr
