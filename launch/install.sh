@@ -40,16 +40,16 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
             pip install -q "$torch"
     fi
 fi
+# torch stays as it is: another one would be another build.
+torch=$(mktemp)
+trap 'rm -f "$torch"' EXIT
+"$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$torch"
 if [ -n "$newest" ]; then
-    # torch stays as it is: a newer one would be another build.
-    constraints=$(mktemp)
-    trap 'rm -f "$constraints"' EXIT
-    "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$constraints"
-    set -- --upgrade --upgrade-strategy eager
+    set -- -c "$torch" --upgrade --upgrade-strategy eager
 else
-    set --
+    set -- -c "$torch" -c "$constraints"
 fi
 # DeepSpeed compiles its extensions when they are first used, not now.
-pip install -q -c "$constraints" setuptools wheel ninja
-DS_BUILD_OPS=0 pip install -q --no-build-isolation -c "$constraints" "$@" -e ".${extras:+[$extras]}"
+pip install -q -c "$torch" setuptools wheel ninja
+DS_BUILD_OPS=0 pip install -q --no-build-isolation "$@" -e ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"

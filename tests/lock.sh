@@ -9,9 +9,10 @@ trap 'rm -rf "$folder"' EXIT
 VENV=$folder/venv bash launch/install.sh --newest test
 {
     echo "# What armt_dist was tested with on Python 3.11 and 3.12; launch/install.sh installs these unless told --newest."
-    echo "# torch is not here: its build depends on your CUDA (see TORCH in launch/install.sh). tests/lock.sh wrote this file."
+    echo "# torch is not here: its build depends on your CUDA (see TORCH in launch/install.sh), and its version bounds that of"
+    echo "# setuptools. tests/lock.sh wrote this file."
     # Packages of a CUDA build are pinned by torch itself.
-    "$folder/venv/bin/python" -m pip list --format=freeze --exclude-editable --exclude pip --exclude torch |
+    "$folder/venv/bin/python" -m pip list --format=freeze --exclude-editable --exclude pip --exclude torch --exclude setuptools |
         grep -v -i -E '^(nvidia|cuda|triton)'
 } >"$folder/constraints.txt"
 mv "$folder/constraints.txt" constraints.txt
