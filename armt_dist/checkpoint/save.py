@@ -8,6 +8,7 @@ is collective and left to the main threads; the background thread only writes fi
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,10 @@ class Writer(TorchCheckpointEngine):
 
     def save(self, state_dict: dict, path: str) -> None:
         """Collect one file; called by the engine."""
-        content = tree_map(host_copy, state_dict, is_leaf=is_shape) if self.copy else state_dict
+        # Python 3.11.2 pickles a member of an enum as a call of getattr, which restricted unpicklers refuse.
+        content = tree_map(lambda leaf: leaf.value if isinstance(leaf, Enum) else leaf, state_dict, is_leaf=is_shape)
+        if self.copy:
+            content = tree_map(host_copy, content, is_leaf=is_shape)
         self.files.append((content, Path(path)))
 
     def write(self, generator_states: dict, folder: Path, rank: int) -> dict[str, dict]:

@@ -6,11 +6,13 @@ Shapes: B batch rows, S segments, T tokens of a segment, D model width, n scored
 import math
 import time
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError
@@ -58,6 +60,11 @@ class Score(NamedTuple):
             torch.cat((self.right, other.right)),
             max(self.peak_bytes, other.peak_bytes),
         )
+
+    def padded(self, segments: int) -> "Score":
+        """Append segments in which nothing is scored, up to `segments`."""
+        sums = (pad(tensor, (0, segments - tensor.shape[1])) for tensor in (self.nll, self.scored, self.right))
+        return Score(*sums, self.peak_bytes)
 
 
 def evaluate(
@@ -148,9 +155,25 @@ def summarise(total: Score, sample: Sample) -> Row:
     )
 
 
-@torch.inference_mode()
 def score(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
-    """Score one batch segment by segment, with logits at the scored positions only; only memory states are kept."""
+    """Score one batch, each row in the segments that it would have alone."""
+    if batch.attention_mask is None or model.config.segment_alignment == "left":
+        return score_segments(model, batch, zero_memory)
+    segments = -(-batch.input_ids.shape[1] // model.config.segment_tokens)
+    rows = [score_segments(model, real_row(batch, row), zero_memory) for row in range(len(batch.input_ids))]
+    return reduce(Score.plus, (row.padded(segments) for row in rows))
+
+
+def real_row(batch: Batch, row: int) -> Batch:
+    """Return one row without its padding."""
+    assert batch.attention_mask is not None, "only a padded batch has rows of different lengths"
+    rows, tokens = slice(row, row + 1), int(batch.attention_mask[row].sum())
+    return Batch(batch.input_ids[rows, :tokens], batch.labels[rows, :tokens], None, batch.sample_ids[rows])
+
+
+@torch.inference_mode()
+def score_segments(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> Score:
+    """Score a batch segment by segment, with logits at the scored positions only; only memory states are kept."""
     config, device = model.config, model.device
     count, tokens = batch.input_ids.shape
     lengths = segment_lengths(tokens, config.segment_tokens, config.segment_alignment)

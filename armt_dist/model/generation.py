@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from .backbone import Context, causal_mask
 from .cache import CACHE_NAMES, ARMTCache
+from .configuration_armt import ARMTConfig
 from .memory_kind import apply
 from .rmt import MemoryRows
 from .segment_rows import SegmentRows
@@ -51,6 +52,15 @@ def check_others(others: dict, tokens: int, before: int, attention_mask: Tensor 
             raise TypeError(f"ARMTForCausalLM.forward() got an unexpected keyword argument {name!r}")
 
 
+def check_cacheable(config: ARMTConfig) -> None:
+    """Raise ValueError where a cache cannot be right, because where segments begin depends on tokens yet to come."""
+    if config.segment_alignment != "left":
+        raise ValueError(
+            f"use_cache=True: with segment_alignment={config.segment_alignment} every further token shifts the segments; "
+            "set use_cache=False"
+        )
+
+
 class ARMTGeneration(SegmentRows, GenerationMixin):
     """The part of `ARMTForCausalLM` that reads a text piece by piece."""
 
@@ -58,9 +68,16 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
     """Whether `check` has passed."""
 
     def generate(self, *args: Any, self_check: bool = True, **kwargs: Any) -> Any:
-        """Generate as GenerationMixin.generate does. The first call runs `check`, unless `self_check` is false."""
+        """Generate as GenerationMixin.generate does. The first call runs `check`, unless `self_check` is false.
+
+        Without a cache where every new token shifts the segments (`segment_alignment` right or center).
+        """
         if self_check and not self.checked:
             self.check()
+        if self.config.segment_alignment != "left":
+            if kwargs.get("use_cache"):
+                check_cacheable(self.config)
+            kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)
 
     def check(self) -> None:

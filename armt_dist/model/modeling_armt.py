@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .backbone import Context
 from .cache import ARMTCache, ARMTOutput, the_cache
 from .configuration_armt import ARMTConfig
-from .generation import ARMTGeneration, check_others
+from .generation import ARMTGeneration, check_cacheable, check_others
 from .memory_kind import LAST_LAYER, ARMTLayer, apply
 from .rmt import MemoryRows, enter
 from .segment_rows import MemoryTokens, segment_lengths
@@ -154,6 +154,7 @@ class ARMTForCausalLM(ARMTGeneration):
         if use_cache and cache is None:
             cache = ARMTCache(self.initial_states(input_ids.shape[0]))
         if cache is not None:
+            check_cacheable(self.config)
             if attention_mask is not None:
                 raise ValueError("attention_mask with padding: segments would shift; batch prompts of equal length")
             hidden = self.extend(input_ids, cache)
@@ -170,6 +171,8 @@ class ARMTForCausalLM(ARMTGeneration):
 
     def read_segments(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Read segment by segment, layer by layer. [B, N] -> normed hidden states [B, N, D]."""
+        if attention_mask is not None and self.config.segment_alignment != "left":
+            return self.read_rows(input_ids, attention_mask)
         lengths = segment_lengths(input_ids.shape[1], self.config.segment_tokens, self.config.segment_alignment)
         masks: Iterable[Tensor | None] = itertools.repeat(None)
         if attention_mask is not None:
@@ -182,6 +185,14 @@ class ARMTForCausalLM(ARMTGeneration):
             h, states = self.segment(ids, states, mask)
             hidden.append(h)
         return torch.cat(hidden, dim=1)
+
+    def read_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Read row by row, because where a row is cut depends on its own length, not on how far its batch is padded."""
+        hidden = input_ids.new_zeros(*input_ids.shape, self.config.hidden_size, dtype=self.dtype)
+        for row, tokens in enumerate(attention_mask.sum(1).tolist()):
+            if tokens:
+                hidden[row : row + 1, :tokens] = self.read_segments(input_ids[row : row + 1, :tokens], None)
+        return hidden
 
 
 def right_padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -123,7 +123,8 @@ class Watchdog:
             now, phase = time.monotonic(), self.phase
             if now - phase.since > phase.limit_s:
                 self.end(phase)
-            if now >= due:
+            # There is no run folder during the set-up.
+            if now >= due and self.out.is_dir():
                 self.beat(phase)
                 due = now + self.config.heartbeat_s
 
@@ -160,12 +161,11 @@ class Watchdog:
         }
         folder = self.out / "heartbeat"
         with suppress(OSError):
-            if self.out.is_dir():
-                folder.mkdir(exist_ok=True)
-                # Renamed, so that readers never see half of it; not synced, because it is useless after a crash.
-                staged = folder / f".rank_{self.rank}.tmp"
-                staged.write_text(json.dumps(facts) + "\n")
-                staged.replace(folder / f"rank_{self.rank}.json")
+            folder.mkdir(exist_ok=True)
+            # Renamed, so that readers never see half of it; not synced, because it is useless after a crash.
+            staged = folder / f".rank_{self.rank}.tmp"
+            staged.write_text(json.dumps(facts) + "\n")
+            staged.replace(folder / f"rank_{self.rank}.json")
 
 
 def real_stderr() -> TextIO:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import ConfigError
 from ..model.configuration_armt import ARMTConfig
 from ..model.segment_rows import segment_lengths
 from ..schedule.grid import Grid, block_segments, check_grid, rank_blocks
@@ -50,8 +51,14 @@ def cut_piece(
     """Cut the blocks of `sp_rank` out of a micro-batch [B, tokens], in the blocks that the schedule numbers.
 
     `grid.segments` is set from the length of the batch. The schedule left out is the default of the memory kind.
-    Raises ConfigError as `fit_grid`, and when there are fewer segments than sp x rounds.
+    Raises ConfigError as `fit_grid`, when there are fewer segments than sp x rounds, and for padding unless segments
+    are filled from the left: elsewhere, the cuts of a padded row depend on its batch.
     """
+    if attention_mask is not None and model_config.segment_alignment != "left":
+        raise ConfigError(
+            f"model.segment_alignment={model_config.segment_alignment}: cuts a padded row by the length of its batch; "
+            "train on samples without padding, or set left"
+        )
     lengths = segment_lengths(input_ids.shape[1], model_config.segment_tokens, model_config.segment_alignment)
     grid = grid._replace(segments=len(lengths), chunks=min(grid.chunks, len(input_ids)))
     check_grid(grid)

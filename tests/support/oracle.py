@@ -11,13 +11,13 @@ GRID = Grid(segments=1, layers=1)
 
 
 def random_batch(tokens=29, batch=4, pad=11, seed=1):
-    """Draw token ids, labels and an attention mask; the last row ends in `pad` tokens of padding."""
+    """Draw token ids, labels and an attention mask; the last row ends in `pad` tokens of padding (0: no mask)."""
     torch.manual_seed(seed)
     ids = torch.randint(0, 50, (batch, tokens))
     mask = torch.ones_like(ids)
     # Long enough for a segment of nothing but padding.
     mask[-1, tokens - pad :] = 0
-    return ids, ids.masked_fill(mask == 0, -100), mask
+    return ids, ids.masked_fill(mask == 0, -100), mask if pad else None
 
 
 def shifted(labels):

@@ -67,6 +67,33 @@ def test_cache_changes_nothing(options, way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", [WAYS["greedy"], WAYS["beams"]], ids=["greedy", "beams"])
+@pytest.mark.parametrize("alignment", ["right", "center"])
+def test_without_a_cache_where_every_token_shifts_the_segments(alignment, way):
+    model, ids = small_model(segment_alignment=alignment).eval(), prompt(SEGMENT + 3)
+    found = generate(model, ids, max_new_tokens=2 * SEGMENT, return_dict_in_generate=True, output_logits=True, **way)
+    if way is WAYS["greedy"]:
+        for new, logits in enumerate(found.logits):
+            whole = model(found.sequences[:, : ids.shape[1] + new]).logits[:, -1]
+            assert_close("logits", logits, whole, TOLERANCES["logits"])
+    for refused in (lambda: generate(model, ids, max_new_tokens=2, use_cache=True), lambda: model(ids, use_cache=True)):
+        with pytest.raises(ValueError, match=f"use_cache=True: with segment_alignment={alignment}"):
+            refused()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alignment", ["left", "right", "center"])
+def test_a_row_does_not_depend_on_how_far_its_batch_is_padded(alignment):
+    model, ids = small_model(segment_alignment=alignment).eval(), prompt(29)
+    alone = model(ids[:1, :13]).logits
+    for tokens in (16, 21, 29):
+        mask = torch.ones(2, tokens, dtype=torch.int64)
+        mask[0, 13:] = 0
+        together = model(ids[:, :tokens], attention_mask=mask).logits[:1, :13]
+        assert_close("logits", together, alone, TOLERANCES["logits"])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 def test_prefill_in_pieces(options):
     """Any cut of the text gives the logits of the whole, within and across borders."""

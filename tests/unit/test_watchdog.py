@@ -78,6 +78,13 @@ def test_who_is_done_in_time_leaves_nothing_but_a_heartbeat(tmp_path):
     assert beat["time"] == pytest.approx(time.time(), abs=30)
 
 
+def test_the_first_heartbeat_comes_with_the_run_folder_however_long_the_interval(tmp_path):
+    body = "dog.config = dog.config.model_copy(update={'heartbeat_s': 60}); time.sleep(0.2); dog.out.mkdir()\n"
+    result, _, _ = watched(tmp_path / "run", body + "time.sleep(0.3); dog.close()")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/heartbeat/rank_3.json").exists(), "a short run leaves no heartbeat"
+
+
 def test_nothing_is_written_where_there_is_no_run_folder(tmp_path):
     result, stacks, _ = watched(tmp_path / "none", "time.sleep(0.3); dog.close()")
     assert result.returncode == 0 and not (tmp_path / "none").exists()
