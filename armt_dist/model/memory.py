@@ -16,6 +16,11 @@ from .memory_kind import Memory, MemoryUpdate
 EPS = 1e-5
 
 
+def float32(x: Tensor) -> torch.autocast:
+    """Return a context in which autocast, if it is on, leaves the memory's products in float32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class State(NamedTuple):
     """What one layer hands from segment to segment, float32 whatever the compute dtype (z·q can come close to 0)."""
 
@@ -32,10 +37,11 @@ class Update(NamedTuple):
 
     def onto(self, state: State) -> State:
         """Return the state after this update (ARMT paper, equation of the write)."""
-        return State(
-            torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
-            state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
-        )
+        with float32(state.A):
+            return State(
+                torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
+                state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
+            )
 
 
 class Associations(Protocol):
@@ -82,7 +88,9 @@ class DPFP(torch.autograd.Function):
         n, nu = ctx.n, ctx.nu
         if scale is not None:
             # d(p / |p|) = (dp - phi (phi·dp)) / |p|
-            grad = torch.addcmul(grad, phi, torch.linalg.vecdot(phi, grad).unsqueeze(-1), value=-1).mul_(scale)
+            with float32(grad):
+                along = torch.linalg.vecdot(phi, grad).unsqueeze(-1)
+            grad = torch.addcmul(grad, phi, along, value=-1).mul_(scale)
         r = tiled[..., -n:]
         d_r, d_tiled = torch.zeros_like(r), torch.zeros_like(tiled)
         for g, rolled, d_rolled in zip(grad.split(n, -1), rolls(tiled, n, nu), rolls(d_tiled, n, nu), strict=True):
@@ -151,16 +159,18 @@ class AssociativeMemory(Memory[AssociativeT]):
 
     def read(self, x: Tensor, state: AssociativeT) -> Tensor:
         """Add qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
-        q = self.features(self.W_mq(x))
-        return x + self.merge_heads(self.recall(q, state)).to(x.dtype)
+        projected = self.W_mq(x)
+        with float32(x):
+            return x + self.merge_heads(self.recall(self.features(projected), state)).to(x.dtype)
 
     def update(self, m: Tensor, state: AssociativeT) -> Update:
         """Compute what the memory positions m [B, M, D] of a layer's output add: k = phi(W_mk m), β(v − v̄), γ."""
-        k = self.features(self.W_mk(m))
-        v = self.split_heads(self.W_mv(m).float())
-        # [B, h, M, 1], or [B, h, M, d] with gating
-        beta = self.split_heads(torch.sigmoid(self.W_mb(m).float()))
-        return Update(k, beta * (v - self.recall(k, state)), self.gamma(k, state))
+        key, value, strength = self.W_mk(m), self.W_mv(m), self.W_mb(m)
+        with float32(m):
+            k, v = self.features(key), self.split_heads(value.float())
+            # [B, h, M, 1], or [B, h, M, d] with gating
+            beta = self.split_heads(torch.sigmoid(strength.float()))
+            return Update(k, beta * (v - self.recall(k, state)), self.gamma(k, state))
 
     def recall(self, q: Tensor, state: AssociativeT) -> Tensor:
         """Compute qA / (z·q + 1e-5), or qA where `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""

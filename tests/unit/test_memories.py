@@ -10,12 +10,39 @@ from support.models import small_model
 from support.oracle import oracle, random_batch, scheduled_loss
 
 from armt_dist.config import ConfigError
-from armt_dist.model.memory import AssociativeMemory
+from armt_dist.model.memory import AssociativeMemory, State, Update
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.runtime.executor import ParallelConfig, check_memory
 from armt_dist.schedule.program import default_schedule
 
 SEGMENT = 8
+
+# --- associative memory -------------------------------------------------------------------------------------------
+
+
+def test_the_memory_computes_in_float32_under_autocast():
+    """The products with A and z, forward and backward, are those without autocast, bit for bit."""
+    model = small_model().eval()
+    layer, state = model.layers[0].memory, model.initial_states(2)[0]
+    results = []
+    for autocast in (False, True):
+        torch.manual_seed(3)
+        # Projections that both ways round alike: only the memory's own arithmetic is compared.
+        m = torch.randn(2, 3, 32).bfloat16().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            q = layer.features(m[..., :4])
+            update = Update(q, m.unflatten(-1, (1, -1)).transpose(1, 2), layer.gamma(q, state))
+            written = update.onto(state)
+            read = layer.read(m, written) - m
+        # Outside of autocast, as torch recommends.
+        written.A.square().sum().backward()
+        results.append((written, m.grad))
+        assert written.A.dtype == written.z.dtype == torch.float32, f"autocast={autocast}"
+        assert read.any(), "nothing was read"
+    for name, plain, other in zip(State._fields, *(written for written, _ in results), strict=True):
+        assert torch.equal(plain, other), f"{name} differs under autocast"
+    assert torch.equal(results[0][1], results[1][1]), "the gradient differs under autocast"
+
 
 # --- sliding window -----------------------------------------------------------------------------------------------
 
