@@ -49,6 +49,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "lm_eval>=0.4.13,<0.5",
             "ruff>=0.8",
             "import-linter>=2.1",
             "mypy>=1.13",

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..config import ConfigError, one_line
-from ..model.configuration_armt import ARMTConfig
+from ..model.configuration_armt import UNLIMITED, ARMTConfig
 
 # AutoTokenizer reads the configuration of a folder first. Unless the model type is registered, it would ask whether to
 # run the code in the folder of an exported model.
@@ -26,7 +26,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byte":
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Not the base model's limit: tools that read the exported tokenizer would cut the text.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, model_max_length=UNLIMITED)
     except (OSError, ValueError, KeyError) as error:
         reason = one_line(error, limit=160)
         raise ConfigError(f"tokenizer={name}: cannot be loaded ({reason}); give byte, a folder or a name") from None
@@ -68,7 +69,9 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 def wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     """Turn a `tokenizers` tokenizer into a Hugging Face one that keeps white space when it decodes."""
     tokens = {role: AddedToken(token, special=True, normalized=False) for role, token in special.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=UNLIMITED, **tokens
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:

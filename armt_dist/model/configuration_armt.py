@@ -19,6 +19,8 @@ MEMORIES = {
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
 WINDOW_POSITIONS = ("relative", "restart")
+# The longest input as other tools read it (transformers, evaluation harnesses, servers); ARMT has no limit.
+UNLIMITED = 2**31 - 1
 # Least values. None passes, where the field allows it.
 LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
 LEAST |= {"sliding_window": 1, "k2": 1}
@@ -101,6 +103,7 @@ class ARMTConfig(PreTrainedConfig):
         self.hidden_size = self.base_config.hidden_size
         self.num_hidden_layers = self.base_config.num_hidden_layers
         self.tie_word_embeddings = self.base_config.tie_word_embeddings
+        self.max_position_embeddings = UNLIMITED
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.base_config, name, None))
         super().__post_init__(**kwargs)

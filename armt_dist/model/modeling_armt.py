@@ -106,6 +106,12 @@ class ARMTForCausalLM(ARMTGeneration):
         """Replace the base model's head."""
         self.base.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize as PreTrainedModel does, and tell the base configuration, from which a saved model is built again."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.base.vocab_size = self.config.vocab_size
+        return embeddings
+
     def segment(
         self, input_ids: Tensor, states: list[tuple], attention_mask: Tensor | None = None
     ) -> tuple[Tensor, list[tuple]]:

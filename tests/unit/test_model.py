@@ -22,14 +22,14 @@ from support.golden import (
     load_model,
     norm_tolerance,
 )
-from support.models import BASES
+from support.models import BASES, small_model
 from support.paths import ROOT
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from armt_dist import reference
 from armt_dist.model.configuration_armt import ARMTConfig
-from armt_dist.model.modeling_armt import segment_lengths
+from armt_dist.model.modeling_armt import ARMTForCausalLM, segment_lengths
 
 # --- golden cases -------------------------------------------------------------------------------------------------
 
@@ -211,6 +211,24 @@ def test_the_command_writes_a_folder_that_loads_without_this_package(name, tmp_p
     subprocess.run([sys.executable, "-I", "-c", STRANGER, folder, logits], check=True, cwd=elsewhere, env=environment)
     expected = load_model(name).eval()(torch.arange(40)[None]).logits
     assert torch.equal(torch.load(logits), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_with_more_tokens_is_saved_and_loaded(family, tmp_path):
+    model = small_model(family).eval()
+    model.resize_token_embeddings(57)
+    model.save_pretrained(tmp_path)
+    loaded = ARMTForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(57)[None]
+    assert loaded.config.vocab_size == loaded.config.base.vocab_size == 57
+    assert_close("logits", loaded(ids).logits, model(ids).logits, TOLERANCES["logits"])
+
+
+def test_the_configuration_names_no_limit_of_length(tmp_path):
+    """Not the base model's position table, which holds one segment."""
+    small_model("gpt2").save_pretrained(tmp_path)
+    config = ARMTConfig.from_pretrained(tmp_path)
+    assert (config.max_position_embeddings, config.base_config.n_positions) == (2**31 - 1, 64)
 
 
 # --- bad configurations -------------------------------------------------------------------------------------------
