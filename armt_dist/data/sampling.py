@@ -1,6 +1,7 @@
 """The samples of a step: random words and permutations as pure functions of (seed, split, step, row)."""
 
 from functools import lru_cache
+from hashlib import sha256
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # Independent random streams.
-STREAMS = {"length": 0, "rows": 1, "epoch": 2, "files": 3}
+STREAMS = {"length": 0, "rows": 1, "epoch": 2}
 
 
 def generator(stream: str, seed: int, split: Split, *where: int) -> np.random.Generator:
@@ -20,6 +21,14 @@ def generator(stream: str, seed: int, split: Split, *where: int) -> np.random.Ge
 def philox(stream: str, seed: int, split: Split, *where: int) -> np.random.Philox:
     """Return the counter-based bit generator behind `generator`."""
     return np.random.Philox(np.random.SeedSequence((STREAMS[stream], seed, SPLITS.index(split), *where)))
+
+
+def place(name: str) -> float:
+    """Return a number in [0, 1) that depends on `name` alone: what lies below a fraction is held out for validation.
+
+    Further names then move none of the earlier ones from training to validation or back.
+    """
+    return int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def row_words(seed: int, split: Split, step: int, rows: range, width: int) -> np.ndarray:

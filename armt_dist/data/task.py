@@ -6,6 +6,7 @@ size and after any resume, generates the same sample for the same row of the sam
 Shapes: b rows asked for, N tokens of a sequence.
 """
 
+from collections.abc import Mapping
 from math import ceil
 from typing import Literal, NamedTuple, Protocol
 
@@ -97,6 +98,14 @@ class Task(Protocol):
         """Return the number of different samples; None if they are unlimited."""
         ...
 
+    def pads(self) -> bool:
+        """Return whether a sample may be shorter than its batch."""
+        ...
+
+    def texts(self) -> Mapping[Split, list]:
+        """Return the `TextFacts` of text files by split; empty for tasks without them."""
+        ...
+
     def show(self, batch: Batch, row: int = 0) -> str:
         """Return one sample as text for people."""
         ...
@@ -116,6 +125,14 @@ class Stateless:
     def size(self, split: Split) -> int | None:
         """Return None: the samples are unlimited."""
         return None
+
+    def pads(self) -> bool:
+        """Return false: every sample is as long as asked for."""
+        return False
+
+    def texts(self) -> Mapping[Split, list]:
+        """Return no text files."""
+        return {}
 
     def state_dict(self) -> dict:
         """Return an empty state."""

@@ -80,6 +80,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer puts before a text, such as BOS; empty for many tokenizers."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((i for i in starts if whole[i : i + len(plain)] == plain), 0)]
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int] | Tensor, skip_special_tokens: bool = False) -> str:
     """Return the text of the token ids [n]."""
     text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -63,8 +63,8 @@ class Score(NamedTuple):
 
     def padded(self, segments: int) -> "Score":
         """Append segments in which nothing is scored, up to `segments`."""
-        sums = (pad(tensor, (0, segments - tensor.shape[1])) for tensor in (self.nll, self.scored, self.right))
-        return Score(*sums, self.peak_bytes)
+        nll, scored, right = (pad(sums, (0, segments - sums.shape[1])) for sums in (self.nll, self.scored, self.right))
+        return Score(nll, scored, right, self.peak_bytes)
 
 
 def evaluate(

@@ -56,8 +56,8 @@ def check_cacheable(config: ARMTConfig) -> None:
     """Raise ValueError where a cache cannot be right, because where segments begin depends on tokens yet to come."""
     if config.segment_alignment != "left":
         raise ValueError(
-            f"use_cache=True: with segment_alignment={config.segment_alignment} every further token shifts the segments; "
-            "set use_cache=False"
+            f"use_cache=True: with segment_alignment={config.segment_alignment} every further token shifts the "
+            "segments; set use_cache=False"
         )
 
 

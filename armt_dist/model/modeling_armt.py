@@ -106,7 +106,7 @@ class ARMTForCausalLM(ARMTGeneration):
         """Replace the base model's head."""
         self.base.set_output_embeddings(value)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as PreTrainedModel does, and tell the base configuration, from which a saved model is built again."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.base.vocab_size = self.config.vocab_size

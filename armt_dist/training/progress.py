@@ -22,6 +22,7 @@ class Progress(NamedTuple):
     skipped_in_a_row: int = 0
     losses: tuple[float, ...] = ()  # losses of the stage's last steps, for a rollback
     passed_over: int = 0  # global batches that rollbacks left out
+    validation_due: bool = False  # a stop signal came before the validation of this step
 
     @classmethod
     def restored(cls, saved: dict) -> "Progress":

@@ -11,12 +11,15 @@ from transformers import GenerationConfig
 from ..config import ConfigError, one_line, read_yaml
 from ..data.task import Task
 from ..model.configuration_armt import ARMTConfig
+from ..records import read_json, write_json
 from ..versions import installed
 from .run_config import RunConfig
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
+# Text files that the run has read.
+TEXTS = "texts.json"
 
 
 def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTConfig, task: Task) -> None:
@@ -29,6 +32,7 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
         (folder / "config.yaml").write_text(as_yaml(config.model_copy(update={"ds_config": ds_config})))
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        write_texts(folder, task)
         armt.save_pretrained(folder / "model")
         task.tokenizer.save_pretrained(folder / "model")
         tokens = task.tokenizer
@@ -59,6 +63,31 @@ def check_same(folder: Path, config: RunConfig) -> None:
                 raise ConfigError(
                     f"{key}={one_line(new.get(key))}: the run in {folder} was started with "
                     f"{one_line(old.get(key))}; keep that, or give another --out"
+                )
+
+
+def write_texts(folder: Path, task: Task) -> None:
+    """Write name, size and hash of all text files that the run has read, by split, those of earlier starts included."""
+    before = read_json(folder / TEXTS)
+    found = {
+        split: list({text["sha256"]: text for text in [*before.get(split, []), *(t._asdict() for t in texts)]}.values())
+        for split, texts in task.texts().items()
+    }
+    if any(found.values()):
+        write_json(folder / TEXTS, found)
+
+
+def check_texts(folder: Path, task: Task) -> None:
+    """Raise ConfigError where a run that resumes would validate on a text that it was trained on, or the reverse."""
+    before = read_json(folder / TEXTS)
+    for split, texts in task.texts().items():
+        other = "validation" if split == "train" else "train"
+        known = {text["sha256"] for text in before.get(other, [])}
+        for text in texts:
+            if text.sha256 in known:
+                raise ConfigError(
+                    f"data.text: {text.name} would be used for {split}, and the run in {folder} has used it for "
+                    f"{other} ({TEXTS}); restore the files of that run, or give another --out"
                 )
 
 

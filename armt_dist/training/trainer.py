@@ -4,7 +4,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -12,29 +11,20 @@ from ..checkpoint.folder import CheckpointError, clean, find_newest, prune, tag_
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
 from ..config import ConfigError
-from ..data.retrieval import Retrieval
-from ..data.task import Task
-from ..data.tasks import make_task
 from ..distributed.collectives import together
 from ..distributed.launchers import Ranks
-from ..distributed.mesh import make_mesh, ring
 from ..evaluation.run_report import write_run_report
-from ..model.configuration_armt import ARMTConfig
 from ..monitoring import profile
 from ..monitoring.run_log import RunLog
 from ..monitoring.step_metrics import StepMetrics
 from ..monitoring.watchdog import Watchdog, end_when_alone
-from ..runtime.executor import ScheduledLM, check_memory
-from ..runtime.handoff import Local, Wire
-from ..schedule.grid import Grid, pipeline_warning
-from ..zero3.ds_config import Prepared, prepare
+from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
-from ..zero3.partitioned_model import armt_config, build_model, token_fields
 from .curriculum import Stage
-from .global_batch import Batches
 from .progress import Progress, stage_over
 from .run_config import RunConfig
-from .run_folder import check_same, describe_run
+from .run_folder import describe_run
+from .setup import build_runner, set_up
 from .train_step import StepParts, StepResult, train_step, validate
 
 # Exit code of a run that gave up: too many skipped steps or rollbacks.
@@ -44,62 +34,6 @@ REQUEUE = 75
 # ZeRO-3 learns the order of gathers in the first two steps of a process.
 PROFILED_STEP = 3
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-
-
-class Setup(NamedTuple):
-    """What one rank knows before the model is built."""
-
-    batches: Batches
-    prepared: Prepared
-    resuming: bool  # whether the run folder holds a run
-
-
-def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device) -> Setup:
-    """Check the configuration, and open the data. Not collective. Raises ConfigError."""
-    mesh = make_mesh(ranks, config.parallel.sp)
-    prepared = prepare(ds_config, mesh.dp, ranks.world_size, device)
-    base = config.model.base_config or {}
-    segment_tokens = getattr(config.model, "segment_tokens", None)
-    task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch)
-    armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
-    grid = Grid(1, armt.num_hidden_layers, mesh.sp, config.parallel.rounds, config.parallel.chunks)
-    check_task(config, task, armt)
-    check_memory(config.parallel, armt.memory_kind)
-    resuming = (out / "config.yaml").exists()
-    if resuming:
-        check_same(out, config)
-    return Setup(Batches(task, armt, grid, config.parallel.schedule, mesh, prepared.sizes, device), prepared, resuming)
-
-
-def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
-    """Check that model and curriculum fit the task. Raises ConfigError."""
-    if len(task.tokenizer) > armt.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={armt.vocab_size}: the tokenizer has {len(task.tokenizer)} tokens; use another "
-            "tokenizer or a base model with a larger embedding"
-        )
-    name = f"task={config.data.task}"
-    for i, stage in enumerate(config.curriculum):
-        if stage.unit != task.unit:
-            raise ConfigError(f"curriculum.{i}.{stage.unit}={stage.length}: {name} counts {task.unit}")
-        task.sequence_tokens(stage.length)
-        if isinstance(task, Retrieval):
-            task.key_count(stage.length, **stage.keys)
-        for key, value in stage.keys.items():
-            if value is not None and not isinstance(task, Retrieval):
-                raise ConfigError(f"curriculum.{i}.{key}={value}: {name} has no keys; remove it")
-        if stage.until is not None and task.measure != "accuracy":
-            raise ConfigError(f"curriculum.{i}.until: {name} has no accuracy; use patience")
-
-
-def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
-    """Build the partitioned model, and the links between the ranks of an sp group. Collective."""
-    batches, prepared = setup.batches, setup.prepared
-    model = build_model(config.model, batches.armt, prepared.ds_config, config.train.seed)
-    link: Local | Wire = Local()
-    if batches.mesh.sp > 1:
-        link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)
-    return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, link=link)
 
 
 class Trainer:
@@ -150,8 +84,11 @@ class Trainer:
         config = self.config.train
         total = self.begin(resume)
         steps_here = 0
-        while self.progress.step < total:
+        while self.progress.step < total or self.progress.validation_due:
             stage = self.config.curriculum[self.progress.stage]
+            if self.progress.validation_due:
+                total = self.validate(stage, total)
+                continue
             if stage_over(stage, self.progress, config.patience):
                 self.enter_next_stage()
                 continue
@@ -167,11 +104,11 @@ class Trainer:
             if self.config.profile and steps_here == PROFILED_STEP:
                 self.write_profile()
             over = stage_over(stage, self.progress, config.patience)
-            # A run that stops here may resume, and must then have made the same validations as one that does not stop.
-            if not result.stop and (over or self.progress.step % config.validate_every == 0):
-                self.validate(stage)
-                total = min(total, self.progress.step + self.steps_left())
-                self.log.expect(total)
+            if over or self.progress.step % config.validate_every == 0:
+                self.progress = self.progress._replace(validation_due=True)
+                # There may be no time for it before the job ends: the resumed run validates first.
+                if not result.stop:
+                    total = self.validate(stage, total)
             self.attempt(self.saver.poll)
             done = self.progress.step >= total
             if result.stop or over or done or self.progress.step % config.save_every == 0:
@@ -272,12 +209,19 @@ class Trainer:
         self.progress = following
         self.log.enter_stage()
 
-    def validate(self, stage: Stage) -> None:
-        """Validate and log; save a checkpoint if it is the stage's best. Raises ConfigError for an unknown metric."""
+    def validate(self, stage: Stage, total: int) -> int:
+        """Validate, and return the total number of steps, of the run's `total`: the stage may end here."""
         self.watchdog.enter("validation", self.progress.step)
         found = validate(self.parts, stage)
-        if not found:
-            return
+        self.progress = self.progress._replace(validation_due=False)
+        if found:
+            self.record(found)
+        total = min(total, self.progress.step + self.steps_left())
+        self.log.expect(total)
+        return total
+
+    def record(self, found: dict[str, float]) -> None:
+        """Log a validation; save a checkpoint if it is the stage's best. Raises ConfigError for an unknown metric."""
         self.log.validation(self.progress.step, found)
         name = self.config.train.best or ("accuracy" if self.parts.counts else "loss")
         if name not in found:

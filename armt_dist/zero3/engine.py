@@ -91,6 +91,8 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
         for parameter in part.parameters():
             deepspeed.zero.register_external_parameter(runner.loss_head, parameter)
     runner.mark_gradients_ready = mark_gradients_ready
+    # from_pretrained leaves a model in evaluation, where dropout is off.
+    runner.train()
     ds = derive_limits(ds, measure(runner), grid, device)
     try:
         engine, *_ = deepspeed.initialize(

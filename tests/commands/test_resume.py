@@ -10,6 +10,7 @@ import torch
 from support.commands import SAVE_OFTEN, curve, train
 from support.faults import Plant, start
 from support.paths import FP32
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from armt_dist.checkpoint import folder as checkpoint
 
@@ -119,3 +120,38 @@ def test_texts_that_vanish_mid_run_cost_nothing_or_are_named(tmp_path):
             assert codes == [0, 0], spoken
         else:
             assert set(codes) == {2} and str(folder) in spoken[0][1], (codes, spoken)
+
+
+# Two stages; the first ends with a validation, in the step after which the signal stops the run.
+STAGES = "curriculum=[{pairs: 3, at_least: 1.0, steps: 4}, {pairs: 4, at_least: 1.0, steps: 4}]"
+FROM_BASE = [STAGES, "train.validate_every=2", "train.save_every=100", "ds_config.train_batch_size=8"]
+
+
+def run_from(base, out, *arguments, plants=()):
+    """Train on one rank from a pretrained base; return its exit code and standard output."""
+    model = [f"model={{base: {base}, num_mem_tokens: 2, d_mem: 8}}", *FROM_BASE]
+    (rank,) = start(1, ["--ds_config", FP32, "--out", out, *model, *arguments], plants)
+    out, err = rank.communicate(timeout=120)
+    assert "Traceback" not in err, err[-3000:]
+    return rank.returncode, out
+
+
+def test_a_signal_in_a_step_that_validates_changes_nothing_nor_does_a_pretrained_base(tmp_path):
+    for name, dropout in (("base", 0.2), ("dry", 0.0)):
+        torch.manual_seed(0)
+        pdrop = {f"{part}_pdrop": dropout for part in ("resid", "embd", "attn")}
+        tokens = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **tokens, **pdrop)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    assert run_from(tmp_path / "base", tmp_path / "whole")[0] == 0
+    code, out = run_from(tmp_path / "base", tmp_path / "stopped", plants=[Plant("stop", step=3)])
+    assert code == 75 and "stopped by a signal after step 4" in out
+    code, out = run_from(tmp_path / "base", tmp_path / "stopped")
+    assert code == 0 and "resumed" in out
+    whole = curve(tmp_path / "whole")
+    assert ("validation", 4) in whole, sorted(whole)
+    assert curve(tmp_path / "stopped") == whole
+    best = [(tmp_path / name / "checkpoints/best").read_text() for name in ("whole", "stopped")]
+    assert best[0] == best[1]
+    assert run_from(tmp_path / "dry", tmp_path / "no_dropout", "train.max_steps=1")[0] == 0
+    assert curve(tmp_path / "no_dropout")["train", 1] != whole["train", 1], "dropout is off at first"

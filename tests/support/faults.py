@@ -10,6 +10,7 @@ SIGKILL) are sent to the processes.
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -153,7 +154,22 @@ def without(plant: Plant) -> None:
     patch(Batches, "micro_batches", make)
 
 
-PLANTS = {"nan": nan, "loss": loss, "slow": slow, "write": write, "without": without}
+def stop(plant: Plant) -> None:
+    """Send SIGUSR1 to this process within the step: the run stops after the next one."""
+    from armt_dist.training import train_step
+
+    def make(original):
+        def run_micro_batches(*args):
+            if plant.here():
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return original(*args)
+
+        return run_micro_batches
+
+    patch(train_step, "run_micro_batches", make)
+
+
+PLANTS = {"nan": nan, "loss": loss, "slow": slow, "write": write, "without": without, "stop": stop}
 
 
 def start(world: int, arguments: Sequence, plants: Sequence[Plant] = (), **environ: str) -> list[subprocess.Popen]:

@@ -8,12 +8,14 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.babilong import published
 from armt_dist.data.babilong import stories as babi
 from armt_dist.data.task import IGNORE, Difficulty
 from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.tokenizers import byte_tokenizer
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 ROWS = range(8)
@@ -290,7 +292,8 @@ def test_published_rows_read_like_ours():
 @pytest.mark.parametrize("name, row", [("facebook/babi_qa", BABI_QA_ROW), ("RMT-team/babilong", BABILONG_ROW)])
 def test_published_set_as_a_task(name, row, tmp_path, book):
     (tmp_path / "qa1.json").write_text(json.dumps(row) + "\n" + json.dumps(row))
-    fields = dict(tokenizer="byte", background=book, published={"set": name, "files": str(tmp_path / "{task}.json")})
+    files = {"set": name, "files": str(tmp_path / "{task}.json"), "validation_fraction": 1}
+    fields = dict(tokenizer="byte", background=book, published=files)
     task = task_of(**fields)
     stories = 2 * len(list(published.parse(row)))
     assert task.size("validation") == stories
@@ -307,6 +310,51 @@ def test_published_set_as_a_task(name, row, tmp_path, book):
     assert (batch.attention_mask is None) == (name == "facebook/babi_qa")
     with pytest.raises(ConfigError, match=r"segments=1 of 20 tokens: a published sample has \d+; use at least"):
         task_of(segment_tokens=20, **fields).batch("validation", 0, ROWS, Difficulty.fixed(1))
+
+
+def stories(task, split):
+    return [(tuple(story.facts), story.question) for story in task.stories[split]]
+
+
+@pytest.mark.parametrize("name, row", [("facebook/babi_qa", BABI_QA_ROW), ("RMT-team/babilong", BABILONG_ROW)])
+def test_published_validation_is_not_trained_on(name, row, tmp_path, book):
+    rows = [json.dumps(row).replace("hallway", f"hallway{i}") for i in range(50)]
+    (tmp_path / "one.json").write_text("\n".join(rows))
+    (tmp_path / "train_qa1.json").write_text("\n".join(rows[:40]))
+    (tmp_path / "validation_qa1.json").write_text("\n".join(rows[40:]))
+    each = len(list(published.parse(row)))
+    held_out = []
+    for files in ("one.json", "{split}_{task}.json"):
+        task = task_of(tokenizer="byte", background=book, published={"set": name, "files": str(tmp_path / files)})
+        train, validation = (set(stories(task, split)) for split in ("train", "validation"))
+        # All questions on one row are in one split.
+        assert len(task.stories["train"]) + len(task.stories["validation"]) == 50 * each
+        assert validation and not train & validation, files
+        held_out.append(task.stories["validation"])
+    assert len(held_out[1]) == 10 * each
+    # Further rows move none of the others.
+    (tmp_path / "one.json").write_text("\n".join([rows[0].replace("hallway", "attic"), *rows]))
+    task = task_of(tokenizer="byte", background=book, published={"set": name, "files": str(tmp_path / "one.json")})
+    assert [story for story in task.stories["validation"] if "attic" not in str(story)] == held_out[0]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_sample_begins_as_the_tokenizer_begins_a_text(aligned, tmp_path, book):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    fields = dict(tokenizer=str(tmp_path), background=book, facts=3, aligned=aligned)
+    task = task_of(segment_tokens=64, **fields)
+    least = -(-task.fewest_tokens // 64)
+    for n in (least, least + 3):
+        batch = task.batch("train", 0, ROWS, Difficulty.fixed(n))
+        assert batch.input_ids.shape == (8, 64 * n)
+        assert (batch.input_ids[:, 0] == 256).all() and ((batch.input_ids == 256).sum(1) == 1).all()
+        if aligned:
+            begun = task.tokenizer.batch_decode(batch.input_ids.view(-1, 64)[:, :10])
+            assert sum(text.startswith(tuple(f" {name} " for name in babi.PEOPLE)) for text in begun) >= 2 * len(ROWS)
 
 
 # --- a user's mistakes -------------------------------------------------------------------------------------------

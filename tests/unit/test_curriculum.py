@@ -1,9 +1,14 @@
 """Stages of the curriculum: their learning rates, and when each ends."""
 
 import pytest
+from support.models import small_model
 
+from armt_dist.config import ConfigError, validate
+from armt_dist.data.tasks import make_task
 from armt_dist.training.curriculum import Stage, learning_rate
 from armt_dist.training.progress import Progress, stage_over
+from armt_dist.training.run_config import RunConfig
+from armt_dist.training.setup import check_curriculum
 
 
 def test_learning_rates():
@@ -24,3 +29,26 @@ def test_a_stage_ends_by_steps_by_accuracy_or_by_patience():
     assert not stage_over(stage, progress._replace(recent=(1.0, 1.0)), None), "too few steps to judge"
     assert stage_over(stage, progress._replace(stage_step=10), None)
     assert stage_over(stage, progress._replace(stale=2), 2) and not stage_over(stage, progress._replace(stale=1), 2)
+
+
+@pytest.mark.parametrize(
+    "parallel, stage, segments",
+    [
+        ({"sp": 4}, {"pairs": 8}, 2),
+        ({"sp": 2, "rounds": 2}, {"pairs": 8, "at_least": 0.2}, 3),
+        ({"rounds": 9}, {"pairs": 8, "at_least": 1.0}, None),
+        ({"sp": 8}, {"pairs": 8, "at_least": 0.9}, None),
+    ],
+)
+def test_a_stage_with_samples_too_short_for_the_ranks_is_found_at_the_start(parallel, stage, segments):
+    # A sample of n pairs has n + 1 segments of 4 tokens; stages before the last are checked too.
+    stages = [{**stage, "steps": 5}, {"pairs": 20, "at_least": 1.0, "steps": 5}]
+    config = validate(RunConfig, {"model": {"base": "x"}, "parallel": parallel, "curriculum": stages})
+    task, armt = make_task(config.data), small_model(segment_tokens=4).config
+    if segments is None:
+        check_curriculum(config, task, armt)
+        return
+    blocks = parallel["sp"] * parallel.get("rounds", 1)
+    says = rf"= {blocks} blocks: curriculum.0 may draw samples of {segments} segments; raise its at_least"
+    with pytest.raises(ConfigError, match=says):
+        check_curriculum(config, task, armt)

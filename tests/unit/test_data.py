@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.task import IGNORE, Difficulty
 from armt_dist.data.tasks import DataConfig, make_task
-from armt_dist.data.tokenizers import byte_tokenizer, encode, word_tokenizer
+from armt_dist.data.tokenizers import byte_tokenizer, encode, leading_tokens, word_tokenizer
 
 ROWS = range(8)
 
@@ -302,7 +303,7 @@ def test_validation_is_other_files_and_scores_each_piece_once(folder):
         set(re.findall(r"(\d):", task.tokenizer.decode(np.concatenate(task.sources[s].pieces))))
         for s in ("train", "validation")
     )
-    assert len(held_out) == 3 and not train & held_out
+    assert 0 < len(held_out) < 6 and not train & held_out and len(train | held_out) == 10
     size = task.size("validation")
     assert size % 8, "the last step should be ragged"
     steps = -(-size // 8)
@@ -310,6 +311,43 @@ def test_validation_is_other_files_and_scores_each_piece_once(folder):
     scored = [b.sample_ids[row] for b in batches for row in range(8) if (b.labels[row] != IGNORE).any()]
     assert sorted(scored) == list(range(size))
     assert same(task.batch("validation", steps, ROWS, Difficulty.fixed(4)), batches[0])
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_a_further_file_moves_no_other_between_training_and_validation(count, tmp_path):
+    for i in range(count):
+        (tmp_path / f"book{i}.txt").write_text(f"{i}: " + "a book " * 10)
+    before = text_task(tmp_path).texts()
+    (tmp_path / "chapter").mkdir()
+    for name in ("book", "chapter/book_a", "zebra"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: a book " * 10)
+    after = text_task(tmp_path).texts()
+    assert before["validation"], "nothing was held out"
+    for split, other in (("train", "validation"), ("validation", "train")):
+        assert not {text.sha256 for text in before[split]} & {text.sha256 for text in after[other]}
+
+
+def with_bos(tokenizer):
+    """Make the tokenizer put its BOS before a text, as Llama's does."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_text_begins_as_the_tokenizer_begins_it(pack, folder):
+    with_bos(byte_tokenizer()).save_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert leading_tokens(tokenizer) == [256] and leading_tokens(byte_tokenizer()) == []
+    fields = dict(tokenizer=str(folder / "tokenizer"), validation_fraction=0, pack=pack, sequence_tokens=64)
+    for expected, option in ((True, {}), (False, {"leading_tokens": False})):
+        task = task_of({"task": "text", "text": {"files": str(folder / "*.txt"), **fields, **option}}, 16)
+        tokens = np.concatenate(task.sources["train"].pieces)
+        first = tokenizer((folder / "play0.txt").read_text(), add_special_tokens=expected)["input_ids"]
+        assert tokens[: len(first)].tolist() == first, option
+        assert (tokens == 256).sum() == 10 * expected, option
 
 
 def test_named_validation_files_are_not_trained_on(folder):

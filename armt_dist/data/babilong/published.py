@@ -5,11 +5,14 @@ facebook/babi_qa  (arXiv 1502.05698)  {"story": {"id", "type", "text", "supporti
                                       with one entry per line; type 0 is a fact, 1 a question on all earlier facts
 """
 
-from collections.abc import Iterator
-from typing import Literal
+import json
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ...config import ConfigError, Section, one_line
-from ..sampling import Split
+from ..sampling import SPLITS, Split, place
 from .stories import Story
 
 # `datasets` no longer runs the set's loading script, so the Hub's conversion to Parquet is read.
@@ -26,30 +29,56 @@ class PublishedConfig(Section):
     length: str = "0k"
     """Configuration of RMT-team/babilong: 0k (facts alone), 1k, 2k, 4k, ... 1M tokens. Example: 4k"""
     files: str | None = None
-    """Local JSON copies of the set, with `{task}` for the task's name. Example: babi/{task}.jsonl"""
+    """Local JSON copies, `{task}` in place of the task, `{split}` of train or validation. Example: babi/{task}.jsonl"""
+    validation_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the rows held out for validation where the set has no split of its own; 1: evaluation only."""
 
 
-def load_published(config: PublishedConfig, task: str, split: Split) -> list[Story]:
-    """Load all stories of one task. Raises ConfigError if the set cannot be read or has another format."""
+def load_published(config: PublishedConfig, task: str) -> dict[Split, list[Story]]:
+    """Load the stories of one task by split. Raises ConfigError if the set cannot be read or has another format.
+
+    facebook/babi_qa has two splits, and so have files with `{split}` in their name. Elsewhere a hash of each row says
+    which split it belongs to, so that all questions on one story do.
+    """
+    where = f"published.set={config.set} ({task})"
+    try:
+        if config.files is None and config.set == "facebook/babi_qa" or "{split}" in (config.files or ""):
+            return {split: stories_of(read_rows(source(config, task, split), where)) for split in SPLITS}
+        rows = read_rows(source(config, task, "train"), where)
+        held_out = [place(json.dumps(row, sort_keys=True)) < config.validation_fraction for row in rows]
+        return {
+            "train": stories_of(row for row, held in zip(rows, held_out, strict=True) if not held),
+            "validation": stories_of(row for row, held in zip(rows, held_out, strict=True) if held),
+        }
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: a row has another format: {error!r}") from None
+
+
+def source(config: PublishedConfig, task: str, split: Split) -> dict[str, str]:
+    """Return the arguments of `datasets.load_dataset`."""
+    if config.files is not None:
+        files = config.files.replace("{task}", task).replace("{split}", split)
+        return {"path": "json", "data_files": files, "split": "train"}
+    if config.set == "facebook/babi_qa":
+        files = BABI_QA.format(task=task, split=BABI_QA_SPLITS[split])
+        return {"path": "parquet", "data_files": files, "split": "train"}
+    return {"path": config.set, "name": config.length, "split": task}
+
+
+def read_rows(arguments: dict[str, str], where: str) -> list[dict]:
+    """Read all rows of one file set. Raises ConfigError, whose message begins with `where`."""
     # The import takes a second, which generated stories should not pay.
     import datasets
 
-    if config.files is not None:
-        arguments = {"path": "json", "data_files": config.files.format(task=task), "split": "train"}
-    elif config.set == "facebook/babi_qa":
-        files = BABI_QA.format(task=task, split=BABI_QA_SPLITS[split])
-        arguments = {"path": "parquet", "data_files": files, "split": "train"}
-    else:
-        arguments = {"path": config.set, "name": config.length, "split": task}
     try:
-        rows = list(datasets.load_dataset(**arguments, streaming=True))
+        return list(datasets.load_dataset(**arguments, streaming=True))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(error, limit=300)
-        raise ConfigError(f"published.set={config.set} ({task}): cannot be read: {reason}") from None
-    try:
-        return [story for row in rows for story in parse(row)]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"published.set={config.set} ({task}): a row has another format: {error!r}") from None
+        raise ConfigError(f"{where}: cannot be read: {one_line(error, limit=300)}") from None
+
+
+def stories_of(rows: Iterable[dict]) -> list[Story]:
+    """Return all stories of some rows. Raises KeyError or TypeError for another format."""
+    return [story for row in rows for story in parse(row)]
 
 
 def parse(row: dict) -> Iterator[Story]:

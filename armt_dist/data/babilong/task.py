@@ -22,7 +22,7 @@ from ...config import ConfigError, Section
 from ..sampling import SPLITS, Order, Split, row_words
 from ..task import IGNORE, Batch, Difficulty, Measure, Run, Stateless, Unit, excerpt, real_tokens
 from ..text.files import find_files, read_text
-from ..tokenizers import WORD, decode, encode, load_tokenizer, padding_id, word_tokenizer
+from ..tokenizers import WORD, decode, encode, leading_tokens, load_tokenizer, padding_id, word_tokenizer
 from . import published
 from . import stories as babi
 from .published import PublishedConfig
@@ -53,6 +53,8 @@ class BabilongConfig(Section):
     """Tokenizer: word (words of bAbI and the background), byte, or a Hugging Face name or folder. Example: gpt2"""
     vocabulary: Annotated[int, Field(ge=0)] = 1000
     """Most frequent words of the background that tokenizer=word knows. Example: 5000"""
+    leading_tokens: bool = True
+    """Whether a sample begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
     published: PublishedConfig | None = None
     """Published question set to use in place of generated stories. Example: {set: facebook/babi_qa}"""
 
@@ -89,6 +91,7 @@ class Babilong(Stateless):
         self.segment_tokens = run.segment_tokens
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
+        self.prefix = np.array(leading_tokens(tokenizer) if config.leading_tokens else [], dtype=np.int32)
         self.encode = lru_cache(maxsize=4096)(lambda text: encode(tokenizer, text))
         self.stories = load_stories(config, config.published) if config.published else None
         training = read_background(config.background, tokenizer)
@@ -117,7 +120,10 @@ class Babilong(Stateless):
             raise ConfigError(
                 f"segment_tokens={size}: with data.babilong.aligned a fact of {fact} tokens must fit in one"
             )
-        return count * (size if self.config.aligned else fact) + question + word + 1
+        if self.config.aligned:
+            # No fact begins the segment of the prefix.
+            return (count + bool(len(self.prefix))) * size + question + word + 1
+        return len(self.prefix) + count * fact + question + word + 1
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         """Return `rows` of the global batch of `step`."""
@@ -161,7 +167,9 @@ class Babilong(Stateless):
         """Return whether the story fits in `tokens`; if aligned, whether every fact gets its own segment."""
         *facts, question, answer = map(len, self.parts(story))
         before = tokens - question - answer - 1
-        return len(facts) <= before // self.segment_tokens if self.config.aligned else sum(facts) <= before
+        if self.config.aligned:
+            return len(facts) + bool(len(self.prefix)) <= before // self.segment_tokens
+        return len(self.prefix) + sum(facts) <= before
 
     def parts(self, story: Story) -> list[np.ndarray]:
         """Return the token ids of each fact, the question and the answer, without eos."""
@@ -171,21 +179,30 @@ class Babilong(Stateless):
         """Return the token ids of a sample, and the length of the answer with eos at its end."""
         *facts, question, answer = self.parts(story)
         answer = np.append(answer, self.tokenizer.eos_token_id)
-        fill = tokens - sum(map(len, facts)) - len(question) - len(answer)
+        fill = tokens - len(self.prefix) - sum(map(len, facts)) - len(question) - len(answer)
         if fill < 0:
             raise ConfigError(
                 f"segments={tokens // self.segment_tokens} of {self.segment_tokens} tokens: a published sample has "
                 f"{tokens - fill}; use at least {-(-(tokens - fill) // self.segment_tokens)}"
             )
         # Published BABILong samples contain their background.
-        if self.config.published and self.config.published.set == "RMT-team/babilong":
+        if self.pads():
             fill = 0
-        spread = partial(align, segment_tokens=self.segment_tokens) if self.config.aligned else scatter
-        return np.concatenate([*spread(facts, self.background[split], fill, random), question, answer]), len(answer)
+        spread = (
+            partial(align, segment_tokens=self.segment_tokens, taken=len(self.prefix))
+            if self.config.aligned
+            else scatter
+        )
+        parts = spread(facts, self.background[split], fill, random)
+        return np.concatenate([self.prefix, *parts, question, answer]), len(answer)
 
     def size(self, split: Split) -> int | None:
         """Return the number of published stories; None if they are generated."""
         return None if self.stories is None else len(self.stories[split])
+
+    def pads(self) -> bool:
+        """Return whether samples contain their background, so that nothing fills them up."""
+        return self.config.published is not None and self.config.published.set == "RMT-team/babilong"
 
     def show(self, batch: Batch, row: int = 0) -> str:
         """Return the beginning and the end of one sample as text."""
@@ -193,11 +210,9 @@ class Babilong(Stateless):
 
 
 def load_stories(config: BabilongConfig, section: PublishedConfig) -> dict[Split, list[Story]]:
-    """Load the published stories of the tasks by split. Raises ConfigError."""
-    return {
-        split: [story for task in config.tasks for story in published.load_published(section, task, split)]
-        for split in SPLITS
-    }
+    """Load the published stories of all tasks by split. Raises ConfigError."""
+    by_task = [published.load_published(section, task) for task in config.tasks]
+    return {split: [story for stories in by_task for story in stories[split]] for split in SPLITS}
 
 
 def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
@@ -208,14 +223,17 @@ def scatter(facts: list[np.ndarray], background: Background, fill: int, random: 
 
 
 def align(
-    facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int
+    facts: list[np.ndarray], background: Background, fill: int, random: Random, segment_tokens: int, taken: int
 ) -> list[np.ndarray]:
-    """Place the facts in order at the beginnings of different segments, the last segment excepted."""
+    """Place the facts in order at the beginnings of different segments, the last segment excepted.
+
+    taken: tokens before the text; where there are any, the first segment has no fact.
+    """
     text, _ = stretch_story(background, fill, random)
     # The segment of the question is not filled here, so it is not counted.
-    segments = (fill + sum(map(len, facts))) // segment_tokens
-    begins = sorted(random.sample(range(segments), k=len(facts)))
-    before = np.cumsum([0, *map(len, facts)])[:-1]
+    segments = (taken + fill + sum(map(len, facts))) // segment_tokens
+    begins = sorted(random.sample(range(bool(taken), segments), k=len(facts)))
+    before = np.cumsum([taken, *map(len, facts)])[:-1]
     return weave(facts, text, (np.array(begins) * segment_tokens - before).tolist())
 
 
@@ -256,7 +274,7 @@ def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenize
 def texts(files: str | list[str] | None) -> list[str]:
     """Read the background files; for None, make one text of random sentences, the same every time."""
     if files is not None:
-        return [read_text(path, "background") for path in find_files(files, "background")]
+        return [read_text(file.path, "background") for file in find_files(files, "background")]
     random = Random(0)
     sentences = (random.choices(FILLER.split(), k=random.randint(4, 9)) for _ in range(FILLER_SENTENCES))
     return [" ".join(" ".join(words).capitalize() + "." for words in sentences)]

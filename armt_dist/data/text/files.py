@@ -1,27 +1,46 @@
 """Find and read local text files, and split them into training and validation by whole files."""
 
 from collections.abc import Sequence
-from glob import glob
+from glob import glob, has_magic
+from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from ...config import ConfigError
-from ..sampling import generator
+from ..sampling import place
 
 
-def find_files(entries: str | Sequence[str], field: str = "files") -> list[Path]:
-    """List the files that `entries` name, sorted: files, folders (all visible files below) and globs (with `**`).
+class TextFile(NamedTuple):
+    """A file, and its name below the folder that was given: the same on every machine."""
+
+    path: Path
+    name: str
+
+
+class TextFacts(NamedTuple):
+    """What a run records about a text that it read."""
+
+    name: str
+    bytes: int  # as UTF-8
+    sha256: str
+
+
+def find_files(entries: str | Sequence[str], field: str = "files") -> list[TextFile]:
+    """List the files that `entries` name, by path: files, folders (all visible files below) and globs (with `**`).
 
     Raises ConfigError naming an entry that matches no file.
     """
-    found: set[Path] = set()
+    found: dict[Path, TextFile] = {}
     for entry in [entries] if isinstance(entries, str) else entries:
         path = Path(entry).expanduser()
         matches = path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
-        files = {match for match in matches if match.is_file() and not match.name.startswith(".")}
+        folder = path if path.is_dir() else Path(*takewhile(lambda part: not has_magic(part), path.parent.parts))
+        files = [match for match in matches if match.is_file() and not match.name.startswith(".")]
         if not files:
             raise ConfigError(f"{field}={entry}: no such file; give a text file, a folder of them or a glob")
-        found |= files
-    return sorted(found)
+        found |= {file: TextFile(file, file.relative_to(folder).as_posix()) for file in files}
+    return sorted(found.values())
 
 
 def read_text(path: Path, field: str = "files") -> str:
@@ -41,23 +60,31 @@ def read_text(path: Path, field: str = "files") -> str:
     return text
 
 
-def split_files(files: list[Path], validation: list[Path] | None, fraction: float) -> tuple[list[Path], list[Path]]:
+def facts_of(name: str, text: str) -> TextFacts:
+    """Return name, size and hash of a text."""
+    content = text.encode()
+    return TextFacts(name, len(content), sha256(content).hexdigest())
+
+
+def split_files(
+    files: list[TextFile], validation: list[TextFile] | None, fraction: float
+) -> tuple[list[TextFile], list[TextFile]]:
     """Split into training and validation files, without a common file.
 
-    validation: the validation files; None holds out `fraction` of the files, the same ones for every seed.
-    Raises ConfigError if nothing is left to train on, or if a single file would have to be both.
+    validation: the validation files; None holds out about `fraction` of the files, at least one, by a hash of their
+    names: neither seeds nor further files change which. Raises ConfigError if nothing is left to train on, or if a
+    single file would have to be both.
     """
     if validation is None:
         if fraction and len(files) == 1:
             raise ConfigError(
-                f"files={files[0]}: one file cannot serve both training and validation; set validation_files "
+                f"files={files[0].path}: one file cannot serve both training and validation; set validation_files "
                 "or validation_fraction=0"
             )
-        count = max(1, round(fraction * len(files))) if fraction else 0
-        order = generator("files", 0, "validation", len(files)).permutation(len(files))
-        validation = [files[i] for i in sorted(order[:count])]
-    held_out = {path.resolve() for path in validation}
-    training = [path for path in files if path.resolve() not in held_out]
+        least = min((place(file.name) for file in files), default=0) if fraction else 0
+        validation = [file for file in files if fraction and place(file.name) <= max(fraction, least)]
+    held_out = {file.path.resolve() for file in validation}
+    training = [file for file in files if file.path.resolve() not in held_out]
     if not training:
-        raise ConfigError(f"validation_files={validation[0]}: no file is left to train on; hold out fewer")
+        raise ConfigError(f"validation_files={validation[0].path}: no file is left to train on; hold out fewer")
     return training, validation

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ...config import ConfigError, Section
 from ..sampling import Order, Split, row_words
 from ..task import Batch, Difficulty, Measure, Run, Unit, excerpt, real_tokens
-from ..tokenizers import decode, encode, padding_id
-from .files import find_files, read_text, split_files
+from ..tokenizers import decode, encode, leading_tokens, padding_id
+from .files import TextFacts, TextFile, facts_of, find_files, read_text, split_files
 from .pieces import Corpus, TextPiece, collate, cut_text
 from .stream import DatasetConfig, Stream, open_texts
 
@@ -38,6 +38,8 @@ class TextConfig(Section):
     """Whether texts are joined before they are cut into sequences; for data sets of short rows such as WikiText."""
     tokenizer: str = "byte"
     """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer. Example: gpt2"""
+    leading_tokens: bool = True
+    """Whether a text begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
     sequence_tokens: Annotated[int, Field(ge=2)] = 8192
     """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
 
@@ -70,6 +72,8 @@ class Text:
                 f"segment_tokens={self.segment_tokens} does not divide sequence_tokens={self.sequence}; "
                 f"try {nearest_divisor(self.sequence, self.segment_tokens)}"
             )
+        self.facts: dict[Split, list[TextFacts]] = {"train": [], "validation": []}
+        self.prefix = leading_tokens(tokenizer) if config.leading_tokens else []
         self.sources = self.open_dataset(config.dataset) if config.dataset else self.open_files(config.files or [])
 
     def open_files(self, files: str | list[str]) -> dict[Split, Corpus | Stream]:
@@ -77,10 +81,17 @@ class Text:
         named = self.config.validation_files
         held_out = None if named is None else find_files(named, "validation_files")
         training, validation = split_files(find_files(files), held_out, self.config.validation_fraction)
-        sources: dict[Split, Corpus | Stream] = {"train": self.corpus("train", map(read_text, training))}
+        sources: dict[Split, Corpus | Stream] = {"train": self.corpus("train", self.read("train", training))}
         if validation:
-            sources["validation"] = self.corpus("validation", map(read_text, validation))
+            sources["validation"] = self.corpus("validation", self.read("validation", validation))
         return sources
+
+    def read(self, split: Split, files: Iterable[TextFile]) -> Iterator[str]:
+        """Yield the text of each file, and record what was read."""
+        for file in files:
+            text = read_text(file.path)
+            self.facts[split].append(facts_of(file.name, text))
+            yield text
 
     def open_dataset(self, config: DatasetConfig) -> dict[Split, Corpus | Stream]:
         """Open the data set's training split and, if it is named, the validation split."""
@@ -109,8 +120,8 @@ class Text:
     def encode_text(self, text: str) -> np.ndarray:
         """Return the int32 tokens of a whole text, with eos at the end if the tokenizer has one."""
         eos = self.tokenizer.eos_token_id
-        tokens = encode(self.tokenizer, text)
-        return tokens if eos is None else np.append(tokens, np.int32(eos))
+        end = [] if eos is None else [eos]
+        return np.concatenate([self.prefix, encode(self.tokenizer, text), end]).astype(np.int32)
 
     def sequence_tokens(self, n: int) -> int:
         """Return the tokens N of `n` segments. Raises ConfigError if they exceed `sequence_tokens`."""
@@ -140,6 +151,17 @@ class Text:
         if source is None:
             return 0
         return len(source.pieces) if isinstance(source, Corpus) else None
+
+    def pads(self) -> bool:
+        """Return whether a piece is shorter than the longest sequence; for a stream, whether one may be."""
+        return any(
+            not self.config.pack if isinstance(source, Stream) else min(map(len, source.pieces)) < self.sequence
+            for source in self.sources.values()
+        )
+
+    def texts(self) -> dict[Split, list[TextFacts]]:
+        """Return name, size and hash of the text files that were read."""
+        return self.facts
 
     def show(self, batch: Batch, row: int = 0) -> str:
         """Return the beginning and the end of one sample as text."""
