@@ -16,6 +16,7 @@ from ..model.configuration_armt import ARMTConfig
 from ..runtime.piece import Piece, Totals, cut_piece
 from ..schedule.grid import Grid
 from ..zero3.ds_config import BatchSizes
+from .loss_mask import LossConfig, mask_labels
 
 
 class MicroBatch(NamedTuple):
@@ -63,13 +64,16 @@ class Batches(NamedTuple):
     mesh: Mesh
     sizes: BatchSizes
     device: torch.device
+    loss: LossConfig = LossConfig()
 
     def micro_batches(self, split: Split, step: int, difficulty: Difficulty) -> list[MicroBatch]:
         """Return this rank's rows of a global batch, one micro-batch for each accumulation step."""
         micro, dp = self.sizes.micro, self.mesh.dp
         starts = [(a * dp + self.mesh.dp_rank) * micro for a in range(self.sizes.accumulation)]
         parts = [range(start, start + micro) for start in starts]
-        return [MicroBatch(rows, self.task.batch(split, step, rows, difficulty)) for rows in parts]
+        batches = (self.task.batch(split, step, rows, difficulty) for rows in parts)
+        masked = (mask_labels(batch, self.loss, self.armt) for batch in batches)
+        return [MicroBatch(rows, batch) for rows, batch in zip(parts, masked, strict=True)]
 
     def piece(self, batch: Batch) -> Piece:
         """Cut this rank's blocks out of a micro-batch, and copy the inputs to the device."""

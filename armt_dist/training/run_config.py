@@ -15,6 +15,7 @@ from ..runtime.segment_bptt import BPTTConfig
 from ..zero3.ds_config import complete_ds_config, split_overrides
 from ..zero3.partitioned_model import ModelConfig
 from .curriculum import Stage
+from .loss_mask import LossConfig
 
 
 class TrainConfig(Section):
@@ -55,6 +56,8 @@ class RunConfig(Section):
     """Base model, memory and segments; retrieval tasks fix segment_tokens. Example: {base: gpt2, num_mem_tokens: 16}"""
     data: DataConfig = DataConfig()
     """Task and its samples. Example: {task: rewrite}"""
+    loss: LossConfig = LossConfig()
+    """Segments whose tokens are not scored. Example: {skip_first_segment: true}"""
     bptt: BPTTConfig = BPTTConfig()
     """Backward pass through the segments. Example: {states: rebuild}"""
     parallel: ParallelConfig = ParallelConfig()

@@ -19,6 +19,7 @@ from ..schedule.grid import Grid
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, token_fields
 from .global_batch import Batches
+from .loss_mask import check_loss
 from .run_config import RunConfig
 from .run_folder import check_same, check_texts
 
@@ -47,7 +48,9 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     if resuming:
         check_same(out, config)
         check_texts(out, task)
-    return Setup(Batches(task, armt, grid, config.parallel.schedule, mesh, prepared.sizes, device), prepared, resuming)
+    sizes = prepared.sizes
+    batches = Batches(task, armt, grid, config.parallel.schedule, mesh, sizes, device, config.loss)
+    return Setup(batches, prepared, resuming)
 
 
 def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
@@ -80,12 +83,14 @@ def check_curriculum(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
                 raise ConfigError(f"curriculum.{i}.{key}={value}: {name} has no keys; remove it")
         if stage.until is not None and task.measure != "accuracy":
             raise ConfigError(f"curriculum.{i}.until: {name} has no accuracy; use patience")
-        check_blocks(config, i, task.sequence_tokens(stage.difficulty.minimum), armt)
+        shortest = task.sequence_tokens(stage.difficulty.minimum)
+        segments = len(segment_lengths(shortest, armt.segment_tokens, armt.segment_alignment))
+        check_blocks(config, i, segments)
+        check_loss(config.loss, i, segments)
 
 
-def check_blocks(config: RunConfig, stage: int, tokens: int, armt: ARMTConfig) -> None:
-    """Check that the shortest sample of a stage has a segment for every block. Raises ConfigError."""
-    segments = len(segment_lengths(tokens, armt.segment_tokens, armt.segment_alignment))
+def check_blocks(config: RunConfig, stage: int, segments: int) -> None:
+    """Check that the shortest samples of a stage have a segment for every block. Raises ConfigError."""
     sp, rounds = config.parallel.sp, config.parallel.rounds
     if segments < sp * rounds:
         raise ConfigError(

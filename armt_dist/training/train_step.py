@@ -106,8 +106,9 @@ def loss_factor(batches: Batches, micro_batches: Sequence[MicroBatch]) -> torch.
     own = sum(int(batch.labels.ge(0).sum()) for _, batch in micro_batches)
     scored = torch.tensor(own, dtype=torch.float32).to(batches.device, non_blocking=True)
     dist.all_reduce(scored)
-    # Every rank of an sp group has counted the labels of their common rows.
-    mesh = batches.mesh
+    # Every rank of an sp group has counted the labels of their common rows. A batch in which nothing is scored, such as
+    # texts of one segment without the loss of the first, gives zeros.
+    mesh, scored = batches.mesh, scored.clamp_min(1)
     return mesh.dp * mesh.sp * batches.sizes.accumulation * mesh.sp / scored
 
 

@@ -364,6 +364,14 @@ def test_validation_split_does_not_move_with_the_seed(folder):
     assert all(np.array_equal(a, b) for a, b in zip(*(h.pieces for h in held_out), strict=True))
 
 
+def test_short_pieces_are_left_out(folder):
+    every, long = (text_task(folder, validation_fraction=0, min_tokens=least) for least in (2, 50))
+    lengths = sorted(map(len, every.sources["train"].pieces))
+    assert lengths[0] < 50 and sorted(map(len, long.sources["train"].pieces)) == [n for n in lengths if n >= 50]
+    with pytest.raises(ConfigError, match="min_tokens=65: no piece has more than sequence_tokens=64"):
+        text_task(folder, min_tokens=65)
+
+
 def test_pack_joins_texts(jsonl):
     tree = {
         "task": "text",

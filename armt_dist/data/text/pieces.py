@@ -21,21 +21,22 @@ class TextPiece(NamedTuple):
     scored: bool = True
 
 
-def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool) -> Iterator[tuple[np.ndarray, int]]:
+def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool, least: int = 2) -> Iterator[tuple[np.ndarray, int]]:
     """Cut the tokens of each text into pieces of `length`; yield each, and the unused tokens of the last text read.
 
     A piece never crosses a text, and the last one of a text may be shorter. With `pack`, texts are joined first, and
-    only the very last piece may be shorter. A single last token is dropped: it predicts nothing.
+    only the very last piece may be shorter. Pieces of fewer than `least` tokens are dropped; a single one predicts
+    nothing.
     """
     rest = np.empty(0, dtype=np.int32)
     for text in texts:
         tokens = np.concatenate([rest, text]) if len(rest) else text
         usable = len(tokens) // length * length if pack else len(tokens)
-        for start in range(0, usable - 1, length):
+        for start in range(0, usable - least + 1, length):
             end = min(start + length, usable)
             yield tokens[start:end], len(tokens) - end
         rest = tokens[usable:]
-    if len(rest) > 1:
+    if len(rest) >= least:
         yield rest, 0
 
 

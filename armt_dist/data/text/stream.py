@@ -127,7 +127,9 @@ class Stream:
                 fresh = False
                 yield piece
             if fresh:
-                raise ConfigError(f"dataset.column={self.config.column}: no text of two tokens or more in the split")
+                raise ConfigError(
+                    f"dataset.column={self.config.column}: no text of text.min_tokens or more in the split"
+                )
             self.position = Position(self.position.epoch + 1, None, 0)
 
     def read_epoch(self) -> Iterator[np.ndarray]:

@@ -42,12 +42,18 @@ class TextConfig(Section):
     """Whether a text begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
     sequence_tokens: Annotated[int, Field(ge=2)] = 8192
     """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
+    min_tokens: Annotated[int, Field(ge=2)] = 2
+    """Fewest tokens of a piece of text; shorter ones, such as the ends of most texts, are left out. Example: 16000"""
 
     @model_validator(mode="after")
     def one_source(self) -> "TextConfig":
         """Check that there is one source, with its own validation data."""
         if (self.files is None) == (self.dataset is None):
             raise ValueError("give one of text.files and text.dataset")
+        if self.min_tokens > self.sequence_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens}: no piece has more than sequence_tokens={self.sequence_tokens}; lower it"
+            )
         if self.dataset is not None and self.validation_files is not None:
             raise ValueError("validation_files belongs to text.files; with a dataset set dataset.validation_split")
         return self
@@ -110,12 +116,13 @@ class Text:
         """Tokenise texts and cut them into pieces. Raises ConfigError if there is none."""
         pieces = [piece for piece, _ in self.cut(map(self.encode_text, texts))]
         if not pieces:
-            raise ConfigError(f"text: the texts for {split} all have fewer than two tokens; give longer ones")
+            least = self.config.min_tokens
+            raise ConfigError(f"text: the texts for {split} all have fewer than {least} tokens; give longer ones")
         return Corpus(pieces, Order(len(pieces), self.seed, split, self.global_batch))
 
     def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
         """Cut texts as the configuration says; see `cut_text`."""
-        return cut_text(texts, self.sequence, self.config.pack)
+        return cut_text(texts, self.sequence, self.config.pack, self.config.min_tokens)
 
     def encode_text(self, text: str) -> np.ndarray:
         """Return the int32 tokens of a whole text, with eos at the end if the tokenizer has one."""
