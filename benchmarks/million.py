@@ -33,7 +33,13 @@ def main() -> None:
     segment = model.config.segment_tokens
     # A task wants something to train on.
     first, *others = sorted(map(str, args.text.iterdir()))
-    text = {"files": first, "validation_files": others, "pack": True, "sequence_tokens": args.tokens}
+    text = {
+        "files": first,
+        "validation_files": others,
+        "pack": True,
+        "cross_documents": True,
+        "sequence_tokens": args.tokens,
+    }
     text["tokenizer"] = str(args.model)
     task = make_task(validate(DataConfig, {"task": "text", "text": text}), segment, model.config.vocab_size, 1)
     process, samples, over = psutil.Process(), [], threading.Event()

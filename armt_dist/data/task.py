@@ -26,12 +26,14 @@ class Batch(NamedTuple):
     labels          int64 [b, N]; labels[:, t] is the token to predict AT position t, -100 where not scored
     attention_mask  int64 [b, N], 1 at real tokens; None if nothing is padded
     sample_ids      number of the sample in each of the b rows, the same on every rank
+    document_starts bool [b, N], true where a document begins that must not see what is before it; None if none does
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None
     sample_ids: list[int]
+    document_starts: torch.Tensor | None = None
 
 
 class Difficulty(NamedTuple):

@@ -3,6 +3,7 @@
 Shapes: B batch rows, S segments, T tokens of a segment, D model width, n scored positions.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -168,7 +169,8 @@ def real_row(batch: Batch, row: int) -> Batch:
     """Return one row without its padding."""
     assert batch.attention_mask is not None, "only a padded batch has rows of different lengths"
     rows, tokens = slice(row, row + 1), int(batch.attention_mask[row].sum())
-    return Batch(batch.input_ids[rows, :tokens], batch.labels[rows, :tokens], None, batch.sample_ids[rows])
+    starts = None if batch.document_starts is None else batch.document_starts[rows, :tokens]
+    return Batch(batch.input_ids[rows, :tokens], batch.labels[rows, :tokens], None, batch.sample_ids[rows], starts)
 
 
 @torch.inference_mode()
@@ -177,13 +179,15 @@ def score_segments(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> S
     config, device = model.config, model.device
     count, tokens = batch.input_ids.shape
     lengths = segment_lengths(tokens, config.segment_tokens, config.segment_alignment)
-    parts = zip(batch.input_ids.split(lengths, dim=1), batch.labels.split(lengths, dim=1), strict=True)
+    documents = itertools.repeat(None) if batch.document_starts is None else batch.document_starts.split(lengths, dim=1)
+    parts = zip(batch.input_ids.split(lengths, dim=1), batch.labels.split(lengths, dim=1), documents, strict=False)
     nll = torch.zeros(count, len(lengths), dtype=torch.float64, device=device)
     right = torch.zeros(count, len(lengths), dtype=torch.int64, device=device)
     states, peak = model.initial_states(count), 0
-    for s, (ids, labels) in enumerate(parts):
+    for s, (ids, labels, starts) in enumerate(parts):
+        borders = starts.to(device) if starts is not None and starts.any() else None
         # No mask is needed: padding is on the right, so no scored position comes after it.
-        hidden, following = model.segment(ids.to(device), states)
+        hidden, following = model.segment(ids.to(device), states, None, borders)
         states = model.initial_states(count) if zero_memory else following
         # The labels are on the host, so picking positions does not wait for the device.
         where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .documents import Documents
+
 
 class Border(NamedTuple):
     """What the layers of one segment share about its two borders; see `sliding_window`."""
 
     reach: Tensor  # [N] int64 first visible row of the window; W: none is, sliding_window.EVERYTHING: padding is too
-    real: Tensor  # [B or 1, T] bool, False at padding
+    seen: Tensor  # [B or 1, T] float32, what WindowState.seen says of each token to the next segment
     turn: tuple[Tensor, Tensor] | None  # cos, sin [c or less] of a turn by -T positions; None: no rotary positions
 
 
@@ -31,6 +33,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cos, sin [1, N, rotary width]
     cache: DynamicLayer | None = None  # keys and values that stand before the row's own
     border: Border | None = None  # only with a sliding window
+    documents: Documents | None = None  # only where a document begins in the segment
 
 
 class Family(NamedTuple):

@@ -22,12 +22,16 @@ class ARMTCacheLayer(DynamicLayer):
     def __init__(self, state: tuple):
         super().__init__()
         self.state = state
+        # [B, tokens of the open segment] bool, where a document begins; None: none does.
+        self.starts: Tensor | None = None
 
     def select(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Apply `pick` along the batch to everything that this layer holds."""
         self.state = type(self.state)(*map(pick, self.state))
         if self.keys is not None and self.values is not None:
             self.keys, self.values = pick(self.keys), pick(self.values)
+        if self.starts is not None:
+            self.starts = pick(self.starts)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the beams `beam_idx`."""
@@ -48,7 +52,7 @@ class ARMTCacheLayer(DynamicLayer):
 
     def drop_segment(self) -> None:
         """Drop the keys and values of the open segment."""
-        self.keys = self.values = None
+        self.keys = self.values = self.starts = None
         self.is_initialized = False
 
     def crop(self, *args: Any) -> None:
@@ -64,6 +68,13 @@ class ARMTCache(Cache):
         super().__init__(layers=[*self.slots])
         self.tokens = 0
         self.open_tokens = 0
+
+    def note_starts(self, starts: Tensor) -> None:
+        """Note where documents begin among the next tokens: starts [B, n] bool."""
+        for slot in self.slots:
+            if slot.starts is None:
+                slot.starts = starts.new_zeros(len(starts), self.open_tokens)
+            slot.starts = torch.cat([slot.starts, starts], dim=1)
 
     def count(self, tokens: int) -> None:
         """Add `tokens`, which were read into the open segment."""

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 from .backbone import Context, causal_mask
 from .cache import CACHE_NAMES, ARMTCache
 from .configuration_armt import ARMTConfig
+from .documents import apart, documents_of, groups
 from .memory_kind import apply
 from .rmt import MemoryRows
 from .segment_rows import SegmentRows
@@ -145,19 +146,26 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
         beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs[CACHE_NAME] = ARMTCache(self.initial_states(batch_size * beams))
 
-    def extend(self, input_ids: Tensor, cache: ARMTCache) -> Tensor:
+    def extend(self, input_ids: Tensor, cache: ARMTCache, starts: Tensor | None = None) -> Tensor:
         """Read tokens after those that `cache` has seen. [B, N] -> normed hidden states [B, N, D].
 
-        A full segment is closed only when a token after it arrives, as in `read_segments`.
+        A full segment is closed only when a token after it arrives, as in `read_segments`. starts [B, N] bool, true
+        where a document begins.
         """
         hidden = []
         while input_ids.shape[1]:
             if cache.open_tokens == self.config.segment_tokens:
                 self.close_segment(cache)
-            chunk, input_ids = input_ids.tensor_split([self.config.segment_tokens - cache.open_tokens], dim=1)
+            room = self.config.segment_tokens - cache.open_tokens
+            chunk, input_ids = input_ids.tensor_split([room], dim=1)
+            own, starts = (None, None) if starts is None else starts.tensor_split([room], dim=1)
+            if own is None and cache.slots[0].starts is not None:
+                own = torch.zeros_like(chunk, dtype=torch.bool)
+            if own is not None:
+                cache.note_starts(own)
             x = self.backbone.embed(chunk)
             if not cache.open_tokens:
-                head, _ = self.rows_around(cache.slots[0].state, len(x))
+                head, _ = self.rows_around(cache.slots[0].state, len(x), own)
                 x = torch.cat([head.to(x.dtype), x], dim=1)
             x = self.pass_layers(x, cache)[:, -chunk.shape[1] :]
             cache.count(chunk.shape[1])
@@ -167,7 +175,7 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
     def close_segment(self, cache: ARMTCache) -> None:
         """Pass the memory rows over the open segment, update the memory, and drop the segment's keys and values."""
         first = cache.slots[0]
-        _, rows = self.rows_around(first.state, len(first.state[0]))
+        _, rows = self.rows_around(first.state, len(first.state[0]), first.starts)
         x = self.pass_layers(rows.to(self.get_input_embeddings().get_parameter("weight").dtype), cache, write=True)
         if self.carries_rows:
             first.state = MemoryRows.of(self.backbone.norm(x), self.config.num_mem_tokens)
@@ -187,9 +195,21 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
         if config.sliding_window:
             border = self.border(tokens, x.device)
             context = context._replace(border=border._replace(reach=border.reach[start:end]))
+        if cache.slots[0].starts is not None:
+            context = self.with_documents(context, cache.slots[0].starts, end)
         for layer, slot in zip(self.layers, cache.slots, strict=True):
-            own = layer.memory.open(context._replace(cache=slot), slot.state)
-            x = layer.call(layer.layer, layer.memory.read(x, slot.state), own)
+            x, own = layer.attend(x, slot.state, context._replace(cache=slot))
             if write:
-                slot.state = apply(slot.state, layer.memory.write(x, slot.state, own))
+                slot.state = apply(slot.state, layer.write(x, slot.state, own))
         return x
+
+    def with_documents(self, context: Context, starts: Tensor, end: int) -> Context:
+        """Return the context of the last rows of an open segment, of which `end` rows exist, with its documents."""
+        group = groups(starts, self.config.head_rows, self.config.num_mem_tokens)[:, :end]
+        assert context.mask is not None, "a cached pass always has a mask"
+        documents = documents_of(group)
+        carried = documents.carried[:, -context.mask.shape[2] :]
+        border = context.border
+        border = border and border._replace(seen=self.seen_of_last(border.seen.expand(len(group), -1), group))
+        mask = apart(context.mask, group)
+        return context._replace(mask=mask, border=border, documents=documents._replace(carried=carried))

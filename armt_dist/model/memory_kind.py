@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Context
+from .documents import Reset, emptied
 
 # Cell (s, l) of segment s and layer l needs the state of (s-1, l): layer-major and wavefront orders are valid.
 SAME_LAYER = "same_layer"
@@ -78,9 +79,23 @@ class ARMTLayer(nn.Module):
 
     def cell(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, MemoryUpdate]:
         """Run one cell: one segment through this layer. [B, N, D] -> [B, N, D] and the update of the memory."""
+        y, context = self.attend(x, state, context)
+        return y, self.write(y[:, -self.num_mem_tokens :], state, context)
+
+    def attend(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Context]:
+        """Read the memory and run the layer. [B, N, D] -> [B, N, D] and the context that the layer saw."""
         context = self.memory.open(context, state)
-        y = self.call(self.layer, self.memory.read(x, state), context)
-        return y, self.memory.write(y[:, -self.num_mem_tokens :], state, context)
+        read = self.memory.read(x, state)
+        if context.documents is not None:
+            read = torch.where(context.documents.carried[..., None], read, x)
+        return self.call(self.layer, read, context), context
+
+    def write(self, m: Tensor, state: Any, context: Context) -> MemoryUpdate:
+        """Return the update from the memory positions m [B, M, D], of an empty state where a document begins."""
+        if context.documents is None:
+            return self.memory.write(m, state, context)
+        reset = context.documents.reset
+        return Reset(self.memory.write(m, emptied(state, reset), context), reset)
 
     def forward(self, x: Tensor, *, run: Callable) -> Any:
         """Return `run(self, x)`.

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens of a segment, M memory tokens, D model width, V vocabu
 """
 
 import itertools
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .backbone import Context
 from .cache import ARMTCache, ARMTOutput, the_cache
 from .configuration_armt import ARMTConfig
+from .documents import check_starts
 from .generation import ARMTGeneration, check_cacheable, check_others
 from .memory_kind import LAST_LAYER, ARMTLayer, apply
 from .rmt import MemoryRows, enter
@@ -113,16 +113,21 @@ class ARMTForCausalLM(ARMTGeneration):
         return embeddings
 
     def segment(
-        self, input_ids: Tensor, states: list[tuple], attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        states: list[tuple],
+        attention_mask: Tensor | None = None,
+        document_starts: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple]]:
         """Read one segment. input_ids [B, T] -> normed hidden states [B, T, D] and the next states.
 
-        Called for one segment after another, it streams a sequence of any length in constant memory.
+        document_starts [B, T] bool, true where a document begins. Called for one segment after another, it streams a
+        sequence of any length in constant memory.
         """
         x = self.embed_segments(input_ids, [input_ids.shape[1]])
         if self.carries_rows:
-            x = enter(x, self.rows_around(states[0], len(x))[0])
-        context = self.context(x, attention_mask)
+            x = enter(x, *self.rows_around(states[0], len(x), document_starts))
+        context = self.context(x, attention_mask, document_starts)
         following = []
         for layer, state in zip(self.layers, states, strict=True):
             x, state = layer(x, run=partial(one_cell, state=state, context=context))
@@ -143,6 +148,7 @@ class ARMTForCausalLM(ARMTGeneration):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         past_key_values: ARMTCache | None = None,
+        document_starts: Tensor | None = None,
         **others: Any,
     ) -> ARMTOutput | tuple:
         """Compute logits, and the loss where labels are given. input_ids, attention_mask, labels [B, N].
@@ -150,6 +156,8 @@ class ARMTForCausalLM(ARMTGeneration):
         labels equal input_ids, with -100 where the target is not scored. They are shifted here, over the whole
         sequence, so that the first token of every segment but the first is predicted by the segment before it.
         num_items_in_batch: what the sum of losses is divided by; None: the number of scored targets.
+        document_starts [B, N], nonzero where a document begins: attention and memory start anew there, and the document
+        before it does not predict its first token.
         cache, or by its older name past_key_values: what a forward with use_cache=True returned.
         others: `position_ids` and `cache_position` are accepted where they change nothing.
         Raises TypeError for any other keyword, ValueError for a value that ARMT cannot honour.
@@ -157,15 +165,18 @@ class ARMTForCausalLM(ARMTGeneration):
         cache = the_cache(cache, past_key_values)
         check_others(others, input_ids.shape[1], cache.get_seq_length() if cache else 0, attention_mask)
         attention_mask = right_padding(attention_mask)
+        if document_starts is not None:
+            document_starts = check_starts(document_starts, input_ids)
+            labels = None if labels is None else labels.masked_fill(document_starts, -100)
         if use_cache and cache is None:
             cache = ARMTCache(self.initial_states(input_ids.shape[0]))
         if cache is not None:
             check_cacheable(self.config)
             if attention_mask is not None:
                 raise ValueError("attention_mask with padding: segments would shift; batch prompts of equal length")
-            hidden = self.extend(input_ids, cache)
+            hidden = self.extend(input_ids, cache, document_starts)
         else:
-            hidden = self.read_segments(input_ids, attention_mask)
+            hidden = self.read_segments(input_ids, attention_mask, document_starts)
         logits = self.backbone.head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
@@ -175,29 +186,30 @@ class ARMTForCausalLM(ARMTGeneration):
         output = ARMTOutput(loss=loss, logits=logits, cache=cache)
         return output if return_dict in (None, True) else output.to_tuple()
 
-    def read_segments(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def read_segments(self, input_ids: Tensor, attention_mask: Tensor | None, starts: Tensor | None = None) -> Tensor:
         """Read segment by segment, layer by layer. [B, N] -> normed hidden states [B, N, D]."""
         if attention_mask is not None and self.config.segment_alignment != "left":
-            return self.read_rows(input_ids, attention_mask)
+            return self.read_rows(input_ids, attention_mask, starts)
         lengths = segment_lengths(input_ids.shape[1], self.config.segment_tokens, self.config.segment_alignment)
-        masks: Iterable[Tensor | None] = itertools.repeat(None)
-        if attention_mask is not None:
-            masks = attention_mask.split(lengths, dim=1)
+        masks, borders = (
+            itertools.repeat(None) if each is None else each.split(lengths, dim=1) for each in (attention_mask, starts)
+        )
         states = self.initial_states(input_ids.shape[0])
         hidden = []
-        for s, (ids, mask) in enumerate(zip(input_ids.split(lengths, dim=1), masks, strict=False)):
+        for s, (ids, mask, border) in enumerate(zip(input_ids.split(lengths, dim=1), masks, borders, strict=False)):
             if self.config.k2 and s % self.config.k2 == 0:
                 states[0] = MemoryRows(*(tensor.detach() for tensor in states[0]))
-            h, states = self.segment(ids, states, mask)
+            h, states = self.segment(ids, states, mask, border)
             hidden.append(h)
         return torch.cat(hidden, dim=1)
 
-    def read_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def read_rows(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor | None) -> Tensor:
         """Read row by row, because where a row is cut depends on its own length, not on how far its batch is padded."""
         hidden = input_ids.new_zeros(*input_ids.shape, self.config.hidden_size, dtype=self.dtype)
         for row, tokens in enumerate(attention_mask.sum(1).tolist()):
             if tokens:
-                hidden[row : row + 1, :tokens] = self.read_segments(input_ids[row : row + 1, :tokens], None)
+                own = None if starts is None else starts[row : row + 1, :tokens]
+                hidden[row : row + 1, :tokens] = self.read_segments(input_ids[row : row + 1, :tokens], None, own)
         return hidden
 
 

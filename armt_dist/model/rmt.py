@@ -59,8 +59,20 @@ class RecurrentMemory(Memory[Nothing]):
         return Nothing()
 
 
-def enter(x: Tensor, rows: Tensor) -> Tensor:
-    """Add memory rows [B, M, D] at both ends of an embedded segment [B, N, D], whose memory rows are zeros."""
-    tokens = x.shape[1] - 2 * rows.shape[1]
-    rows = rows.to(x.dtype)
-    return x + torch.cat([rows, rows.new_zeros(len(rows), tokens, rows.shape[2]), rows], dim=1)
+def entering(carried: Tensor, learned: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the memory rows before and behind a segment's tokens, each [B, M, D].
+
+    They are the `carried` ones, but the `learned` ones where a document begins: before the tokens, if the first one
+    begins it. starts [B, T], or None where none does.
+    """
+    if starts is None:
+        return carried, carried
+    first, some = starts[:, 0, None, None], starts.any(1)[:, None, None]
+    return torch.where(first, learned, carried), torch.where(some, learned, carried)
+
+
+def enter(x: Tensor, head: Tensor, tail: Tensor) -> Tensor:
+    """Add memory rows [B, M, D] at the ends of an embedded segment [B, N, D], whose memory rows are zeros."""
+    tokens = x.shape[1] - 2 * head.shape[1]
+    head, tail = head.to(x.dtype), tail.to(x.dtype)
+    return x + torch.cat([head, head.new_zeros(len(head), tokens, head.shape[2]), tail], dim=1)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from .backbone import Backbone, Border, Context, backbone_of, causal_mask
 from .configuration_armt import ARMTConfig
+from .documents import apart, documents_of, groups
 from .memory_kind import ARMTLayer
-from .rmt import MemoryRows
+from .rmt import MemoryRows, entering
 from .sliding_window import reach
 
 
@@ -88,8 +89,12 @@ class SegmentRows(PreTrainedModel):
         positions = torch.cat([self.position_ids(n, input_ids.device) for n in lengths], dim=1)
         return self.backbone.place(torch.cat(rows, dim=1), positions)
 
-    def context(self, x: Tensor, attention_mask: Tensor | None) -> Context:
-        """Build what the layers of one segment share. x [B, N, D], attention_mask [B, T] (1: real token) or None."""
+    def context(self, x: Tensor, attention_mask: Tensor | None, starts: Tensor | None = None) -> Context:
+        """Build what the layers of one segment share.
+
+        x [B, N, D]; attention_mask [B, T], 1 at real tokens, or None; starts [B, T], true where a document begins, or
+        None where none does. Raises ValueError where an attention without masks would need one.
+        """
         config, memory = self.config, self.config.num_mem_tokens
         tokens = x.shape[1] - config.other_rows
         positions = self.position_ids(tokens, x.device)
@@ -98,22 +103,37 @@ class SegmentRows(PreTrainedModel):
             attend = nn.functional.pad(attention_mask.bool(), (config.head_rows, memory), value=True)
         else:
             attend = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)
-        # Eager attention without a mask would not be causal.
-        if attention_mask is not None or config.sliding_window or config._attn_implementation == "eager":
-            mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
-        border = None
-        if config.sliding_window:
-            border = self.border(tokens, x.device)._replace(
-                real=attend[:, config.head_rows : config.head_rows + tokens]
+        needed = attention_mask is not None or starts is not None
+        if needed and "flash" in str(config._attn_implementation):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation}: takes no mask, which padding and packed documents "
+                "need; use sdpa or eager"
             )
-        return Context(mask, positions, self.backbone.rotary(x, positions), border=border)
+        # Eager attention without a mask would not be causal.
+        if needed or config.sliding_window or config._attn_implementation == "eager":
+            mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
+        border, documents = None, None
+        if config.sliding_window:
+            border = self.border(tokens, x.device)
+            border = border._replace(seen=2.0 * attend[:, config.head_rows : config.head_rows + tokens] - 1)
+        if starts is not None:
+            assert mask is not None, "documents need a mask"
+            group = groups(starts, config.head_rows, memory)
+            mask, documents = apart(mask, group), documents_of(group)
+            border = border and border._replace(seen=self.seen_of_last(border.seen, group))
+        return Context(mask, positions, self.backbone.rotary(x, positions), border=border, documents=documents)
+
+    def seen_of_last(self, seen: Tensor, group: Tensor) -> Tensor:
+        """Return `Border.seen` [B, T] with zeros at tokens before the last document; group [B, H + T or more]."""
+        own = group[:, self.config.head_rows : self.config.head_rows + seen.shape[1]] == group[:, -1:]
+        return seen.masked_fill(~own, 0.0)
 
     def border(self, tokens: int, device: torch.device) -> Border:
         """Describe the borders of a segment with `tokens` tokens, none of them padding, under a sliding window."""
         assert self.config.sliding_window, "only a model with a sliding window has borders"
         rows = self.config.head_rows, tokens, self.config.num_mem_tokens
-        real = torch.ones(1, tokens, dtype=torch.bool, device=device)
-        return Border(reach(rows, self.config.sliding_window, device), real, self.backbone.turn(-tokens, device))
+        seen = torch.ones(1, tokens, device=device)
+        return Border(reach(rows, self.config.sliding_window, device), seen, self.backbone.turn(-tokens, device))
 
     def initial_states(self, batch: int) -> list[tuple]:
         """Return L empty memories; carried rows (RMT) stand in the first layer's place, where they enter."""
@@ -122,9 +142,12 @@ class SegmentRows(PreTrainedModel):
             states[0] = MemoryRows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
         return states
 
-    def rows_around(self, state: tuple, batch: int) -> tuple[Tensor, Tensor]:
-        """Return the rows before and behind a segment's tokens, [B, H, D] and [B, M, D]; `state`: the first layer's."""
+    def rows_around(self, state: tuple, batch: int, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the rows before and behind a segment's tokens, [B, H, D] and [B, M, D].
+
+        state: the first layer's; starts [B, T], true where a document begins: there, memory rows are not carried on.
+        """
         head, tail = self.memory_tokens(batch)
         if self.carries_rows:
-            head = tail = MemoryRows(*state).entering(tail)
+            head, tail = entering(MemoryRows(*state).entering(tail), tail, starts)
         return head, tail

@@ -29,7 +29,7 @@ class WindowState(NamedTuple):
     z: Tensor
     keys: Tensor  # [B, h, W, c]
     values: Tensor  # [B, h, W, c]
-    seen: Tensor  # [B, W] 1 a token, -1 padding, 0 nothing yet
+    seen: Tensor  # [B, W] 1 a token, -1 padding, 0 nothing yet or another document
 
 
 class WindowUpdate(NamedTuple):
@@ -82,6 +82,8 @@ class WindowedMemory(AssociativeMemory[WindowState]):
         within = torch.arange(self.window, device=seen.device) >= reach
         # [B, N, W]
         visible = torch.where(reach == EVERYTHING, seen != 0, (seen > 0) & within)
+        if context.documents is not None:
+            visible = visible & context.documents.carried[..., None]
         before = torch.zeros_like(visible, dtype=mask.dtype).masked_fill_(~visible, torch.finfo(mask.dtype).min)
         own = mask.expand(len(visible), -1, -1, -1)
         return context._replace(mask=torch.cat([before.unsqueeze(1), own], dim=-1), cache=cache)
@@ -89,7 +91,7 @@ class WindowedMemory(AssociativeMemory[WindowState]):
     def write(self, m: Tensor, state: WindowState, context: Context) -> WindowUpdate:
         """Return what the memory positions add, and the window as the next segment sees it."""
         _, border = with_window(context)
-        start, end = self.window + self.sink, self.window + self.sink + border.real.shape[1]
+        start, end = self.window + self.sink, self.window + self.sink + border.seen.shape[1]
         cache = context.cache
         assert cache is not None and cache.keys is not None and cache.values is not None, "write comes after attention"
         keys, values = (
@@ -102,8 +104,7 @@ class WindowedMemory(AssociativeMemory[WindowState]):
             keys = torch.where(first, turned, keys) if self.restart else turned
         if self.detach:
             keys, values = keys.detach(), values.detach()
-        flags = (2.0 * border.real - 1).expand(len(m), -1)
-        seen = self.slide(state.seen[..., None], flags[..., None]).squeeze(-1)
+        seen = self.slide(state.seen[..., None], border.seen.expand(len(m), -1)[..., None]).squeeze(-1)
         return WindowUpdate(self.update(m, state), keys, values, seen)
 
     def slide(self, before: Tensor, tokens: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from ..config import ConfigError, Section
 from ..model.backbone import Context
 from ..model.configuration_armt import MEMORIES
 from ..model.modeling_armt import ARMTForCausalLM
-from ..model.rmt import enter
+from ..model.rmt import enter, entering
 from ..schedule import program as schedule
 from ..schedule.grid import Arrow, Grid, rank_blocks
 from ..schedule.program import Call, Instruction, Op, layer_calls
 from .activation_store import STORES
 from .handoff import Local, Wire
 from .loss import IGNORE, hits, token_nll
-from .piece import Piece, Totals, packed_labels
+from .piece import Piece, Totals, by_segment, packed_labels
 from .segment_bptt import CellView, LayerWork, Link, MarkReady, no_engine, segment_bptt
 from .trace import Trace
 
@@ -135,11 +135,14 @@ class ScheduledLM(nn.Module):
         states = self.states if torch.is_grad_enabled() else "recompute"
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
         store, link = STORES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
-        self.trace = trace
+        self.trace, learned = trace, None
         for gather, forward, backward in calls:
             i = own[gather.block]
             if self.model.carries_rows and gather.layer == 0:
-                blocks[i] = enter(blocks[i], self.entering_rows(blocks[i - 1] if i else None, i, len(x)))
+                if learned is None:
+                    # Called once a pass, whatever the documents are: ZeRO-3 needs the same calls on every rank.
+                    learned = self.model.memory_tokens(len(x))[1]
+                blocks[i] = enter(blocks[i], *self.entering_rows(learned, blocks[i - 1] if i else None, i, piece))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observe)
             trace(gather)
@@ -147,13 +150,21 @@ class ScheduledLM(nn.Module):
         trace(None)
         return blocks
 
-    def entering_rows(self, before: Tensor | None, segment: int, batch: int) -> Tensor:
-        """Return the memory rows [B, M, D] of a segment, carried over from the one `before` [B, N, D] (RMT)."""
+    def entering_rows(
+        self, learned: Tensor, before: Tensor | None, segment: int, piece: Piece
+    ) -> tuple[Tensor, Tensor]:
+        """Return the memory rows [B, M, D] at both ends of a segment (RMT), which is a block of its own.
+
+        They are carried over from the segment `before` [B, N, D]; the `learned` ones [B, M, D] enter the first segment,
+        and where a document begins.
+        """
         config = self.model.config
+        (starts,) = by_segment(piece.document_starts, piece, segment)
         if before is None:
-            return self.model.memory_tokens(batch)[1]
+            return learned, learned
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
-            return self.model.backbone.norm(before[:, -config.num_mem_tokens :])
+            carried = self.model.backbone.norm(before[:, -config.num_mem_tokens :])
+        return entering(carried, learned, None if starts is None else starts.to(carried.device))
 
     def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
         """Return the link of one pass, which knows what it will receive and in which shapes."""
@@ -165,18 +176,21 @@ class ScheduledLM(nn.Module):
         return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))
 
     def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
-        """Return the contexts of block i as [chunk][segment]; unpadded segments of equal length share one."""
-        masks = [None] * len(rows)
-        if piece.attention_mask is not None:
-            by_block = piece.attention_mask.split([sum(block) for block in piece.lengths], dim=1)
-            masks = by_block[i].split(piece.lengths[i], dim=1)
+        """Return the contexts of block i as [chunk][segment]; segments of equal length and without masks share one."""
+        masks, borders = (by_segment(each, piece, i) for each in (piece.attention_mask, piece.document_starts))
         shared: dict[int, Context] = {}
         result = []
         for chunk in range(piece.grid.chunks):
             row = []
-            for x_s, mask in zip(x.split(list(rows), dim=1), masks, strict=True):
-                if mask is not None:
-                    row.append(self.model.context(x_s, mask.tensor_split(piece.grid.chunks)[chunk]))
+            for x_s, mask, border in zip(x.split(list(rows), dim=1), masks, borders, strict=True):
+                own_mask, own_starts = (
+                    None if each is None else each.tensor_split(piece.grid.chunks)[chunk] for each in (mask, border)
+                )
+                # The starts are on the host: most segments have none, and need no mask.
+                if own_starts is not None:
+                    own_starts = own_starts.to(x.device, non_blocking=True) if own_starts.any() else None
+                if own_mask is not None or own_starts is not None:
+                    row.append(self.model.context(x_s, own_mask, own_starts))
                     continue
                 if x_s.shape[1] not in shared:
                     shared[x_s.shape[1]] = self.model.context(x_s, None)

@@ -3,6 +3,7 @@
 Shapes: B batch rows, N = H + tokens + M positions of a segment's row.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Piece(NamedTuple):
     # scored positions does not wait for the device
     labels: Tensor
     attention_mask: Tensor | None  # [B, the same], 1 at real tokens; None when nothing is padded
+    # [B, the same] bool, where a document begins, in host memory; None where none does
+    document_starts: Tensor | None
     lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
     grid: Grid  # of the schedule: its rounds are those of the program
     sp_rank: int
@@ -47,6 +50,7 @@ def cut_piece(
     grid: Grid,
     sp_rank: int = 0,
     schedule_name: str | None = None,
+    document_starts: Tensor | None = None,
 ) -> Piece:
     """Cut the blocks of `sp_rank` out of a micro-batch [B, tokens], in the blocks that the schedule numbers.
 
@@ -72,9 +76,18 @@ def cut_piece(
     def own(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
 
+    starts_here = None if document_starts is None else own(document_starts)
     by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
     mask = None if attention_mask is None else own(attention_mask)
-    return Piece(own(input_ids), own(labels), mask, by_block, grid, sp_rank, name)
+    return Piece(own(input_ids), own(labels), mask, starts_here, by_block, grid, sp_rank, name)
+
+
+def by_segment(rows: Tensor | None, piece: Piece, block: int) -> Sequence[Tensor | None]:
+    """Split the tokens [B, tokens of the blocks] of one of the piece's blocks into its segments; None: Nones."""
+    if rows is None:
+        return [None] * len(piece.lengths[block])
+    own = rows.split([sum(lengths) for lengths in piece.lengths], dim=1)[block]
+    return own.split(piece.lengths[block], dim=1)
 
 
 def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:

@@ -78,7 +78,7 @@ class Batches(NamedTuple):
     def piece(self, batch: Batch) -> Piece:
         """Cut this rank's blocks out of a micro-batch, and copy the inputs to the device."""
         rows = batch.input_ids, batch.labels, batch.attention_mask
-        piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule)
+        piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule, batch.document_starts)
         mask = piece.attention_mask
         return piece._replace(
             input_ids=piece.input_ids.to(self.device, non_blocking=True),

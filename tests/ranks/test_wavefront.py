@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import golden
 from support.models import small_model
-from support.oracle import oracle, random_batch, shifted
+from support.oracle import oracle, random_batch, random_starts, shifted
 from support.ranks import spawn
 
 from armt_dist.distributed import rendezvous as parallel
@@ -39,6 +39,8 @@ WINDOW = dict(sliding_window=6, sink=1)
 WINDOW_LAYOUT = (2, 2, 2)
 # Less than the norm of any step's gradient.
 CLIP = 0.5
+# Steps that change nothing.
+STILL = {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}}
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -69,20 +71,22 @@ def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, o
     return start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
 
 
-def step(parts, ranks, ids, labels, mask):
+def step(parts, ranks, ids, labels, mask, starts=None):
     """Forward and backward of a global batch, its rows spread over accumulation steps and dp ranks. The mean loss."""
     from armt_dist.runtime.executor import run_backward
     from armt_dist.runtime.piece import cut_piece
 
     engine, _, armt, grid, mesh = parts
     accumulation = engine.gradient_accumulation_steps()
-    labels = shifted(labels)
+    labels = shifted(labels if starts is None else labels.masked_fill(starts, -100))
     scored, rows = (labels >= 0).sum(), len(ids) // mesh.dp // accumulation
     total = torch.zeros(())
     for micro in range(accumulation):
         start = (micro * mesh.dp + mesh.dp_rank) * rows
         own = slice(start, start + rows)
-        totals = engine(cut_piece(ids[own], labels[own], mask[own], armt, grid, mesh.sp_rank))
+        starts_here = None if starts is None else starts[own]
+        more = {"sp_rank": mesh.sp_rank, "document_starts": starts_here}
+        totals = engine(cut_piece(ids[own], labels[own], mask[own], armt, grid, **more))
         run_backward(engine, totals.nll * ranks.world_size * accumulation / scored)
         total += totals.nll.detach()
         if micro < accumulation - 1:
@@ -104,8 +108,7 @@ def run_layouts(ranks, folder):
     """
     found = {}
     for layout, states in zip(LAYOUTS[ranks.world_size], itertools.cycle(STATES), strict=False):
-        still = {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}}
-        parts = engine_on(folder, ranks, layout, states, offload=layout[1] == 2, optimizer=still)
+        parts = engine_on(folder, ranks, layout, states, offload=layout[1] == 2, optimizer=STILL)
         for attempt in range(PASSES):
             loss = step(parts, ranks, *batch_for(1))
             found[layout, states, attempt] = loss, full_gradients(parts[1])
@@ -115,9 +118,12 @@ def run_layouts(ranks, folder):
 
 
 def run_window(ranks, folder):
-    """Loss and gradients where keys and values are handed on with the memory."""
-    parts = engine_on(folder, ranks, WINDOW_LAYOUT, "rebuild")
-    found = step(parts, ranks, *batch_for(1)), full_gradients(parts[1])
+    """Loss and gradients where keys and values are handed on with the memory; and where documents are packed."""
+    parts = engine_on(folder, ranks, WINDOW_LAYOUT, "rebuild", optimizer=STILL)
+    found = [(step(parts, ranks, *batch_for(1)), full_gradients(parts[1]))]
+    parts[0].step()
+    batch = batch_for(1)
+    found.append((step(parts, ranks, *batch, random_starts(batch[0])), full_gradients(parts[1])))
     parts[0].destroy()
     return found
 
@@ -239,7 +245,15 @@ def test_golden_cases(world, results):
 def test_a_window_is_handed_on(results):
     """Its gradient comes back, too: the loss of a rank's first segment depends on the other rank's last keys."""
     loss, gradients = oracle(random_model(**WINDOW), *batch_for(1))
-    found = results(2)[3]
+    found = results(2)[3][0]
+    golden.assert_close("loss", found[0], loss, golden.TOLERANCES["loss"])
+    golden.assert_gradients(found[1], gradients)
+
+
+def test_packed_documents_on_two_ranks(results):
+    batch = batch_for(1)
+    loss, gradients = oracle(random_model(**WINDOW), *batch, random_starts(batch[0]))
+    found = results(2)[3][1]
     golden.assert_close("loss", found[0], loss, golden.TOLERANCES["loss"])
     golden.assert_gradients(found[1], gradients)
 

@@ -20,25 +20,37 @@ def random_batch(tokens=29, batch=4, pad=11, seed=1):
     return ids, ids.masked_fill(mask == 0, -100), mask if pad else None
 
 
+def random_starts(ids, seed=1):
+    """Draw where documents begin: about one in ten tokens, one at a border of segments, none in the first row."""
+    torch.manual_seed(seed)
+    starts = torch.rand(ids.shape) < 0.1
+    starts[1:, 8] = True
+    starts[0] = False
+    return starts
+
+
 def shifted(labels):
     """Shift labels to the predicting position, where the executor expects them."""
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
 
 
-def oracle(model, ids, labels, mask):
+def oracle(model, ids, labels, mask, starts=None):
     """Return mean loss and gradients of the plain forward."""
-    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss = model(ids, attention_mask=mask, labels=labels, document_starts=starts).loss
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.detach(), gradients
 
 
-def scheduled_loss(model, ids, labels, mask, grid=GRID, schedule_name=None, **options):
+def scheduled_loss(model, ids, labels, mask, starts=None, grid=GRID, schedule_name=None, **options):
     """Return mean loss and gradients of the scheduled executor; `options` are those of ScheduledLM."""
     runner = ScheduledLM(model, **options)
     grid = grid._replace(layers=model.config.num_hidden_layers)
-    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid, schedule_name=schedule_name))
+    if starts is not None:
+        labels = labels.masked_fill(starts, -100)
+    more = {"schedule_name": schedule_name, "document_starts": starts}
+    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, grid, **more))
     loss = totals.nll / totals.scored
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

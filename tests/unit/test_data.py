@@ -26,9 +26,14 @@ def task_of(tree: dict, segment_tokens=None, vocab_size=None, global_batch=8):
 
 
 def same(a, b) -> bool:
-    masks = (a.attention_mask, b.attention_mask)
-    equal_masks = masks[0] is masks[1] if None in masks else torch.equal(*masks)
-    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and equal_masks and a.sample_ids == b.sample_ids
+    pairs = [(a.attention_mask, b.attention_mask), (a.document_starts, b.document_starts)]
+    equal = all(one is two if one is None or two is None else torch.equal(one, two) for one, two in pairs)
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and equal and a.sample_ids == b.sample_ids
+
+
+def text_of(source):
+    """All tokens of a source in memory, in order."""
+    return np.concatenate([piece.tokens for piece in source.pieces])
 
 
 @pytest.fixture
@@ -300,8 +305,7 @@ def test_a_shorter_sample_is_any_window_of_its_piece(folder):
 def test_validation_is_other_files_and_scores_each_piece_once(folder):
     task = text_task(folder, validation_fraction=0.3)
     train, held_out = (
-        set(re.findall(r"(\d):", task.tokenizer.decode(np.concatenate(task.sources[s].pieces))))
-        for s in ("train", "validation")
+        set(re.findall(r"(\d):", task.tokenizer.decode(text_of(task.sources[s])))) for s in ("train", "validation")
     )
     assert 0 < len(held_out) < 6 and not train & held_out and len(train | held_out) == 10
     size = task.size("validation")
@@ -344,7 +348,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(pack, folder):
     fields = dict(tokenizer=str(folder / "tokenizer"), validation_fraction=0, pack=pack, sequence_tokens=64)
     for expected, option in ((True, {}), (False, {"leading_tokens": False})):
         task = task_of({"task": "text", "text": {"files": str(folder / "*.txt"), **fields, **option}}, 16)
-        tokens = np.concatenate(task.sources["train"].pieces)
+        tokens = text_of(task.sources["train"])
         first = tokenizer((folder / "play0.txt").read_text(), add_special_tokens=expected)["input_ids"]
         assert tokens[: len(first)].tolist() == first, option
         assert (tokens == 256).sum() == 10 * expected, option
@@ -352,22 +356,20 @@ def test_a_text_begins_as_the_tokenizer_begins_it(pack, folder):
 
 def test_named_validation_files_are_not_trained_on(folder):
     task = text_task(folder, validation_files=str(folder / "play[78].txt"))
-    assert set(re.findall(r"(\d):", task.tokenizer.decode(np.concatenate(task.sources["train"].pieces)))) == set(
-        "01234569"
-    )
+    assert set(re.findall(r"(\d):", task.tokenizer.decode(text_of(task.sources["train"])))) == set("01234569")
 
 
 def test_validation_split_does_not_move_with_the_seed(folder):
     held_out = [
         task_of({"task": "text", "seed": s, "text": {"files": str(folder)}}).sources["validation"] for s in (1, 2)
     ]
-    assert all(np.array_equal(a, b) for a, b in zip(*(h.pieces for h in held_out), strict=True))
+    assert np.array_equal(*map(text_of, held_out))
 
 
 def test_short_pieces_are_left_out(folder):
     every, long = (text_task(folder, validation_fraction=0, min_tokens=least) for least in (2, 50))
-    lengths = sorted(map(len, every.sources["train"].pieces))
-    assert lengths[0] < 50 and sorted(map(len, long.sources["train"].pieces)) == [n for n in lengths if n >= 50]
+    found = [sorted(len(piece.tokens) for piece in task.sources["train"].pieces) for task in (every, long)]
+    assert found[0][0] < 50 and found[1] == [n for n in found[0] if n >= 50]
     with pytest.raises(ConfigError, match="min_tokens=65: no piece has more than sequence_tokens=64"):
         text_task(folder, min_tokens=65)
 

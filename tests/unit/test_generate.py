@@ -314,9 +314,9 @@ def test_the_check_sees_a_lost_cache(options, monkeypatch):
     """The fault of transformers 5.24 before our forward knew its name: every token starts an empty cache."""
     model = small_model(**options).eval()
 
-    def lost(self, input_ids, cache):
+    def lost(self, input_ids, cache, *others):
         cache.__dict__.update(ARMTCache(self.initial_states(len(input_ids))).__dict__)
-        return extend(self, input_ids, cache)
+        return extend(self, input_ids, cache, *others)
 
     extend = generation.ARMTGeneration.extend
     monkeypatch.setattr(generation.ARMTGeneration, "extend", lost)

@@ -13,56 +13,92 @@ from ..sampling import Order
 from ..task import IGNORE, Batch
 
 
+class TokenizedText(NamedTuple):
+    """Tokens int32 [n] of a text or of a part of one, and the places where texts begin in it, int64, ascending."""
+
+    tokens: np.ndarray
+    begins: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, whole: bool = True) -> "TokenizedText":
+        """Return one text, or the end of one."""
+        return cls(tokens, np.arange(int(whole and len(tokens) > 0)))
+
+    def joined(self, following: "TokenizedText") -> "TokenizedText":
+        """Return this text with another one behind it."""
+        begins = np.concatenate([self.begins, following.begins + len(self.tokens)])
+        return TokenizedText(np.concatenate([self.tokens, following.tokens]), begins)
+
+    def part(self, start: int, end: int) -> "TokenizedText":
+        """Return the tokens from `start` to `end`."""
+        begins = self.begins[(self.begins >= start) & (self.begins < end)] - start
+        return TokenizedText(self.tokens[start:end], begins)
+
+
+NOTHING = TokenizedText.of(np.empty(0, dtype=np.int32))
+
+
 class TextPiece(NamedTuple):
-    """Consecutive tokens of one text, int32 [at most sequence_tokens], and whether they count in the loss."""
+    """Consecutive tokens, at most sequence_tokens, and whether they count in the loss."""
 
     id: int
-    tokens: np.ndarray
+    text: TokenizedText
     scored: bool = True
 
 
-def cut_text(texts: Iterable[np.ndarray], length: int, pack: bool, least: int = 2) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut the tokens of each text into pieces of `length`; yield each, and the unused tokens of the last text read.
+def cut_text(
+    texts: Iterable[TokenizedText], length: int, pack: bool, least: int = 2
+) -> Iterator[tuple[TokenizedText, int]]:
+    """Cut each text into pieces of `length`; yield each, and the number of unused tokens of the last text read.
 
     A piece never crosses a text, and the last one of a text may be shorter. With `pack`, texts are joined first, and
     only the very last piece may be shorter. Pieces of fewer than `least` tokens are dropped; a single one predicts
     nothing.
     """
-    rest = np.empty(0, dtype=np.int32)
+    rest = NOTHING
     for text in texts:
-        tokens = np.concatenate([rest, text]) if len(rest) else text
-        usable = len(tokens) // length * length if pack else len(tokens)
+        text = rest.joined(text)
+        count = len(text.tokens)
+        usable = count // length * length if pack else count
         for start in range(0, usable - least + 1, length):
             end = min(start + length, usable)
-            yield tokens[start:end], len(tokens) - end
-        rest = tokens[usable:]
-    if len(rest) >= least:
+            yield text.part(start, end), count - end
+        rest = text.part(usable, count)
+    if len(rest.tokens) >= least:
         yield rest, 0
 
 
-def collate(pieces: Iterable[TextPiece], tokens: int, pad: int) -> Batch:
+def collate(pieces: Iterable[TextPiece], tokens: int, pad: int, apart: bool = False) -> Batch:
     """Combine pieces of at most N = `tokens` into a batch, padded at the end with `pad` and masked.
 
-    Every real token but the first is predicted.
+    Every real token but the first is predicted. apart: texts that were joined do not see each other, so the first token
+    of one is not predicted from the one before it.
     """
     pieces = list(pieces)
-    input_ids = np.full((len(pieces), tokens), pad, dtype=np.int64)
-    labels = np.full((len(pieces), tokens), IGNORE, dtype=np.int64)
-    mask = np.zeros((len(pieces), tokens), dtype=np.int64)
+    shape = len(pieces), tokens
+    input_ids, labels = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+    mask, starts = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     for row, piece in enumerate(pieces):
-        n = len(piece.tokens)
-        input_ids[row, :n] = piece.tokens
+        n = len(piece.text.tokens)
+        input_ids[row, :n] = piece.text.tokens
         mask[row, :n] = 1
         if piece.scored:
-            labels[row, : n - 1] = piece.tokens[1:]
+            labels[row, : n - 1] = piece.text.tokens[1:]
+        if apart:
+            # Whatever is before the first token, the memory is empty there.
+            begins = piece.text.begins[piece.text.begins > 0]
+            starts[row, begins] = True
+            labels[row, begins - 1] = IGNORE
     attention_mask = None if mask.all() else torch.from_numpy(mask)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, [piece.id for piece in pieces])
+    document_starts = torch.from_numpy(starts) if starts.any() else None
+    ids = [piece.id for piece in pieces]
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, ids, document_starts)
 
 
 class Corpus(NamedTuple):
     """Pieces in memory: 4 bytes per token on every rank."""
 
-    pieces: list[np.ndarray]
+    pieces: list[TokenizedText]
     order: Order
 
     def take(self, step: int, rows: range) -> list[TextPiece]:

@@ -9,14 +9,14 @@ import numpy as np
 from pydantic import Field
 
 from ...config import ConfigError, Section, one_line
-from .pieces import TextPiece
+from .pieces import TextPiece, TokenizedText
 
 if TYPE_CHECKING:
     import datasets
 
 
 Encode = Callable[[str], np.ndarray]
-Cut = Callable[[Iterable[np.ndarray]], Iterator[tuple[np.ndarray, int]]]
+Cut = Callable[[Iterable[TokenizedText]], Iterator[tuple[TokenizedText, int]]]
 
 
 class Position(NamedTuple):
@@ -97,8 +97,8 @@ class Stream:
 
     position: Position
     reading: Position
-    current: list[np.ndarray]
-    pieces: Iterator[np.ndarray]
+    current: list[TokenizedText]
+    pieces: Iterator[TokenizedText]
 
     def __init__(self, config: DatasetConfig, encode: Encode, cut: Cut, global_batch: int) -> None:
         self.config = config
@@ -118,7 +118,7 @@ class Stream:
             self.next_step += 1
         return [TextPiece(step * self.global_batch + row, self.current[row]) for row in rows]
 
-    def read(self) -> Iterator[np.ndarray]:
+    def read(self) -> Iterator[TokenizedText]:
         """Yield pieces without end from `self.position`, which is moved behind each piece before it is yielded."""
         while True:
             fresh = self.position.texts is None
@@ -132,8 +132,8 @@ class Stream:
                 )
             self.position = Position(self.position.epoch + 1, None, 0)
 
-    def read_epoch(self) -> Iterator[np.ndarray]:
-        """Yield the tokens of each text from `self.position`; `self.reading` is the end of the text yielded last."""
+    def read_epoch(self) -> Iterator[TokenizedText]:
+        """Yield each text from `self.position`; `self.reading` is the end of the text yielded last."""
         epoch, state, offset = self.position
         # A copy: a data set keeps the state that it once loaded.
         texts = copy.deepcopy(self.source)
@@ -143,7 +143,7 @@ class Stream:
         for example in reading(texts, self.config):
             tokens = self.encode(example[self.config.column])
             self.reading = Position(epoch, state, len(tokens))
-            yield tokens[offset:]
+            yield TokenizedText.of(tokens[offset:], whole=offset == 0)
             state, offset = texts.state_dict(), 0
 
     def state_dict(self) -> dict:

@@ -19,7 +19,7 @@ from ..sampling import Order, Split, row_words
 from ..task import Batch, Difficulty, Measure, Run, Unit, excerpt, real_tokens
 from ..tokenizers import decode, encode, leading_tokens, padding_id
 from .files import TextFacts, TextFile, facts_of, find_files, read_text, split_files
-from .pieces import Corpus, TextPiece, collate, cut_text
+from .pieces import Corpus, TextPiece, TokenizedText, collate, cut_text
 from .stream import DatasetConfig, Stream, open_texts
 
 
@@ -36,6 +36,8 @@ class TextConfig(Section):
     """Data set to read in place of `files`. Example: {name: deepmind/pg19}"""
     pack: bool = False
     """Whether texts are joined before they are cut into sequences; for data sets of short rows such as WikiText."""
+    cross_documents: bool = False
+    """Whether texts that were joined by `pack` see each other; false: attention and memory start anew with each."""
     tokenizer: str = "byte"
     """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer. Example: gpt2"""
     leading_tokens: bool = True
@@ -114,13 +116,13 @@ class Text:
 
     def corpus(self, split: Split, texts: Iterable[str]) -> Corpus:
         """Tokenise texts and cut them into pieces. Raises ConfigError if there is none."""
-        pieces = [piece for piece, _ in self.cut(map(self.encode_text, texts))]
+        pieces = [piece for piece, _ in self.cut(TokenizedText.of(self.encode_text(text)) for text in texts)]
         if not pieces:
             least = self.config.min_tokens
             raise ConfigError(f"text: the texts for {split} all have fewer than {least} tokens; give longer ones")
         return Corpus(pieces, Order(len(pieces), self.seed, split, self.global_batch))
 
-    def cut(self, texts: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    def cut(self, texts: Iterable[TokenizedText]) -> Iterator[tuple[TokenizedText, int]]:
         """Cut texts as the configuration says; see `cut_text`."""
         return cut_text(texts, self.sequence, self.config.pack, self.config.min_tokens)
 
@@ -150,7 +152,8 @@ class Text:
         pieces = self.sources[split].take(step, rows)
         words = row_words(self.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
         windows = [text_window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
-        return collate(windows, tokens, padding_id(self.tokenizer))
+        apart = self.config.pack and not self.config.cross_documents
+        return collate(windows, tokens, padding_id(self.tokenizer), apart)
 
     def size(self, split: Split) -> int | None:
         """Return the number of pieces; None for a stream."""
@@ -162,7 +165,9 @@ class Text:
     def pads(self) -> bool:
         """Return whether a piece is shorter than the longest sequence; for a stream, whether one may be."""
         return any(
-            not self.config.pack if isinstance(source, Stream) else min(map(len, source.pieces)) < self.sequence
+            not self.config.pack
+            if isinstance(source, Stream)
+            else min(len(piece.tokens) for piece in source.pieces) < self.sequence
             for source in self.sources.values()
         )
 
@@ -189,8 +194,8 @@ class Text:
 
 def text_window(piece: TextPiece, tokens: int, word: int) -> TextPiece:
     """Cut `tokens` tokens out of a piece, at a start chosen by the random `word`; all of a shorter piece."""
-    start = word % (max(0, len(piece.tokens) - tokens) + 1)
-    return piece._replace(tokens=piece.tokens[start : start + tokens])
+    start = word % (max(0, len(piece.text.tokens) - tokens) + 1)
+    return piece._replace(text=piece.text.part(start, start + tokens))
 
 
 def nearest_divisor(total: int, wanted: int) -> int:
