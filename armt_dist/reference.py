@@ -85,8 +85,9 @@ def convert_config(options: dict) -> ARMTConfig:
         fields |= {"sliding_window": fields["segment_tokens"], "window_positions": "restart", "detach_window": True}
     try:
         if fields.get("wrap_pos") and "n_positions" in base:
-            # The authors keep M extra rows beside the base model's table; here they are part of it.
-            base["n_positions"] += fields["num_mem_tokens"]
+            # The authors add rows to the base model's table: M behind it, and for RMT M before it as well. Here they are
+            # part of it.
+            base["n_positions"] += fields["num_mem_tokens"] * (2 if kind == "rmt" else 1)
         return ARMTConfig(base_config=base, **fields)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config: {one_line(error, 300)}") from None

@@ -14,7 +14,7 @@ from .sliding_window import WindowedMemory
 # By `memory_kind`.
 MEMORIES = {
     "armt": MemoryKind(PlainMemory, ("sink", "sliding_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory),
-    "rmt": MemoryKind(RecurrentMemory, ("k2",)),
+    "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
 }
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
@@ -76,7 +76,7 @@ class ARMTConfig(PreTrainedConfig):
     freeze_mem: bool = False
     """Whether the memory projections W_m* stay as initialised, as in the authors' code."""
     wrap_pos: bool = False
-    """Whether memory tokens take the last M rows of GPT-2's position table instead of the rows after the segment's."""
+    """Whether the memory tokens behind a segment take the last M rows of GPT-2's position table, not those after it."""
     segment_alignment: str = "left"
     """Place of the short segment where T does not divide the length; center: all of nearly equal length."""
     sink: int = 0

@@ -68,8 +68,9 @@ def test_padding_is_refused_where_it_would_move_the_segments(alignment):
         scheduled_loss(model, *random_batch())
 
 
-def test_wrapped_positions():
-    model = small_model("gpt2", wrap_pos=True).eval()
+@pytest.mark.parametrize("kind", ["armt", "rmt"])
+def test_wrapped_positions(kind):
+    model = small_model("gpt2", wrap_pos=True, memory_kind=kind).eval()
     assert model.position_ids(8, "cpu")[0, -3:].tolist() == [61, 62, 63]
     loss, gradients = oracle(model, *random_batch())
     fast_loss, fast_gradients = scheduled_loss(model, *random_batch())

@@ -29,6 +29,7 @@ FAMILIES = {
     "sink": dict(family="llama", sink=1),
     "rmt": dict(family="llama", memory_kind="rmt"),
     "rmt_gpt2": dict(family="gpt2", memory_kind="rmt"),
+    "rmt_gpt2_wrapped": dict(family="gpt2", memory_kind="rmt", wrap_pos=True),
 }
 WAYS = {
     "greedy": dict(do_sample=False),

@@ -5,10 +5,20 @@ The sliding window against the base model with a banded mask; RMT, and the segme
 
 import pytest
 import torch
-from support.golden import CASES, TOLERANCES, assert_close, assert_gradients, golden_gradients, load_case, load_model
+from support.golden import (
+    CASES,
+    GOLDEN,
+    TOLERANCES,
+    assert_close,
+    assert_gradients,
+    golden_gradients,
+    load_case,
+    load_model,
+)
 from support.models import small_model
 from support.oracle import oracle, random_batch, scheduled_loss
 
+from armt_dist import reference
 from armt_dist.config import ConfigError
 from armt_dist.model.memory import AssociativeMemory, State, Update
 from armt_dist.model.modeling_armt import ARMTForCausalLM
@@ -151,6 +161,27 @@ def test_gradients_stop_after_k2_segments(path, k2):
     start = 5 // k2 * k2 if k2 else 0
     assert reached.tolist() == [s >= start for s in range(6)]
     assert bool(gradients["memory_tokens.weight"].any()) == (start == 0)
+
+
+@torch.no_grad()
+def test_wrapped_positions_are_those_of_the_authors():
+    """M rows before the base model's table for the memory in front, M behind it for the memory at the end."""
+    folder, rows = GOLDEN / "rmt_gpt2_base", 4
+    options, tensors = reference.read_checkpoint(folder / "config.json", folder / "weights.safetensors")
+    torch.manual_seed(0)
+    table = tensors["memory_cell.model.transformer.wpe.weight"]
+    extra = torch.randn(2 * rows, table.shape[1])
+    tensors["memory_cell.model.transformer.wpe.weight"] = wrapped = torch.cat([extra[:rows], table, extra[rows:]])
+    model = reference.load_model(reference.convert_config({**options, "wrap_pos": True}), tensors).eval()
+    ids = random_batch(tokens=41, pad=0)[0]
+    base, memory, logits = unwrapped(model), model.memory_tokens.weight.expand(len(ids), -1, -1), []
+    for segment in ids.split(16, 1):
+        x = torch.cat([memory, base.transformer.wte(segment), memory], 1)
+        places = [*range(rows + segment.shape[1]), *range(len(wrapped) - rows, len(wrapped))]
+        hidden = base.transformer(inputs_embeds=x, position_ids=torch.tensor([places])).last_hidden_state
+        memory = hidden[:, -rows:]
+        logits.append(base.lm_head(hidden[:, rows:-rows]))
+    assert_close("logits", model(ids).logits, torch.cat(logits, 1), TOLERANCES["logits"])
 
 
 @torch.no_grad()
