@@ -85,7 +85,7 @@ def convert_config(options: dict) -> ARMTConfig:
         fields |= {"sliding_window": fields["segment_tokens"], "window_positions": "restart", "detach_window": True}
     try:
         if fields.get("wrap_pos") and "n_positions" in base:
-            # The authors add rows to the base model's table: M behind it, and for RMT M before it as well. Here they are
+            # The authors add rows to the base model's table, M behind it and for RMT M before it too. Here they are
             # part of it.
             base["n_positions"] += fields["num_mem_tokens"] * (2 if kind == "rmt" else 1)
         return ARMTConfig(base_config=base, **fields)

@@ -22,9 +22,9 @@ from support.golden import (
     load_model,
     norm_tolerance,
 )
+from support.float64 import in_float64
 from support.models import BASES, small_model
 from support.paths import ROOT
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from armt_dist import reference
@@ -117,22 +117,6 @@ def test_values_are_carried_over(name, exported):
 EXACT_LOSS = 1e-5
 
 
-class InFloat64(TorchFunctionMode):
-    """Make float64 of every float32 that is asked for within the block, by Hugging Face's own casts too."""
-
-    CREATE = (torch.zeros, torch.ones, torch.full, torch.tensor)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = [self.wider(a) for a in args], {name: self.wider(a) for name, a in (kwargs or {}).items()}
-        if function is torch.Tensor.float:
-            return torch.Tensor.double(*args)
-        made = function(*args, **kwargs)
-        return made.double() if function in self.CREATE and made.dtype == torch.float32 else made
-
-    def wider(self, argument):
-        return torch.float64 if argument is torch.float32 else argument
-
-
 def run_trajectory(model, options, batches):
     """Six steps of AdamW with clipping, a new batch each: (loss, gradient norm) of each step."""
     names = ("lr", "betas", "eps", "weight_decay")
@@ -173,7 +157,7 @@ def test_golden_trajectory(trajectory):
 
 def test_golden_trajectory_in_float64(trajectory):
     model, options, batches = trajectory
-    with InFloat64():
+    with in_float64():
         steps = run_trajectory(model.double(), options, batches)
     for step, (loss, _) in enumerate(steps):
         expected = torch.tensor(options["losses_fp64"][step], dtype=torch.float64)
