@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.float64 import in_float64
 from support.golden import (
     CASES,
     GOLDEN,
@@ -22,7 +23,6 @@ from support.golden import (
     load_model,
     norm_tolerance,
 )
-from support.float64 import in_float64
 from support.models import BASES, small_model
 from support.paths import ROOT
 from transformers import AutoModelForCausalLM
