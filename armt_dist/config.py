@@ -42,10 +42,15 @@ def load_config(schema: type[S], yaml_file: str | Path | None = None, overrides:
 
     Raises ConfigError for an unreadable file, an unknown key, a wrong type or an override without ``=``.
     """
+    return validate(schema, read_tree(yaml_file, overrides))
+
+
+def read_tree(yaml_file: str | Path | None, overrides: Iterable[str]) -> dict:
+    """Read `yaml_file`, or nothing, and set ``a.b=value`` overrides in it. Raises ConfigError as `load_config`."""
     tree = read_yaml(yaml_file) if yaml_file is not None else {}
     for override in overrides:
         assign(tree, override)
-    return validate(schema, tree)
+    return tree
 
 
 def validate(schema: type[S], tree: dict) -> S:

@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--samples", type=int, default=256, help="samples of each length (default %(default)s)")
     add("--batch", type=int, default=64, help="samples evaluated at a time (default %(default)s)")
     add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
+    add("--extensions", nargs="+", default=[], metavar="MODULE", help="modules that register the task, as in training")
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
     add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
     add("--no-self-check", action="store_true", help="skip the comparison of cached with uncached logits")
@@ -96,6 +97,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from armt_dist.checkpoint.exported_code import REFRESH, is_stale
+    from armt_dist.data.extensions import load_extensions
     from armt_dist.data.tasks import make_task
     from armt_dist.evaluation.evaluate import check_lengths, evaluate
     from armt_dist.evaluation.evaluation_report import evaluation_table
@@ -112,6 +114,7 @@ def main() -> None:
               f"  {REFRESH.format(folder=args.model)}", file=sys.stderr)  # fmt: skip
     if not args.no_self_check:
         self_check(model)
+    load_extensions(args.extensions)
     data = read_task(args.model, args.task, args.data)
     parts = {name: make_task(part, model.config.segment_tokens, model.config.vocab_size, args.batch)
              for name, part in one_by_one(data).items()}  # fmt: skip

@@ -190,4 +190,5 @@ def raw(values: Tensor) -> memoryview:
 def write_task(run: Path, folder: Path) -> None:
     """Write TASK_FILE from the configuration of the run, if there is one."""
     if (run / "config.yaml").is_file():
-        write_json(folder / TASK_FILE, {"data": read_yaml(run / "config.yaml").get("data", {})})
+        tree = read_yaml(run / "config.yaml")
+        write_json(folder / TASK_FILE, {"data": tree.get("data", {}), "extensions": tree.get("extensions") or []})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,8 @@ KINDS = {
 class DataConfig(Section):
     """`task` and its own section; the section of another task is an error."""
 
-    task: Literal["rewrite", "remember", "text", "babilong"] = "rewrite"
-    """Task: retrieval with repeated (rewrite) or unique keys (remember), language modelling (text), or BABILong."""
+    task: str = "rewrite"
+    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of samples and their order. Example: 1"""
     retrieval: RetrievalConfig | None = None
@@ -46,22 +46,36 @@ class DataConfig(Section):
     """Settings of the task text. Example: {files: benchmarks/data/plays}"""
     babilong: BabilongConfig | None = None
     """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
+    options: dict[str, Any] | None = None
+    """Settings of a task that an extension registers. Example: {length: 8}"""
 
     @model_validator(mode="after")
     def sections_fit_the_task(self) -> "DataConfig":
         """Check that there is no section of another task."""
-        own = KINDS[self.task].section
-        for section in sorted({kind.section for kind in KINDS.values()} - {own}):
-            if getattr(self, section) is not None:
+        if self.task not in KINDS:
+            raise ValueError(
+                f"data.task={self.task}: no such task; one of {', '.join(KINDS)}, or name the module that registers it "
+                "in extensions"
+            )
+        own = field_of(self.task)
+        for section in sorted({field_of(task) for task in KINDS} | {"options"}):
+            if section != own and getattr(self, section) is not None:
                 raise ValueError(f"{section} does not belong to task={self.task}; remove it or change task")
         return self
 
     @property
     def section(self) -> Section:
         """The section of the task, with its defaults if it was left out."""
-        name = KINDS[self.task].section
-        given = getattr(self, name)
-        return given if given is not None else validate(SCHEMAS[name], {})
+        given = getattr(self, field_of(self.task))
+        if isinstance(given, Section):
+            return given
+        return validate(SCHEMAS[KINDS[self.task].section], given or {})
+
+
+def field_of(task: str) -> str:
+    """Return the field of the data section that configures a task: `options` for one of an extension."""
+    section = KINDS[task].section
+    return section if section in DataConfig.model_fields else "options"
 
 
 SCHEMAS: dict[str, type[Section]] = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}

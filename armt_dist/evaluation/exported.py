@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.export import TASK_FILE
 from ..config import ConfigError, Section, assign, one_line, validate
 from ..data.task import Task
-from ..data.tasks import KINDS, DataConfig
+from ..data.tasks import KINDS, DataConfig, field_of
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 
@@ -80,15 +80,17 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
 
     Raises ConfigError if no task is known or an override does not fit.
     """
-    saved = read_settings(folder)
+    saved, extensions = read_settings(folder)
     if not saved and name is None:
         raise ConfigError(f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(KINDS)}")
     name = name or saved.get("task", DataConfig().task)
     if name not in KINDS:
-        raise ConfigError(f"task={name}: no such task; one of {', '.join(KINDS)}")
-    section = KINDS[name].section
+        # Not imported unasked: the folder may be a stranger's.
+        hint = f", or give --extensions {' '.join(extensions)}, as in training" if extensions else ""
+        raise ConfigError(f"task={name}: no such task; one of {', '.join(KINDS)}{hint}")
+    section = field_of(name)
     settings = dict(saved.get(section) or {})
-    if section != "retrieval":
+    if section in ("text", "babilong"):
         # The tokenizer that training named may no longer exist; the export has a copy.
         settings["tokenizer"] = str(folder)
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
@@ -97,11 +99,15 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
     return validate(EvaluationData, tree).data
 
 
-def read_settings(folder: Path) -> dict:
-    """Return the data section of the training run; empty if there is none. Raises ConfigError if it is damaged."""
+def read_settings(folder: Path) -> tuple[dict, list[str]]:
+    """Return the data section of the training run and its extensions; empty if there are none.
+
+    Raises ConfigError if they are damaged.
+    """
     path = folder / TASK_FILE
     try:
-        return json.loads(path.read_text())["data"] if path.is_file() else {}
+        saved = json.loads(path.read_text()) if path.is_file() else {"data": {}}
+        return saved["data"], [str(name) for name in saved.get("extensions", [])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model={path}: not readable ({one_line(error)}); export the model again") from None
 

@@ -19,7 +19,7 @@ from .program import SCHEDULES
 DS_CONFIG = "ds_config"
 # Keys of the sections that planning reads; tests compare them with the configuration classes.
 SECTIONS = (
-    *("model", "data", "bptt", "parallel", "train", "curriculum", "watchdog"),
+    *("extensions", "model", "data", "loss", "bptt", "parallel", "train", "curriculum", "watchdog"),
     *("profile", "deterministic", "digests", DS_CONFIG),
 )
 KEYS = {

@@ -6,9 +6,11 @@ Shapes: G rows of a global batch, ordered by accumulation step, then data-parall
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..data.extensions import Rows, measured, transformed
 from ..data.sampling import Split
 from ..data.task import Batch, Difficulty, Task
 from ..distributed.mesh import Mesh
@@ -44,13 +46,15 @@ class Sums(NamedTuple):
     right_rows: int
     rows: int
     stop: bool  # whether any rank was told to stop
+    by_row: Rows
 
     def metrics(self) -> dict[str, float]:
-        """Return means over tokens and samples."""
+        """Return means over tokens and samples, and the metrics of extensions."""
         return {
             "loss": self.nll / max(1, self.scored),
             "accuracy": self.right_rows / max(1, self.rows),
             "token_accuracy": self.right_tokens / max(1, self.scored),
+            **measured(self.by_row),
         }
 
 
@@ -71,7 +75,7 @@ class Batches(NamedTuple):
         micro, dp = self.sizes.micro, self.mesh.dp
         starts = [(a * dp + self.mesh.dp_rank) * micro for a in range(self.sizes.accumulation)]
         parts = [range(start, start + micro) for start in starts]
-        batches = (self.task.batch(split, step, rows, difficulty) for rows in parts)
+        batches = (transformed(self.task.batch(split, step, rows, difficulty), split, step) for rows in parts)
         masked = (mask_labels(batch, self.loss, self.armt) for batch in batches)
         return [MicroBatch(rows, batch) for rows, batch in zip(parts, masked, strict=True)]
 
@@ -109,6 +113,7 @@ class Batches(NamedTuple):
             right_rows,
             int(scored_rows.sum()),
             bool(sums[told] > 0),
+            Rows(sums[scored].round().numpy(), sums[wrong].numpy()),
         )
 
 
@@ -121,4 +126,5 @@ def add_up(parts: Sequence[Sums]) -> Sums:
         sum(part.right_rows for part in parts),
         sum(part.rows for part in parts),
         any(part.stop for part in parts),
+        Rows(*(np.concatenate(values) for values in zip(*(part.by_row for part in parts), strict=True))),
     )

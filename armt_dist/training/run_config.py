@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import Positive, Section, load_config
+from ..config import Positive, Section, read_tree, validate
+from ..data.extensions import load_extensions
 from ..data.tasks import DataConfig
 from ..monitoring.bad_steps import Rollback
 from ..monitoring.watchdog import WatchdogConfig
@@ -52,6 +53,8 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
+    extensions: list[str] = []
+    """Python modules, or entry points, that register tasks, transforms and metrics. Example: [my_module]"""
     model: ModelConfig
     """Base model, memory and segments; retrieval tasks fix segment_tokens. Example: {base: gpt2, num_mem_tokens: 16}"""
     data: DataConfig = DataConfig()
@@ -85,6 +88,9 @@ def load_run(config: Path, ds_config: Path | None, default_ds_config: Path, over
     recipe does not stand alone (`is_whole`); ``ds_config.key=value`` overrides both. Raises ConfigError.
     """
     of_recipe, of_ds_config = split_overrides(overrides)
-    run = load_config(RunConfig, config, of_recipe)
+    tree = read_tree(config, of_recipe)
+    named = tree.get("extensions") or []
+    load_extensions(named if isinstance(named, list) and all(isinstance(name, str) for name in named) else [])
+    run = validate(RunConfig, tree)
     complete = complete_ds_config(run.ds_config, config, ds_config, default_ds_config, of_ds_config)
     return run.model_copy(update={"ds_config": complete})

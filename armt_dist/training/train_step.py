@@ -69,6 +69,7 @@ def train_step(parts: StepParts, stage: Stage, progress: Progress, told_to_stop:
         bad_rows = find_bad_rows([(part.rows, part.batch.sample_ids, part.totals.nll) for part in results])
     norm = parts.engine.get_global_grad_norm()
     metrics = {
+        # Hits are counted in validation only, unless the task has an accuracy.
         **(means if parts.counts else {"loss": means["loss"]}),
         "stage": after.stage,
         "lr": rate,
@@ -141,4 +142,4 @@ def validate(parts: StepParts, stage: Stage) -> dict[str, float]:
         return {}
     means = add_up(found).metrics()
     # The accuracy of whole rows of text means nothing.
-    return means if parts.counts else {name: means[name] for name in ("loss", "token_accuracy")}
+    return means if parts.counts else {name: value for name, value in means.items() if name != "accuracy"}

@@ -43,7 +43,8 @@ def make(tmp_path):
 
 
 def test_the_configuration_names_every_task():
-    assert set(get_args(DataConfig.model_fields["task"].annotation)) == set(KINDS)
+    description = DataConfig.model_fields["task"].description
+    assert all(name in description for name in KINDS), description
     assert {kind.section for kind in KINDS.values()} == set(SCHEMAS) <= set(DataConfig.model_fields)
 
 
