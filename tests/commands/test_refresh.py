@@ -18,7 +18,7 @@ def exported(tmp_path):
     (folder / "generation.py").unlink()
     new = (folder / "modeling_armt.py").read_text()
     old = new.replace("(ARMTGeneration)", "(SegmentRows, GenerationMixin)").replace(
-        "from .generation import ARMTGeneration, check_others",
+        "from .generation import ARMTGeneration, check_cacheable, check_others",
         "from transformers import GenerationMixin\nfrom .segment_rows import SegmentRows",
     )
     assert old.count("GenerationMixin") == 2, "modeling_armt.py is written differently now; adapt this fixture"
