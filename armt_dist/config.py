@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1)]
+# Generators take seeds of 64 bits, and a rank's seed is a multiple of the run's.
+Seed = Annotated[int, Field(ge=0, le=2**40)]
 USER_ERROR = 2
 RANK_0_SPEAKS_S = 15.0
 
@@ -61,10 +63,26 @@ def validate(schema: type[S], tree: dict) -> S:
         raise ConfigError(describe_error(error.errors()[0], schema)) from None
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Reads YAML as yaml.SafeLoader does, but for keys that are given twice, of which that takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return a mapping. Raises ConstructorError, with the place, for a key that is given twice."""
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and name is not None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice; remove one", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     """Read a YAML file as a dict (empty file: empty dict). Raises ConfigError naming the file."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise ConfigError(f"config={path}: {error.strerror}; give a readable YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -105,7 +123,7 @@ def entry_of(node: Any, key: str, override: str, above: list[str]) -> str | int:
 def parse_value(path: str, text: str) -> Any:
     """Parse the value of a ``path=text`` override as YAML. Raises ConfigError."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}={text!r}: not a valid YAML value ({one_line(error)})") from None
     return as_number(value) if isinstance(value, str) else value

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ConfigError, Section, validate
+from ..config import ConfigError, Section, Seed, validate
 from . import retrieval
 from .babilong import task as babilong
 from .babilong.task import Babilong, BabilongConfig
@@ -38,7 +38,7 @@ class DataConfig(Section):
 
     task: str = "rewrite"
     """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Seed of samples and their order. Example: 1"""
     retrieval: RetrievalConfig | None = None
     """Settings of the tasks rewrite and remember. Example: {key_length: 2, symbols: 16}"""

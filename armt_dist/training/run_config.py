@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import Positive, Section, read_tree, validate
+from ..config import Positive, Section, Seed, read_tree, validate
 from ..data.extensions import load_extensions
 from ..data.tasks import DataConfig
 from ..monitoring.bad_steps import Rollback
@@ -22,7 +22,7 @@ from .loss_mask import LossConfig
 class TrainConfig(Section):
     """Training loop: seed, logs, validations, checkpoints."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the initial weights and of dropout. Example: 1"""
     max_steps: Positive | None = None
     """Number of optimizer steps after which the run ends, in whatever stage; null: no limit. Example: 1000"""

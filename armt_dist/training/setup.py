@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import ConfigError
+from ..data.extensions import METRICS
 from ..data.retrieval import Retrieval
 from ..data.task import Task
 from ..data.tasks import make_task
@@ -60,6 +61,9 @@ def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
             f"model.vocab_size={armt.vocab_size}: the tokenizer has {len(task.tokenizer)} tokens; use another "
             "tokenizer or a base model with a larger embedding"
         )
+    known = [*(["accuracy"] if task.measure == "accuracy" else []), "loss", "token_accuracy", *METRICS]
+    if config.train.best is not None and config.train.best not in known:
+        raise ConfigError(f"train.best={config.train.best}: no such validation metric; choose from {', '.join(known)}")
     if armt.segment_alignment != "left" and task.pads():
         raise ConfigError(
             f"model.segment_alignment={armt.segment_alignment}: samples of data.task={config.data.task} may be padded, "

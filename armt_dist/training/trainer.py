@@ -221,11 +221,9 @@ class Trainer:
         return total
 
     def record(self, found: dict[str, float]) -> None:
-        """Log a validation; save a checkpoint if it is the stage's best. Raises ConfigError for an unknown metric."""
+        """Log a validation; save a checkpoint if it is the stage's best."""
         self.log.validation(self.progress.step, found)
         name = self.config.train.best or ("accuracy" if self.parts.counts else "loss")
-        if name not in found:
-            raise ConfigError(f"train.best={name}: no such validation metric; choose from {', '.join(found)}")
         score = -found[name] if name == "loss" else found[name]
         before = self.progress.best_tag
         self.progress = self.progress.after_validation(score, tag_of(self.progress.step))

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
@@ -50,6 +51,8 @@ class BaseSection(Section):
         """Require exactly one of a base to load and a random base."""
         if (self.base is None) == (self.base_config is None):
             raise ValueError("model.base or model.base_config: give exactly one of them")
+        if self.base is not None and self.base.startswith(("/", "./", "../", "~")) and not Path(self.base).is_dir():
+            raise ValueError(f"model.base={self.base}: no such folder; give a model's folder or its Hugging Face name")
         if self.base is not None and self.init is not None:
             raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
         return self
