@@ -13,10 +13,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..model.segment_rows import IGNORE as IGNORE
 from .sampling import Split, generator
-
-# Label of unscored positions, as in torch and transformers.
-IGNORE = -100
 
 
 class Batch(NamedTuple):

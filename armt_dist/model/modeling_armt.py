@@ -20,7 +20,7 @@ from .documents import check_starts
 from .generation import ARMTGeneration, check_cacheable, check_others
 from .memory_kind import LAST_LAYER, ARMTLayer, apply
 from .rmt import MemoryRows, enter
-from .segment_rows import MemoryTokens, segment_lengths
+from .segment_rows import IGNORE, MemoryTokens, segment_lengths
 from .tested import warn_if_untested
 
 
@@ -167,7 +167,7 @@ class ARMTForCausalLM(ARMTGeneration):
         attention_mask = right_padding(attention_mask)
         if document_starts is not None:
             document_starts = check_starts(document_starts, input_ids)
-            labels = None if labels is None else labels.masked_fill(document_starts, -100)
+            labels = None if labels is None else labels.masked_fill(document_starts, IGNORE)
         if use_cache and cache is None:
             cache = ARMTCache(self.initial_states(input_ids.shape[0]))
         if cache is not None:

@@ -19,6 +19,9 @@ from .memory_kind import ARMTLayer
 from .rmt import MemoryRows, entering
 from .sliding_window import reach
 
+# Label of a position that is not scored, as in torch and transformers.
+IGNORE = -100
+
 
 def segment_lengths(tokens: int, segment_tokens: int, alignment: str = "left") -> list[int]:
     """Cut `tokens` into segments and return their lengths; the short one comes last (left) or first (right)."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Label of a position that is not scored: torch's own default, which its losses skip.
-IGNORE = nn.CrossEntropyLoss().ignore_index
+from ..model.segment_rows import IGNORE as IGNORE
+
 # Positions whose logits exist at a time.
 CHUNK_POSITIONS = 1024
 

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError, Section
+from ...schedule.planner import divisors
 from ..sampling import Order, Split, row_words
 from ..task import Batch, Difficulty, Measure, Run, Unit, excerpt, real_tokens
 from ..tokenizers import decode, encode, leading_tokens, padding_id
@@ -78,7 +79,7 @@ class Text:
         if self.sequence % self.segment_tokens:
             raise ConfigError(
                 f"segment_tokens={self.segment_tokens} does not divide sequence_tokens={self.sequence}; "
-                f"try {nearest_divisor(self.sequence, self.segment_tokens)}"
+                f"try {min(divisors(self.sequence), key=lambda d: abs(d - self.segment_tokens))}"
             )
         self.facts: dict[Split, list[TextFacts]] = {"train": [], "validation": []}
         self.prefix = leading_tokens(tokenizer) if config.leading_tokens else []
@@ -196,9 +197,3 @@ def text_window(piece: TextPiece, tokens: int, word: int) -> TextPiece:
     """Cut `tokens` tokens out of a piece, at a start chosen by the random `word`; all of a shorter piece."""
     start = word % (max(0, len(piece.text.tokens) - tokens) + 1)
     return piece._replace(text=piece.text.part(start, start + tokens))
-
-
-def nearest_divisor(total: int, wanted: int) -> int:
-    """Return the divisor of `total` closest to `wanted`."""
-    divisors = [d for i in range(1, int(total**0.5) + 1) if total % i == 0 for d in (i, total // i)]
-    return min(divisors, key=lambda d: abs(d - wanted))
