@@ -1,17 +1,18 @@
 """Strict configuration: defaults < YAML file < ``key=value``; an unknown key is an error.
 
-Each section of the run configuration is a `Section` declared beside the code it configures; this file only
-fills one and describes in one line what is wrong with it.
+Each room declares its sections of the run configuration in its `sections.py`, without torch; this file only fills one
+and describes in one line what is wrong with it.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 Positive = Annotated[int, Field(ge=1)]
 # Generators take seeds of 64 bits, and a rank's seed is a multiple of the run's.
@@ -60,7 +61,7 @@ def validate(schema: type[S], tree: dict) -> S:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(describe_error(error.errors()[0], schema)) from None
+        raise ConfigError(describe_errors(error.errors(), schema)) from None
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -137,19 +138,40 @@ def as_number(text: str) -> str | float:
         return text
 
 
-def describe_error(error: Mapping[str, Any], schema: type[BaseModel]) -> str:
-    """Describe one pydantic error as ``field=value: what is wrong``, with the known keys for an unknown one."""
-    field = ".".join(str(part) for part in error["loc"]) or schema.__name__
+def describe_errors(errors: Sequence[ErrorDetails], schema: type[BaseModel]) -> str:
+    """Describe the first mistake as ``field=value: what is wrong``, with the known keys for an unknown one.
+
+    A value that fits no type of a union has an error for each of them; those furthest into the value say most.
+    """
+    first = place_of(errors[0], schema)
+    same = [error for error in errors if place_of(error, schema)[: len(first)] == first]
+    deepest = max(len(place_of(error, schema)) for error in same)
+    error, *others = (error for error in same if len(place_of(error, schema)) == deepest)
+    field = ".".join(map(str, place_of(error, schema)))
     message = error["msg"].removeprefix("Value error, ")
+    message = " or ".join([message, *(other["msg"].removeprefix("Input should be ") for other in others)])
+    if error["type"] == "model_type":
+        message = "expected a section of keys"
+    if error["type"] == "missing":
+        return f"{field}: missing; set it"
     if error["type"] == "extra_forbidden":
         known = ", ".join(known_keys(schema, error["loc"]))
         return f"{field}={one_line(error['input'])}: unknown key; known here: {known}"
-    if not error["loc"]:
+    if not field:
         return one_line(message, limit=1000)
     return f"{field}={one_line(error['input'])}: {one_line(message, limit=600)}"
 
 
-def known_keys(schema: type[BaseModel], location: tuple) -> list[str]:
+def place_of(error: ErrorDetails, schema: type[BaseModel]) -> tuple[int | str, ...]:
+    """Return the path of an error's field, without the types that pydantic puts behind the name of a union's field."""
+    *above, last = error["loc"] or [""]
+    unknown = error["type"] == "extra_forbidden"
+    path = [*above] if unknown else [*error["loc"]]
+    found = [part for i, part in enumerate(path) if isinstance(part, int) or part in known_keys(schema, path[: i + 1])]
+    return (*found, last) if unknown else (*found,)
+
+
+def known_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """List the keys that the section around `location` accepts."""
     for part in location[:-1]:
         field = schema.model_fields.get(part) if isinstance(part, str) else None

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from ranks import RESULTS, heading, table
 
-from armt_dist.data.task import Difficulty
+from armt_dist.data.lengths import Difficulty
 from armt_dist.data.tasks import make_task
 from armt_dist.evaluation.charts import Curve, Panel, draw
 from armt_dist.evaluation.evaluate import evaluate

@@ -157,7 +157,7 @@ def measure_cost(ranks, layout, folder: Path) -> dict | None:
 
 def cost(folder: Path) -> dict:
     """As fractions of a step."""
-    from armt_dist.runtime.executor import ParallelConfig
+    from armt_dist.runtime.sections import ParallelConfig
 
     found = spawn(WORLD, measure_cost, ParallelConfig(), folder, timeout_s=500)[0]
     ratios = {name: round(found[name] / found["step"], 3) for name in ("waiting", "background")}

@@ -16,7 +16,8 @@ import psutil
 from ranks import RESULTS, heading
 
 from armt_dist.config import validate
-from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.sections import DataConfig
+from armt_dist.data.tasks import make_task
 from armt_dist.evaluation.charts import Curve, Panel, draw
 from armt_dist.evaluation.evaluate import evaluate
 from armt_dist.evaluation.exported import load_model

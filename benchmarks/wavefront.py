@@ -97,7 +97,7 @@ def line(r: dict) -> str:
 
 def main() -> None:
     from armt_dist.monitoring import profile
-    from armt_dist.runtime.executor import ParallelConfig
+    from armt_dist.runtime.sections import ParallelConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sp", type=int, nargs="+", default=[2, 4, 8])

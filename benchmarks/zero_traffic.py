@@ -49,8 +49,8 @@ class SegmentMajor(nn.Module):
 
 def measure(ranks, plain: bool, segments: list[int]) -> list[tuple]:
     """(S, gathered, reduced, loss) for each number of segments S."""
-    from armt_dist.runtime.executor import ParallelConfig
     from armt_dist.runtime.piece import cut_piece
+    from armt_dist.runtime.sections import ParallelConfig
     from armt_dist.zero3.collective_bytes import CollectiveBytes
 
     wrap = (lambda runner: SegmentMajor(runner.model, runner.loss_head)) if plain else None

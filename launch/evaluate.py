@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from armt_dist.data.tasks import DataConfig
+    from armt_dist.data.sections import DataConfig
     from armt_dist.evaluation.evaluate import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def one_by_one(data: "DataConfig") -> dict[str, "DataConfig"]:
     """Split into what is evaluated separately, by name: each task of BABILong, or everything."""
     if data.task != "babilong":
         return {data.task: data}
-    from armt_dist.data.babilong.task import BabilongConfig
+    from armt_dist.data.sections import BabilongConfig
 
     section = data.babilong or BabilongConfig()
     return {

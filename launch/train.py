@@ -6,6 +6,7 @@
     python launch/train.py train.max_steps=20 ds_config.train_batch_size=32       # one process, on a laptop
     python launch/train.py --help train.save_every                                # explains a key or a section
     python launch/train.py --config launch/configs/plays_cpu.yaml --show-config   # prints, does not start
+    python launch/train.py --config launch/configs/plays_cpu.yaml --check 64      # is it right for 64 ranks?
 
 key=value sets any field of the YAML config. Batch, precision, optimizer, ZeRO and offload come from the ds_config file,
 over it the recipe's ds_config section, over both ds_config.key=value; docs/config.md lists all keys.
@@ -20,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import run_main
-from armt_dist.distributed import rendezvous as parallel
+from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed.launchers import claimed_rank, discover
-from armt_dist.distributed.process import make_deterministic
+from armt_dist.training.checks import check_run
+from armt_dist.training.run_config import as_yaml, load_run
 from armt_dist.versions import check_versions
 
 DS_CONFIG = ROOT / "ds_configs/zero3.json"
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-h", "--help", nargs="?", const="", metavar="KEY", help="show this, or explain a key or section, and exit")
     add("--show-config", action="store_true", help="print the configuration that the run would have as YAML, and exit")
+    add("--check", type=int, metavar="RANKS", help="check the configuration for so many ranks, at once, and exit")
     add("--ds_config", type=Path, help="DeepSpeed JSON; left out: ds_configs/zero3.json")
     add("--config", type=Path, default=CONFIG, help="YAML config; left out: a small ARMT learns associative retrieval")
     add("--out", type=Path, help="run folder; left out: runs/NAME OF THE CONFIG")
@@ -63,16 +65,22 @@ def main() -> int:
         if claimed_rank() == 0:
             show_help(parser, args.help)
         return 0
-    ranks = None if args.show_config else discover()
+    world = args.check
+    if world is not None and world < 1:
+        raise ConfigError(f"check={world}: expected a number of ranks")
+    ranks = discover() if world is None and not args.show_config else None
     check_versions(args.strict_versions, speaks=claimed_rank() == 0)
-    from armt_dist.training.run_config import load_run
-    from armt_dist.training.run_folder import as_yaml
-
     config = load_run(args.config, args.ds_config, DS_CONFIG, args.overrides)
+    out = args.out or Path("runs") / args.config.stem
+    check_run(config, out, ranks.world_size if ranks else world)
     if ranks is None:
-        if claimed_rank() == 0:
+        if args.show_config and claimed_rank() == 0:
             print(as_yaml(config), end="")
         return 0
+    # These import torch, which takes seconds: a mistake in the configuration has been named by now.
+    from armt_dist.distributed import rendezvous as parallel
+    from armt_dist.distributed.process import make_deterministic
+
     if config.deterministic:
         make_deterministic()
     device = parallel.start(ranks, config.parallel.timeout_s)
@@ -80,7 +88,6 @@ def main() -> int:
     from armt_dist.training.trainer import Trainer
 
     try:
-        out = args.out or Path("runs") / args.config.stem
         return Trainer(config, config.ds_config, out, ranks, device).run(args.resume)
     finally:
         parallel.stop()

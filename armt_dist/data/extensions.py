@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError, Section, one_line
 from .sampling import Split
+from .sections import SCHEMAS
 from .task import Batch, Run, Task
-from .tasks import KINDS, SCHEMAS, Kind
+from .tasks import KINDS, Kind
 
 # Entry points of installed packages, by the names that `extensions` may give instead of a module.
 GROUP = "armt_dist.extensions"
@@ -55,7 +56,7 @@ def register_task(
     """
     check_free(name, KINDS)
     SCHEMAS[name] = section
-    KINDS[name] = Kind(name, tokenizer, build)
+    KINDS[name] = Kind(tokenizer, build)
 
 
 def transform(name: str) -> Callable[[F], F]:

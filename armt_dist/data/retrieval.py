@@ -10,44 +10,17 @@ Labels are shifted already: the model must predict 3 at `?`, and eos at 3.
 Shapes: b rows, n pairs, k symbols in a key, v in a value, T = k + v + 2 tokens in a segment, N = (n + 1) T.
 """
 
-import string
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..config import ConfigError, Section
+from .lengths import Measure, Unit, pair_lengths
 from .sampling import Split, row_words
-from .task import IGNORE, Batch, Difficulty, Measure, Run, Stateless, Unit
+from .sections import ALPHABET, RetrievalConfig
+from .task import IGNORE, Batch, Difficulty, Run, Stateless
 from .tokenizers import character_tokenizer, decode
 
-ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 SEP, GEN, EOS, PAD = ":?|_"
-# Strings are drawn as one 64-bit number modulo their count. Up to this count the bias is below 2^-32.
-MAX_STRINGS = 2**32
-
-
-class RetrievalConfig(Section):
-    """Keys and values are strings of `key_length` and `value_length` symbols."""
-
-    key_length: Annotated[int, Field(ge=1)] = 1
-    """Symbols of a key. Example: 3"""
-    value_length: Annotated[int, Field(ge=1)] = 1
-    """Symbols of a value. Example: 2"""
-    symbols: Annotated[int, Field(ge=2, le=len(ALPHABET))] = 16
-    """Number of different symbols. Example: 32"""
-
-    @model_validator(mode="after")
-    def strings_can_be_numbered(self) -> "RetrievalConfig":
-        """Check that there are not too many strings."""
-        for name in ("key_length", "value_length"):
-            if self.symbols ** getattr(self, name) > MAX_STRINGS:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} of {self.symbols} symbols: more than 2^32 strings; shorten it"
-                )
-        return self
 
 
 class Retrieval(Stateless):
@@ -67,44 +40,19 @@ class Retrieval(Stateless):
         self.seed = run.seed
         self.unique_keys = unique_keys
         self.vocab_size = len(tokenizer)
-        self.segment_tokens = config.key_length + config.value_length + 2
-        if run.segment_tokens not in (None, self.segment_tokens):
-            raise ConfigError(
-                f"segment_tokens={run.segment_tokens}: key_length={config.key_length} and "
-                f"value_length={config.value_length} make segments of {self.segment_tokens} tokens; "
-                f"use {self.segment_tokens} or leave it out"
-            )
+        self.lengths = pair_lengths(config, unique_keys, run.segment_tokens)
+        self.segment_tokens = self.lengths.segment_tokens
 
     def sequence_tokens(self, n: int) -> int:
         """Return the tokens N of a sample of `n` pairs. Raises ConfigError if there are too few different keys."""
-        self.key_count(n)
-        return (n + 1) * self.segment_tokens
-
-    def key_count(self, n: int, key_length: int | None = None, symbols: int | None = None) -> int:
-        """Count the different keys whose last `key_length` symbols vary among `symbols`; None: the task's own.
-
-        Raises ConfigError if the task's keys are shorter or have fewer symbols, or if `n` unique keys do not exist.
-        """
-        chosen = {"key_length": key_length, "symbols": symbols}
-        for name, value in chosen.items():
-            most = getattr(self.config, name)
-            if value is not None and value > most:
-                raise ConfigError(f"{name}={value}: above data.retrieval.{name}={most}; lower it or raise that")
-        length = key_length or self.config.key_length
-        count = (symbols or self.config.symbols) ** length
-        if self.unique_keys and n > count:
-            raise ConfigError(
-                f"pairs={n}: only {count} different keys of key_length={length} exist; "
-                f"use at most {count} pairs, a longer key or task=rewrite"
-            )
-        return count
+        return self.lengths.sequence_tokens(n)
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         """Return `rows` of the global batch of `step`."""
         n = difficulty.draw(self.seed, split, step)
         tokens = self.sequence_tokens(n)
         # The first symbols of a shorter key are 0, so that segments have the same length in every stage.
-        key_count = self.key_count(n, difficulty.key_length, difficulty.symbols)
+        key_count = self.lengths.key_count(n, difficulty.key_length, difficulty.symbols)
         value_count = self.config.symbols**self.config.value_length
         words = row_words(self.seed, split, step, rows, 3 * n + 1)
         keys = distinct(words[:, : 2 * n], key_count) if self.unique_keys else words[:, :n] % key_count
@@ -117,14 +65,9 @@ class Retrieval(Stateless):
         labels[:, -scored - 1 : -1] = input_ids[:, -scored:]
         return Batch(input_ids, labels, None, list(rows))
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Symbols in a key and in a value."""
-        return self.config.key_length, self.config.value_length
-
     def lay_out(self, keys: np.ndarray, values: np.ndarray, symbols: int | None) -> np.ndarray:
         """Spell key and value numbers [b, n+1] as tokens int64 [b, n+1, T]; the digits of keys have base `symbols`."""
-        k, v = self.lengths
+        k, v = self.config.key_length, self.config.value_length
         sep, gen, eos = (self.config.symbols + i for i in range(3))
         segments = np.empty((*keys.shape, self.segment_tokens), dtype=np.int64)
         segments[..., :k] = digits(keys, symbols or self.config.symbols, k)

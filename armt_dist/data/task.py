@@ -7,14 +7,14 @@ Shapes: b rows asked for, N tokens of a sequence.
 """
 
 from collections.abc import Mapping
-from math import ceil
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..model.segment_rows import IGNORE as IGNORE
-from .sampling import Split, generator
+from .lengths import Difficulty, Lengths
+from .sampling import Split
 
 
 class Batch(NamedTuple):
@@ -34,35 +34,6 @@ class Batch(NamedTuple):
     document_starts: torch.Tensor | None = None
 
 
-class Difficulty(NamedTuple):
-    """Length of samples in the task's unit (pairs or segments), uniform in minimum..maximum, both included.
-
-    One length is drawn per step, so all rows of a global batch on all ranks have the same shape.
-    """
-
-    maximum: int
-    minimum: int = 1
-    key_length: int | None = None
-    """Number of symbols in a key that vary (retrieval only); None: all."""
-    symbols: int | None = None
-    """Number of different symbols in keys (retrieval only); None: all."""
-
-    @classmethod
-    def fixed(cls, n: int) -> "Difficulty":
-        """Return the difficulty whose samples all have length n."""
-        return cls(n, n)
-
-    @classmethod
-    def at_least(cls, maximum: int, fraction: float) -> "Difficulty":
-        """Return the difficulty of lengths from fraction * maximum (at least 1) to maximum."""
-        return cls(maximum, max(1, ceil(fraction * maximum)))
-
-    def draw(self, seed: int, split: Split, step: int) -> int:
-        """Draw the length of the samples of one step."""
-        assert 1 <= self.minimum <= self.maximum, f"difficulty {self} is not 1 <= minimum <= maximum"
-        return int(generator("length", seed, split, step).integers(self.minimum, self.maximum + 1))
-
-
 class Run(NamedTuple):
     """What a task needs to know about the run."""
 
@@ -73,22 +44,11 @@ class Run(NamedTuple):
     """Rows of a step over all ranks and accumulation steps; needed by tasks with a finite number of samples."""
 
 
-Measure = Literal["accuracy", "perplexity"]
-Unit = Literal["pairs", "segments"]
-
-
-class Task(Protocol):
+class Task(Lengths, Protocol):
     """A source of samples. Only a streamed data set has a state; other batches depend on the arguments alone."""
 
-    measure: Measure
-    unit: Unit
     vocab_size: int
-    segment_tokens: int
     tokenizer: PreTrainedTokenizerBase
-
-    def sequence_tokens(self, n: int) -> int:
-        """Return the tokens N of a sample of `n` pairs or segments. Raises ConfigError for an impossible length."""
-        ...
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         """Return `rows` of the global batch of `step`."""

@@ -1,84 +1,35 @@
-"""The data section of the run configuration, and the tasks that it can name."""
+"""The tasks that the data section of a run configuration can name."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from pydantic import model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ..config import ConfigError, Section, Seed, validate
+from ..config import ConfigError
 from . import retrieval
 from .babilong import task as babilong
-from .babilong.task import Babilong, BabilongConfig
-from .retrieval import Retrieval, RetrievalConfig
+from .babilong.task import Babilong
+from .retrieval import Retrieval
+from .sections import DataConfig
 from .task import Run, Task
-from .text.task import Text, TextConfig
+from .text.task import Text
 from .tokenizers import load_tokenizer
 
 
 class Kind(NamedTuple):
-    """How a task is built from the section that configures it, which is one of SCHEMAS."""
+    """How a task is built from the section that configures it, its entry in `sections.SCHEMAS`."""
 
-    section: str
     tokenizer: Callable[[Any], PreTrainedTokenizerBase]
     build: Callable[[Any, PreTrainedTokenizerBase, Run], Task]
 
 
 KINDS = {
-    "rewrite": Kind("retrieval", retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=False)),
-    "remember": Kind("retrieval", retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=True)),
-    "text": Kind("text", lambda config: load_tokenizer(config.tokenizer), Text),
-    "babilong": Kind("babilong", babilong.babilong_tokenizer, Babilong),
+    "rewrite": Kind(retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=False)),
+    "remember": Kind(retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=True)),
+    "text": Kind(lambda config: load_tokenizer(config.tokenizer), Text),
+    "babilong": Kind(babilong.babilong_tokenizer, Babilong),
 }
-
-
-class DataConfig(Section):
-    """`task` and its own section; the section of another task is an error."""
-
-    task: str = "rewrite"
-    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
-    seed: Seed = 42
-    """Seed of samples and their order. Example: 1"""
-    retrieval: RetrievalConfig | None = None
-    """Settings of the tasks rewrite and remember. Example: {key_length: 2, symbols: 16}"""
-    text: TextConfig | None = None
-    """Settings of the task text. Example: {files: benchmarks/data/plays}"""
-    babilong: BabilongConfig | None = None
-    """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
-    options: dict[str, Any] | None = None
-    """Settings of a task that an extension registers. Example: {length: 8}"""
-
-    @model_validator(mode="after")
-    def sections_fit_the_task(self) -> "DataConfig":
-        """Check that there is no section of another task."""
-        if self.task not in KINDS:
-            raise ValueError(
-                f"data.task={self.task}: no such task; one of {', '.join(KINDS)}, or name the module that registers it "
-                "in extensions"
-            )
-        own = field_of(self.task)
-        for section in sorted({field_of(task) for task in KINDS} | {"options"}):
-            if section != own and getattr(self, section) is not None:
-                raise ValueError(f"{section} does not belong to task={self.task}; remove it or change task")
-        return self
-
-    @property
-    def section(self) -> Section:
-        """The section of the task, with its defaults if it was left out."""
-        given = getattr(self, field_of(self.task))
-        if isinstance(given, Section):
-            return given
-        return validate(SCHEMAS[KINDS[self.task].section], given or {})
-
-
-def field_of(task: str) -> str:
-    """Return the field of the data section that configures a task: `options` for one of an extension."""
-    section = KINDS[task].section
-    return section if section in DataConfig.model_fields else "options"
-
-
-SCHEMAS: dict[str, type[Section]] = {"retrieval": RetrievalConfig, "text": TextConfig, "babilong": BabilongConfig}
 
 
 def make_task(

@@ -8,9 +8,10 @@ import torch
 
 from ..checkpoint.export import TASK_FILE
 from ..config import ConfigError, Section, assign, one_line, validate
+from ..data.sections import SCHEMAS, DataConfig, field_of
 from ..data.task import Task
-from ..data.tasks import KINDS, DataConfig, field_of
 from ..model.configuration_armt import ARMTConfig
+from ..model.fields import ARMTFields
 from ..model.modeling_armt import ARMTForCausalLM
 
 # Default lengths; those that the task cannot make are left out.
@@ -61,7 +62,7 @@ def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
     small = {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 16}
     fields = base.to_dict() | {names.get(name, name): value for name, value in small.items()}
     fields |= {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id", "layer_types") if name in fields}
-    own = {name: getattr(config, name) for name in ARMTConfig.__annotations__ if name != "base_config"}
+    own = {name: getattr(config, name) for name in ARMTFields.__annotations__}
     return ARMTForCausalLM(ARMTConfig(base_config=fields, **own)).eval()
 
 
@@ -82,12 +83,14 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
     """
     saved, extensions = read_settings(folder)
     if not saved and name is None:
-        raise ConfigError(f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(SCHEMAS)}"
+        )
     name = name or saved.get("task", DataConfig().task)
-    if name not in KINDS:
+    if name not in SCHEMAS:
         # Not imported unasked: the folder may be a stranger's.
         hint = f", or give --extensions {' '.join(extensions)}, as in training" if extensions else ""
-        raise ConfigError(f"task={name}: no such task; one of {', '.join(KINDS)}{hint}")
+        raise ConfigError(f"task={name}: no such task; one of {', '.join(SCHEMAS)}{hint}")
     section = field_of(name)
     settings = dict(saved.get(section) or {})
     if section in ("text", "babilong"):

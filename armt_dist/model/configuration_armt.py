@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backbone import family_of
+from .fields import LEAST, ARMTFields
 from .memory import PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
 from .rmt import RecurrentMemory
@@ -21,9 +22,6 @@ ALIGNMENTS = ("left", "right", "center")
 WINDOW_POSITIONS = ("relative", "restart")
 # The longest input as other tools read it (transformers, evaluation harnesses, servers); ARMT has no limit.
 UNLIMITED = 2**31 - 1
-# Least values. None passes, where the field allows it.
-LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
-LEAST |= {"sliding_window": 1, "k2": 1}
 KNOWN = {
     "memory_kind": MEMORIES,
     "maths": MATHS,
@@ -42,8 +40,8 @@ def build_base_config(model_type: str | None = None, **fields) -> PreTrainedConf
         raise ValueError(f"base_config: {' '.join(str(error).split())}") from error
 
 
-class ARMTConfig(PreTrainedConfig):
-    """Configuration of `ARMTForCausalLM`; the docstring below a field says what it means.
+class ARMTConfig(ARMTFields, PreTrainedConfig):
+    """Configuration of `ARMTForCausalLM`: the base model's, and `ARMTFields`.
 
     Raises ValueError, in one line naming the field, for values that do not fit.
     """
@@ -53,42 +51,6 @@ class ARMTConfig(PreTrainedConfig):
 
     base_config: dict | PreTrainedConfig | None = None
     """Configuration (or dict with `model_type`) of the wrapped causal LM, of a family in `backbone.FAMILIES`."""
-    memory_kind: str = "armt"
-    """Kind of memory: armt (associative memory in every layer) or rmt (recurrent memory tokens)."""
-    segment_tokens: int = 512
-    """T, tokens of a segment. Example: 1024"""
-    num_mem_tokens: int = 16
-    """M, learned memory rows appended to every segment. Example: 32"""
-    d_mem: int = 64
-    """Width of the associative memory's keys and queries. Example: 128"""
-    nu: int = 3
-    """Order of the feature map DPFP, which makes 2 nu d_mem features. Example: 1"""
-    n_heads: int = 1
-    """Heads of the associative memory; divides d_mem and hidden_size. Example: 4"""
-    maths: str = "default"
-    """Variant of the memory's arithmetic; paper: no normalisation of features, as in the first published code."""
-    use_denom: bool = True
-    """Whether a read is divided by the normaliser z·q."""
-    correction: bool = True
-    """Whether the normaliser counts only what is new in a key (the paper's gamma)."""
-    gating: bool = False
-    """Whether the write strength beta is a gate for each channel in place of one for each head."""
-    freeze_mem: bool = False
-    """Whether the memory projections W_m* stay as initialised, as in the authors' code."""
-    wrap_pos: bool = False
-    """Whether the memory tokens behind a segment take the last M rows of GPT-2's position table, not those after it."""
-    segment_alignment: str = "left"
-    """Place of the short segment where T does not divide the length; center: all of nearly equal length."""
-    sink: int = 0
-    """Learned rows before the tokens of every segment. Example: 1"""
-    sliding_window: int | None = None
-    """Tokens before it that a token sees across the border of its segment; null: none. Example: 512"""
-    window_positions: str = "relative"
-    """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
-    detach_window: bool = False
-    """Whether gradients stop at the window, as in the authors' code."""
-    k2: int | None = None
-    """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""
 
     def __post_init__(self, **kwargs):
         """Make a configuration of `base_config`, copy up what others look for here, and check the fields."""
@@ -146,10 +108,10 @@ class ARMTConfig(PreTrainedConfig):
 
     def check_values(self) -> None:
         """Check each field by itself: its type, its least value, its known values."""
-        for name, kind in ARMTConfig.__annotations__.items():
+        for name, kind in ARMTFields.__annotations__.items():
             value, kinds = getattr(self, name), get_args(kind) or (kind,)
             # type() rather than isinstance: True is not a count.
-            if name != "base_config" and type(value) not in kinds:
+            if type(value) not in kinds:
                 raise ValueError(f"{name}={value!r}: must be of type {kinds[0].__name__}")
         for name, least in LEAST.items():
             value = getattr(self, name)

@@ -8,22 +8,12 @@ which `weigh` ensures; no extra decision is needed.
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
-from ..config import Section
-
-
-class Rollback(Section):
-    """When a jump of the loss sends the run back to its last checkpoint."""
-
-    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
-    """Ratio of the loss to the median of the previous steps above which the run rolls back."""
-    over: Annotated[int, Field(ge=1)] = 50
-    """Number of previous steps that the median is taken over."""
+from .sections import Rollback
 
 
 class BadRows(NamedTuple):

@@ -19,38 +19,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple, TextIO
 
 import torch.distributed as dist
-from pydantic import Field
 
-from ..config import Section, one_line
+from ..config import one_line
 from ..schedule.program import Instruction
+from .sections import WatchdogConfig
 
-Seconds = Annotated[float, Field(gt=0)]
 Name = Literal["setup", "step", "validation", "checkpoint"]
 POLL_S = 0.5
 # Delay of faulthandler's timer after the thread's limit.
 TIMER_LATER_S = 5.0
 # First steps, in which ZeRO-3 records the order of gathers and kernels are compiled.
 SLOW_STEPS = 2
-
-
-class WatchdogConfig(Section):
-    """Time limits of the sections of a run: a rank that exceeds one writes its stacks and ends with exit code 1."""
-
-    setup_s: Seconds = 1800
-    """Limit in seconds from the start to the first step, and for each of the first two steps."""
-    step_s: Seconds = 600
-    """Limit in seconds of an optimizer step."""
-    validation_s: Seconds = 3600
-    """Limit in seconds of a validation."""
-    checkpoint_s: Seconds = 1800
-    """Limit in seconds of saving or loading a checkpoint."""
-    heartbeat_s: Seconds = 10
-    """Seconds between two updates of heartbeat/rank_R.json in the run folder."""
-    straggler_factor: Annotated[float, Field(gt=1)] = 1.5
-    """Ratio of a rank's cell time to the median rank's above which the rank is reported as a straggler."""
 
 
 class Phase(NamedTuple):

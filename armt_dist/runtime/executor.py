@@ -5,13 +5,12 @@ Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model w
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import ConfigError, Section
+from ..config import ConfigError
 from ..model.backbone import Context
 from ..model.configuration_armt import MEMORIES
 from ..model.modeling_armt import ARMTForCausalLM
@@ -23,33 +22,9 @@ from .activation_store import STORES
 from .handoff import Local, Wire
 from .loss import IGNORE, hits, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels
+from .sections import ParallelConfig
 from .segment_bptt import CellView, LayerWork, Link, MarkReady, no_engine, segment_bptt
 from .trace import Trace
-
-
-class ParallelConfig(Section):
-    """How the work on one sequence is spread and ordered; see `schedule`. world = dp x sp."""
-
-    sp: int = Field(1, ge=1)
-    """Ranks that share one sequence. Example: 8"""
-    rounds: int = Field(1, ge=1)
-    """Blocks of segments on each rank; every block costs one more gather of each layer. Example: 2"""
-    chunks: int = Field(1, ge=1)
-    """Parts of the micro-batch that are handed to the next rank separately. Example: 4"""
-    schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
-    """Order of the work; null: what the memory allows, wavefront for ARMT and segment_major for RMT."""
-    timeout_s: float = Field(600, gt=0)
-    """Seconds that a rank waits for another one before the run ends with an error. Example: 1200"""
-
-    @model_validator(mode="after")
-    def schedule_takes_them(self) -> Self:
-        """Refuse ranks and rounds under a schedule that has neither."""
-        if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
-            raise ValueError(
-                f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
-                f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
-            )
-        return self
 
 
 def check_memory(config: ParallelConfig, memory_kind: str) -> None:

@@ -10,26 +10,16 @@ Shapes: B batch rows, N positions of a segment's row, D model width. The hidden 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import Section
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer
 from ..schedule.program import Instruction, Op
 from .activation_store import DeviceStore, HostStore
 from .rerun import Cell, ChunkReplay, Gradients
-
-
-class BPTTConfig(Section):
-    """How the backward pass recovers the state that entered each segment."""
-
-    states: Literal["store", "rebuild", "recompute"] = "store"
-    """store: all states are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
-    recompute: from the block's first state, at the cost of one more forward pass of the block."""
-
 
 MarkReady = Callable[[Sequence[Tensor], bool], None]
 """Tells the engine whether it may reduce the next gradients of these parameters, or more are to be added first."""

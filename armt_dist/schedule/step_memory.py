@@ -21,6 +21,8 @@ LOGITS_COPIES = 3
 CUDA_BUCKET_ELEMENTS = 50_000_000
 """The smallest reduction bucket that zero3/engine.py derives on GPUs."""
 UPDATE = "optimizer step"
+# What every rank holds a share of, by item.
+STATES = ("parameters (shard)", "gradients (shard)", "optimizer (shard)")
 # Tensors of width intermediate_size that the MLP keeps with this activation; others are composed in Python.
 KEPT_BY_ACTIVATION = {"gelu": 2, "gelu_python": 5, "relu": 2, "silu": 2, "gelu_pytorch_tanh": 2}
 COMPOSED_ACTIVATION = 5

@@ -1,6 +1,6 @@
 """Every key of the run configuration as a row: type, default, range, description and example, read from the sections.
 
-A section's class is the only source. The exception is the model section, whose fields are those of ARMTConfig: their
+A section's class is the only source. The exception is the model section, whose fields are those of ARMTFields: their
 defaults, ranges and docstrings stand there.
 """
 
@@ -17,9 +17,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..config import ConfigError
-from ..model.configuration_armt import KNOWN, LEAST, MEMORIES, ARMTConfig
+from ..model.configuration_armt import KNOWN, MEMORIES
+from ..model.fields import LEAST, ARMTFields
 from ..zero3.ds_config_keys import DsConfigKeys, OpenSection
-from ..zero3.partitioned_model import BaseSection
+from ..zero3.sections import BaseSection
 from .run_config import RunConfig
 
 EXAMPLE = "Example:"
@@ -65,7 +66,7 @@ def all_keys() -> list[Key]:
 
 def keys_of(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Yield the keys of a section and of those below it."""
-    armt = docs_of(ARMTConfig) if issubclass(schema, BaseSection) else {}
+    armt = docs_of(ARMTFields) if issubclass(schema, BaseSection) else {}
     for name, field in schema.model_fields.items():
         path = f"{prefix}{name}"
         key = armt_key(path, name, armt[name]) if name in armt and not field.description else field_key(path, field)
@@ -91,8 +92,8 @@ def field_key(path: str, field: FieldInfo) -> Key:
 
 
 def armt_key(path: str, name: str, doc: str) -> Key:
-    """Describe one field of ARMTConfig as a key of the model section."""
-    annotation, default = ARMTConfig.__annotations__[name], getattr(ARMTConfig, name)
+    """Describe one field of ARMTFields as a key of the model section."""
+    annotation, default = ARMTFields.__annotations__[name], getattr(ARMTFields, name)
     limits = [f"≥ {LEAST[name]}"] if name in LEAST else []
     limits += [", ".join(KNOWN[name])] if name in KNOWN else []
     owners = [kind for kind, memory in MEMORIES.items() if name in memory.own_fields]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..config import Positive, Section
-from ..data.task import Difficulty
+from ..data.lengths import Difficulty
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

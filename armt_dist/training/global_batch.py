@@ -18,7 +18,8 @@ from ..model.configuration_armt import ARMTConfig
 from ..runtime.piece import Piece, Totals, cut_piece
 from ..schedule.grid import Grid
 from ..zero3.ds_config import BatchSizes
-from .loss_mask import LossConfig, mask_labels
+from .loss_mask import mask_labels
+from .run_config import LossConfig
 
 
 class MicroBatch(NamedTuple):

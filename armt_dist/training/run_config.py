@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+import yaml
+from pydantic import Field, model_validator
 
 from ..config import Positive, Section, Seed, read_tree, validate
-from ..data.extensions import load_extensions
-from ..data.tasks import DataConfig
-from ..monitoring.bad_steps import Rollback
-from ..monitoring.watchdog import WatchdogConfig
-from ..runtime.executor import ParallelConfig
-from ..runtime.segment_bptt import BPTTConfig
+from ..data.sections import DataConfig
+from ..monitoring.sections import Rollback, WatchdogConfig
+from ..runtime.sections import BPTTConfig, ParallelConfig
 from ..zero3.ds_config import complete_ds_config, split_overrides
-from ..zero3.partitioned_model import ModelConfig
+from ..zero3.sections import ModelConfig
 from .curriculum import Stage
-from .loss_mask import LossConfig
 
 
 class TrainConfig(Section):
@@ -48,6 +45,22 @@ class TrainConfig(Section):
     """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None
     """Return to the last checkpoint, and other samples, when the loss jumps; null: none. Example: {over: 50}"""
+
+
+class LossConfig(Section):
+    """Segments whose tokens are not scored, in training and validation."""
+
+    skip_first_segment: bool = False
+    """Whether the loss leaves out the first segment, which has no memory to read (the authors' choice for text)."""
+    last_segment_only: bool = False
+    """Whether the loss counts each sample's last segment only."""
+
+    @model_validator(mode="after")
+    def one_of_them(self) -> "LossConfig":
+        """Refuse both: the last segment is never the first where the first is left out."""
+        if self.skip_first_segment and self.last_segment_only:
+            raise ValueError("loss: set skip_first_segment or last_segment_only, not both")
+        return self
 
 
 class RunConfig(Section):
@@ -89,8 +102,26 @@ def load_run(config: Path, ds_config: Path | None, default_ds_config: Path, over
     """
     of_recipe, of_ds_config = split_overrides(overrides)
     tree = read_tree(config, of_recipe)
-    named = tree.get("extensions") or []
-    load_extensions(named if isinstance(named, list) and all(isinstance(name, str) for name in named) else [])
+    load_extensions(tree.get("extensions"))
     run = validate(RunConfig, tree)
     complete = complete_ds_config(run.ds_config, config, ds_config, default_ds_config, of_ds_config)
     return run.model_copy(update={"ds_config": complete})
+
+
+def load_extensions(names: object) -> None:
+    """Import a run's extensions, which add to its tasks. Other values than a list of names are left to the schema."""
+    if names and isinstance(names, list) and all(isinstance(name, str) for name in names):
+        # The import loads torch, which a mistake in a configuration without extensions should not wait for.
+        from ..data import extensions
+
+        extensions.load_extensions(names)
+
+
+def resolved(config: RunConfig) -> dict:
+    """Return the configuration with its defaults, as plain values."""
+    return config.model_dump(mode="json")
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Return the configuration with its defaults as YAML, which --config accepts."""
+    return yaml.safe_dump(resolved(config), sort_keys=False)

@@ -5,7 +5,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import yaml
 from transformers import GenerationConfig
 
 from ..config import ConfigError, one_line, read_yaml
@@ -13,7 +12,7 @@ from ..data.task import Task
 from ..model.configuration_armt import ARMTConfig
 from ..records import read_json, write_json
 from ..versions import installed
-from .run_config import RunConfig
+from .run_config import RunConfig, as_yaml, resolved
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 # Sections that may not change when a run resumes.
@@ -41,16 +40,6 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
         ).save_pretrained(folder / "model")
     except OSError as error:
         raise ConfigError(f"out={folder}: {error.strerror}; give --out a folder that can be written") from None
-
-
-def resolved(config: RunConfig) -> dict:
-    """Return the configuration with its defaults, as plain values."""
-    return config.model_dump(mode="json")
-
-
-def as_yaml(config: RunConfig) -> str:
-    """Return the configuration with its defaults as YAML, which --config accepts."""
-    return yaml.safe_dump(resolved(config), sort_keys=False)
 
 
 def check_same(folder: Path, config: RunConfig) -> None:

@@ -3,25 +3,27 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from ..config import ConfigError
 from ..data.extensions import METRICS
-from ..data.retrieval import Retrieval
 from ..data.task import Task
 from ..data.tasks import make_task
 from ..distributed.launchers import Ranks
 from ..distributed.mesh import make_mesh, ring
 from ..model.configuration_armt import ARMTConfig
-from ..model.segment_rows import segment_lengths
+from ..model.fields import ARMTFields
 from ..runtime.executor import ScheduledLM, check_memory
 from ..runtime.handoff import Local, Wire
 from ..schedule.grid import Grid
+from ..schedule.planned_run import RunTree, planned_run
+from ..schedule.step_memory import STATES, Held, resident_bytes
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, token_fields
+from .checks import check_best, check_curriculum
 from .global_batch import Batches
-from .loss_mask import check_loss
-from .run_config import RunConfig
+from .run_config import RunConfig, resolved
 from .run_folder import check_same, check_texts
 
 
@@ -42,8 +44,9 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch)
     armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
     grid = Grid(1, armt.num_hidden_layers, mesh.sp, config.parallel.rounds, config.parallel.chunks)
+    check_states_fit(config, armt, ranks, device)
     check_task(config, task, armt)
-    check_curriculum(config, task, armt)
+    check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
     resuming = (out / "config.yaml").exists()
     if resuming:
@@ -54,6 +57,30 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     return Setup(batches, prepared, resuming)
 
 
+def check_states_fit(config: RunConfig, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:
+    """Check that parameters, gradients and optimizer states fit on the device. Raises ConfigError.
+
+    What a step needs besides is not known well enough to refuse a run for it. Tasks of extensions are not planned.
+    """
+    if config.data.options is not None:
+        return
+    model = {name: getattr(armt, name) for name in ARMTFields.__annotations__} | {"base_config": armt.base.to_dict()}
+    planned = planned_run(RunTree(resolved(config) | {"model": model}, config.ds_config), ranks.world_size)
+    grid = Grid(1, armt.num_hidden_layers, 1)
+    held = resident_bytes(Held(planned.model, planned.work, grid, ranks.world_size, 0, device.type))
+    need = sum(held[name] for name in STATES)
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    else:
+        have = psutil.virtual_memory().total // ranks.local_world_size
+    if need > have:
+        raise ConfigError(
+            f"model: {planned.model.parameters:,} parameters need {need / 1e9:,.0f} GB on each of {ranks.world_size} "
+            f"ranks for weights, gradients and optimizer states, and a rank has {have / 1e9:,.0f} GB; use more ranks, "
+            "a smaller model or an offload (launch/plan.py shows what a run needs)"
+        )
+
+
 def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
     """Check that the model fits the task. Raises ConfigError."""
     if len(task.tokenizer) > armt.vocab_size:
@@ -61,9 +88,7 @@ def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
             f"model.vocab_size={armt.vocab_size}: the tokenizer has {len(task.tokenizer)} tokens; use another "
             "tokenizer or a base model with a larger embedding"
         )
-    known = [*(["accuracy"] if task.measure == "accuracy" else []), "loss", "token_accuracy", *METRICS]
-    if config.train.best is not None and config.train.best not in known:
-        raise ConfigError(f"train.best={config.train.best}: no such validation metric; choose from {', '.join(known)}")
+    check_best(config.train.best, task, tuple(METRICS))
     if armt.segment_alignment != "left" and task.pads():
         raise ConfigError(
             f"model.segment_alignment={armt.segment_alignment}: samples of data.task={config.data.task} may be padded, "
@@ -71,36 +96,6 @@ def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
         )
     if task.size("train") == 0:
         raise ConfigError(f"data.{config.data.task}: no sample is left to train on; hold out fewer for validation")
-
-
-def check_curriculum(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
-    """Check that the task can make the samples of every stage, and that they fill the ranks. Raises ConfigError."""
-    name = f"task={config.data.task}"
-    for i, stage in enumerate(config.curriculum):
-        if stage.unit != task.unit:
-            raise ConfigError(f"curriculum.{i}.{stage.unit}={stage.length}: {name} counts {task.unit}")
-        task.sequence_tokens(stage.length)
-        if isinstance(task, Retrieval):
-            task.key_count(stage.length, **stage.keys)
-        for key, value in stage.keys.items():
-            if value is not None and not isinstance(task, Retrieval):
-                raise ConfigError(f"curriculum.{i}.{key}={value}: {name} has no keys; remove it")
-        if stage.until is not None and task.measure != "accuracy":
-            raise ConfigError(f"curriculum.{i}.until: {name} has no accuracy; use patience")
-        shortest = task.sequence_tokens(stage.difficulty.minimum)
-        segments = len(segment_lengths(shortest, armt.segment_tokens, armt.segment_alignment))
-        check_blocks(config, i, segments)
-        check_loss(config.loss, i, segments)
-
-
-def check_blocks(config: RunConfig, stage: int, segments: int) -> None:
-    """Check that the shortest samples of a stage have a segment for every block. Raises ConfigError."""
-    sp, rounds = config.parallel.sp, config.parallel.rounds
-    if segments < sp * rounds:
-        raise ConfigError(
-            f"parallel.sp={sp} x parallel.rounds={rounds} = {sp * rounds} blocks: curriculum.{stage} may draw samples "
-            f"of {segments} segments; raise its at_least, or lower sp or rounds"
-        )
 
 
 def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:

@@ -2,69 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from ..config import ConfigError, Section, one_line
+from ..config import ConfigError, one_line
 from ..model.backbone import Backbone
 from ..model.configuration_armt import ARMTConfig
+from ..model.fields import ARMTFields
 from ..model.modeling_armt import ARMTForCausalLM
 from .communication import start_communication
-
-Std = Annotated[float, Field(gt=0)]
-
-
-class InitConfig(Section):
-    """Standard deviations of a random base model; what is left out is the Hugging Face default."""
-
-    linear_std: Std | None = None
-    """Standard deviation of the decoder layers' linear weights and the head; biases become zero. Example: 0.125"""
-    embedding_std: Std | None = None
-    """Standard deviation of the token embeddings. Example: 0.1"""
-    position_std: Std | None = None
-    """Standard deviation of a learned position table (GPT-2). Example: 0.02"""
-    memory_std: Std | None = None
-    """Standard deviation of memory rows and sinks; null: that of the token embeddings. Example: 0.1"""
-
-
-class BaseSection(Section):
-    """Where the base model comes from; the other fields of the model section are those of ARMTConfig."""
-
-    base: str | None = None
-    """Model to start from: a Hugging Face name or folder, or an exported ARMT folder. Example: gpt2"""
-    base_config: dict[str, Any] | None = None
-    """Hugging Face configuration of a random base model, with `model_type`. Example: {model_type: gpt2, n_layer: 2}"""
-    trust_remote_code: bool = False
-    """Permission to run the Python code that comes with `base`."""
-    init: InitConfig | None = None
-    """Initialisation of a random base model. Example: {linear_std: 0.125, embedding_std: 0.1}"""
-
-    @model_validator(mode="after")
-    def one_source(self) -> Self:
-        """Require exactly one of a base to load and a random base."""
-        if (self.base is None) == (self.base_config is None):
-            raise ValueError("model.base or model.base_config: give exactly one of them")
-        if self.base is not None and self.base.startswith(("/", "./", "../", "~")) and not Path(self.base).is_dir():
-            raise ValueError(f"model.base={self.base}: no such folder; give a model's folder or its Hugging Face name")
-        if self.base is not None and self.init is not None:
-            raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
-        return self
-
-
-def armt_fields() -> dict[str, Any]:
-    """Return ARMTConfig's own fields as pydantic definitions, so that the YAML section always has all of them."""
-    fields = ARMTConfig.__annotations__.items()
-    return {name: (kind | None, None) for name, kind in fields if name not in BaseSection.model_fields}
-
-
-ModelConfig = create_model("ModelConfig", __base__=BaseSection, **armt_fields())
+from .sections import BaseSection, InitConfig, ModelConfig
 
 
 def armt_config(config: "ModelConfig", tokens: dict[str, int | None], segment_tokens: int | None) -> ARMTConfig:
@@ -104,8 +55,8 @@ def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
     for name in fixed:
         if name in given and given[name] != getattr(config, name):
             raise ConfigError(f"model.{name}={given[name]}: the base folder has {getattr(config, name)}; leave it out")
-    fields = {name: getattr(config, name) for name in ARMTConfig.__annotations__}
-    return ARMTConfig(**{**fields, **given})
+    fields = {name: getattr(config, name) for name in ARMTFields.__annotations__}
+    return ARMTConfig(base_config=config.base_config, **{**fields, **given})
 
 
 def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: int) -> ARMTForCausalLM:

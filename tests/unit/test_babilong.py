@@ -13,8 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.babilong import published
 from armt_dist.data.babilong import stories as babi
-from armt_dist.data.task import IGNORE, Difficulty
-from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.lengths import Difficulty
+from armt_dist.data.sections import DataConfig
+from armt_dist.data.task import IGNORE
+from armt_dist.data.tasks import make_task
 from armt_dist.data.tokenizers import byte_tokenizer
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")

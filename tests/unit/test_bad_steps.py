@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from armt_dist.config import ConfigError, validate
-from armt_dist.monitoring.bad_steps import Rollback, spiked, weigh
+from armt_dist.monitoring.bad_steps import spiked, weigh
+from armt_dist.monitoring.sections import Rollback
 from armt_dist.training.progress import Progress
 
 

@@ -1,14 +1,12 @@
 """Stages of the curriculum: their learning rates, and when each ends."""
 
 import pytest
-from support.models import small_model
 
 from armt_dist.config import ConfigError, validate
-from armt_dist.data.tasks import make_task
+from armt_dist.training.checks import check_curriculum, lengths_of
 from armt_dist.training.curriculum import Stage, learning_rate
 from armt_dist.training.progress import Progress, stage_over
 from armt_dist.training.run_config import RunConfig
-from armt_dist.training.setup import check_curriculum
 
 
 def test_learning_rates():
@@ -44,11 +42,11 @@ def test_a_stage_with_samples_too_short_for_the_ranks_is_found_at_the_start(para
     # A sample of n pairs has n + 1 segments of 4 tokens; stages before the last are checked too.
     stages = [{**stage, "steps": 5}, {"pairs": 20, "at_least": 1.0, "steps": 5}]
     config = validate(RunConfig, {"model": {"base": "x"}, "parallel": parallel, "curriculum": stages})
-    task, armt = make_task(config.data), small_model(segment_tokens=4).config
+    lengths = lengths_of(config.data, None)
     if segments is None:
-        check_curriculum(config, task, armt)
+        check_curriculum(config, lengths)
         return
     blocks = parallel["sp"] * parallel.get("rounds", 1)
     says = rf"= {blocks} blocks: curriculum.0 may draw samples of {segments} segments; raise its at_least"
     with pytest.raises(ConfigError, match=says):
-        check_curriculum(config, task, armt)
+        check_curriculum(config, lengths)

@@ -14,8 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from armt_dist.config import ConfigError, validate
-from armt_dist.data.task import IGNORE, Difficulty
-from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.lengths import Difficulty
+from armt_dist.data.sections import DataConfig
+from armt_dist.data.task import IGNORE
+from armt_dist.data.tasks import make_task
 from armt_dist.data.tokenizers import byte_tokenizer, encode, leading_tokens, word_tokenizer
 
 ROWS = range(8)
@@ -461,9 +463,9 @@ def mistakes(folder, jsonl) -> list[tuple[dict, str]]:
         (text(files=one), r"files=.*play1\.txt: one file cannot serve both training and validation"),
         (text(files=one, validation_files=one), r"validation_files=.*: no file is left to train on"),
         (text(files=one, validation_files=str(folder / "nope")), r"validation_files=.*nope: no such file"),
-        (text(), r"give one of text.files and text.dataset"),
-        ({"task": "text"}, r"give one of text.files and text.dataset"),
-        (text(files=one, dataset=json_set), r"give one of text.files and text.dataset"),
+        (text(), r"data.text.files, data.text.dataset: give exactly one of them"),
+        ({"task": "text"}, r"data.text.files, data.text.dataset: give exactly one of them"),
+        (text(files=one, dataset=json_set), r"data.text.files, data.text.dataset: give exactly one of them"),
         (text(files=one, sequence_token=4), r"text\.sequence_token=4: unknown key; known here: .*sequence_tokens"),
         (text(files=one, sequence_tokens="x"), r"text\.sequence_tokens=x: "),
         (text(files=one, sequence_tokens=1000), r"segment_tokens=16 does not divide sequence_tokens=1000; try 20"),

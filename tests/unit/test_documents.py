@@ -9,8 +9,10 @@ from support.models import small_model
 from support.oracle import GRID, oracle, random_batch, random_starts, scheduled_loss, shifted
 
 from armt_dist.config import validate
-from armt_dist.data.task import IGNORE, Difficulty
-from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.lengths import Difficulty
+from armt_dist.data.sections import DataConfig
+from armt_dist.data.task import IGNORE
+from armt_dist.data.tasks import make_task
 from armt_dist.evaluation.evaluate import score
 from armt_dist.model.modeling_armt import ARMTCache
 from armt_dist.runtime.executor import ScheduledLM

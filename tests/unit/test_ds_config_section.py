@@ -8,8 +8,8 @@ import yaml
 from support.paths import FP32, ROOT
 
 from armt_dist.config import ConfigError
-from armt_dist.training.run_config import RunConfig, load_run
-from armt_dist.training.run_folder import as_yaml, check_same
+from armt_dist.training.run_config import RunConfig, as_yaml, load_run
+from armt_dist.training.run_folder import check_same
 from armt_dist.zero3.ds_config import merge, read_ds_config
 
 ZERO3 = ROOT / "ds_configs/zero3.json"

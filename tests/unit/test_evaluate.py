@@ -14,8 +14,9 @@ from support.paths import ROOT
 
 from armt_dist.checkpoint.export import TASK_FILE
 from armt_dist.config import validate
-from armt_dist.data.task import Difficulty
-from armt_dist.data.tasks import DataConfig, make_task
+from armt_dist.data.lengths import Difficulty
+from armt_dist.data.sections import DataConfig
+from armt_dist.data.tasks import make_task
 from armt_dist.data.tokenizers import byte_tokenizer
 from armt_dist.evaluation.evaluate import evaluate, score, scored_bytes
 from armt_dist.evaluation.exported import default_lengths, load_model, read_task

@@ -7,7 +7,9 @@ from support.models import small_model
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.task import IGNORE, Batch
-from armt_dist.training.loss_mask import LossConfig, check_loss, mask_labels
+from armt_dist.training.checks import check_loss
+from armt_dist.training.loss_mask import mask_labels
+from armt_dist.training.run_config import LossConfig
 
 SKIP, LAST = LossConfig(skip_first_segment=True), LossConfig(last_segment_only=True)
 

@@ -22,7 +22,8 @@ from armt_dist import reference
 from armt_dist.config import ConfigError
 from armt_dist.model.memory import AssociativeMemory, State, Update
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import ParallelConfig, check_memory
+from armt_dist.runtime.executor import check_memory
+from armt_dist.runtime.sections import ParallelConfig
 from armt_dist.schedule.program import default_schedule
 
 SEGMENT = 8

@@ -10,7 +10,7 @@ from armt_dist.data.tasks import make_task
 from armt_dist.schedule.planned_run import read_object
 from armt_dist.training.run_config import RunConfig
 from armt_dist.training.setup import check_task
-from armt_dist.zero3.partitioned_model import ModelConfig
+from armt_dist.zero3.sections import ModelConfig
 
 
 @pytest.mark.parametrize(

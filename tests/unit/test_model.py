@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from armt_dist import reference
 from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.fields import ARMTFields
 from armt_dist.model.modeling_armt import ARMTForCausalLM, segment_lengths
 
 # --- golden cases -------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ BAD_CONFIGS = {
 def test_a_bad_configuration_is_named(message):
     fields = dict(BAD_CONFIGS[message])
     family, base_fields = fields.pop("base", "llama"), fields.pop("base_fields", {})
-    ours = {name: fields.pop(name) for name in list(fields) if name in ARMTConfig.__annotations__}
+    ours = {name: fields.pop(name) for name in list(fields) if name in ARMTFields.__annotations__}
     base = {"model_type": family, **BASES[family], **fields, **base_fields}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         ARMTConfig(**{"base_config": base, **MEMORY, **ours})

@@ -14,22 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from armt_dist.config import ConfigError, load_config
-from armt_dist.data.babilong.task import BabilongConfig, babilong_tokenizer
+from armt_dist.data.babilong.task import babilong_tokenizer
+from armt_dist.data.sections import BabilongConfig
 from armt_dist.data.tasks import make_task
 from armt_dist.data.tokenizers import byte_tokenizer
 from armt_dist.model.backbone import FAMILIES
 from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.fields import ARMTFields
 from armt_dist.model.modeling_armt import ARMTForCausalLM
-from armt_dist.runtime.executor import ParallelConfig
-from armt_dist.runtime.segment_bptt import BPTTConfig
+from armt_dist.runtime.sections import BPTTConfig, ParallelConfig
 from armt_dist.schedule import backbone_sizes, planned_run
 from armt_dist.schedule.calibration import calibrated, read_run
 from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.model_sizes import ModelSizes, model_sizes
 from armt_dist.schedule.planner import plan
 from armt_dist.training.run_config import RunConfig
-from armt_dist.zero3.partitioned_model import ModelConfig, armt_config, token_fields
+from armt_dist.zero3.partitioned_model import armt_config, token_fields
 from armt_dist.zero3.run_trees import read_trees
+from armt_dist.zero3.sections import ModelConfig
 
 ZERO3 = ROOT / "ds_configs/zero3_fp32.json"
 CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
@@ -118,10 +120,10 @@ def test_a_cell_launches_as_many_kernels_as_planned(family, kind):
 
 
 def test_sizes_use_the_names_of_armt_config():
-    known = {*ARMTConfig.__annotations__, *(name for family in BASES for name in backbone_sizes.FIELDS), "model_type"}
+    known = {*ARMTFields.__annotations__, *(name for family in BASES for name in backbone_sizes.FIELDS), "model_type"}
     assert set(ModelSizes._fields) <= known
     for name, default in planned_run.MEMORY_COUNTS.items():
-        assert getattr(ARMTConfig, name) == default == ModelSizes._field_defaults[name]
+        assert getattr(ARMTFields, name) == default == ModelSizes._field_defaults[name]
 
 
 # --- the configuration ---------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from support.models import small_model
 from support.oracle import oracle, random_batch, scheduled_loss
 
 from armt_dist.config import ConfigError, validate
-from armt_dist.data.task import Difficulty
-from armt_dist.data.tasks import KINDS, SCHEMAS, DataConfig, make_task
+from armt_dist.data.lengths import Difficulty
+from armt_dist.data.sections import SCHEMAS, DataConfig, field_of
+from armt_dist.data.tasks import KINDS, make_task
 from armt_dist.distributed.launchers import LAUNCHERS, discover
 from armt_dist.model.configuration_armt import MEMORIES
-from armt_dist.runtime.executor import ParallelConfig
+from armt_dist.runtime.sections import ParallelConfig
 from armt_dist.schedule.checker import verify_program
 from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.program import SCHEDULES, backward_program, build_program, fit_grid
@@ -32,7 +33,7 @@ def make(tmp_path):
         (tmp_path / f"text{i}.txt").write_text("".join(f"{i}:{j} " for j in range(40 + 7 * i)))
 
     def build(name):
-        section = KINDS[name].section
+        section = field_of(name)
         fields = {
             key: str(tmp_path) if value == "{folder}" else value for key, value in SOURCES.get(section, {}).items()
         }
@@ -45,7 +46,7 @@ def make(tmp_path):
 def test_the_configuration_names_every_task():
     description = DataConfig.model_fields["task"].description
     assert all(name in description for name in KINDS), description
-    assert {kind.section for kind in KINDS.values()} == set(SCHEMAS) <= set(DataConfig.model_fields)
+    assert set(KINDS) == set(SCHEMAS) and {field_of(name) for name in KINDS} <= set(DataConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", KINDS)

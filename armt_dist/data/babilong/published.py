@@ -7,31 +7,16 @@ facebook/babi_qa  (arXiv 1502.05698)  {"story": {"id", "type", "text", "supporti
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
 
-from pydantic import Field
-
-from ...config import ConfigError, Section, one_line
+from ...config import ConfigError, one_line
 from ..sampling import SPLITS, Split, place
+from ..sections import PublishedConfig
 from .stories import Story
 
 # `datasets` no longer runs the set's loading script, so the Hub's conversion to Parquet is read.
 BABI_QA = "hf://datasets/facebook/babi_qa@refs/convert/parquet/en-10k-{task}/{split}/*.parquet"
 BABI_QA_SPLITS = {"train": "train", "validation": "test"}
 QUESTION = 1
-
-
-class PublishedConfig(Section):
-    """Which set; `files` are copies of it on this machine (JSON), with ``{task}`` in the name for the task."""
-
-    set: Literal["RMT-team/babilong", "facebook/babi_qa"]
-    """Name of the set on the Hugging Face Hub. Example: facebook/babi_qa"""
-    length: str = "0k"
-    """Configuration of RMT-team/babilong: 0k (facts alone), 1k, 2k, 4k, ... 1M tokens. Example: 4k"""
-    files: str | None = None
-    """Local JSON copies, `{task}` in place of the task, `{split}` of train or validation. Example: babi/{task}.jsonl"""
-    validation_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Fraction of the rows held out for validation where the set has no split of its own; 1: evaluation only."""
 
 
 def load_published(config: PublishedConfig, task: str) -> dict[Split, list[Story]]:

@@ -11,21 +11,21 @@ import re
 from collections import Counter
 from functools import cached_property, lru_cache, partial
 from random import Random
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ...config import ConfigError, Section
+from ...config import ConfigError
+from ..lengths import Measure, Unit, babilong_lengths
 from ..sampling import SPLITS, Order, Split, row_words
-from ..task import IGNORE, Batch, Difficulty, Measure, Run, Stateless, Unit, excerpt, real_tokens
+from ..sections import BabilongConfig, PublishedConfig
+from ..task import IGNORE, Batch, Difficulty, Run, Stateless, excerpt, real_tokens
 from ..text.files import find_files, read_text
 from ..tokenizers import WORD, decode, encode, leading_tokens, load_tokenizer, padding_id, word_tokenizer
 from . import published
 from . import stories as babi
-from .published import PublishedConfig
 from .stories import Story
 
 FILLER = (
@@ -34,38 +34,6 @@ FILLER = (
     "slowly small snow some stone summer sun that then they through tree under very was water were wind winter with"
 )
 FILLER_SENTENCES = 4000
-
-
-class BabilongConfig(Section):
-    """Stories of the given `tasks`, hidden in text. Evaluate one task at a time."""
-
-    tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
-    """bAbI tasks, drawn with equal probability. Example: [qa1, qa2]"""
-    facts: Annotated[int, Field(ge=2, le=1000)] = 10
-    """Largest number of facts in a generated story. Example: 4"""
-    aligned: bool = False
-    """Whether every fact begins a segment of its own, which makes facts easier to learn from scratch."""
-    background: str | list[str] | None = None
-    """Text files around the facts, as data.text.files; null: random sentences. Example: benchmarks/data/plays"""
-    validation_background: str | list[str] | None = None
-    """Text files around the facts in validation; null: those of training. Example: books/held_out"""
-    tokenizer: str = "word"
-    """Tokenizer: word (words of bAbI and the background), byte, or a Hugging Face name or folder. Example: gpt2"""
-    vocabulary: Annotated[int, Field(ge=0)] = 1000
-    """Most frequent words of the background that tokenizer=word knows. Example: 5000"""
-    leading_tokens: bool = True
-    """Whether a sample begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
-    published: PublishedConfig | None = None
-    """Published question set to use in place of generated stories. Example: {set: facebook/babi_qa}"""
-
-    @model_validator(mode="after")
-    def published_stories_are_as_they_are(self) -> "BabilongConfig":
-        """Check that published stories are not aligned."""
-        if self.aligned and self.published:
-            raise ValueError(
-                "aligned=True: published stories are too long for one segment per fact; remove aligned or published"
-            )
-        return self
 
 
 class Background(NamedTuple):
@@ -82,13 +50,11 @@ class Babilong(Stateless):
     unit: Unit = "segments"
 
     def __init__(self, config: BabilongConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-        if run.segment_tokens is None:
-            raise ConfigError("segment_tokens=None: task=babilong measures length in segments; give segment_tokens")
+        self.segment_tokens = babilong_lengths(run.segment_tokens).segment_tokens
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer={config.tokenizer}: has no eos token to end an answer; use another")
         self.config = config
         self.run = run
-        self.segment_tokens = run.segment_tokens
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.prefix = np.array(leading_tokens(tokenizer) if config.leading_tokens else [], dtype=np.int32)

@@ -1,7 +1,7 @@
 """Find and read local text files, and split them into training and validation by whole files."""
 
-from collections.abc import Sequence
-from glob import glob, has_magic
+from collections.abc import Iterator, Sequence
+from glob import has_magic, iglob
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -31,16 +31,31 @@ def find_files(entries: str | Sequence[str], field: str = "files") -> list[TextF
 
     Raises ConfigError naming an entry that matches no file.
     """
+    check_files(entries, field)
     found: dict[Path, TextFile] = {}
-    for entry in [entries] if isinstance(entries, str) else entries:
+    for entry in listed(entries):
         path = Path(entry).expanduser()
-        matches = path.rglob("*") if path.is_dir() else map(Path, glob(str(path), recursive=True))
         folder = path if path.is_dir() else Path(*takewhile(lambda part: not has_magic(part), path.parent.parts))
-        files = [match for match in matches if match.is_file() and not match.name.startswith(".")]
-        if not files:
-            raise ConfigError(f"{field}={entry}: no such file; give a text file, a folder of them or a glob")
-        found |= {file: TextFile(file, file.relative_to(folder).as_posix()) for file in files}
+        found |= {file: TextFile(file, file.relative_to(folder).as_posix()) for file in matching(path)}
     return sorted(found.values())
+
+
+def check_files(entries: str | Sequence[str], field: str) -> None:
+    """Raise ConfigError naming an entry that matches no file."""
+    for entry in listed(entries):
+        if next(matching(Path(entry).expanduser()), None) is None:
+            raise ConfigError(f"{field}={entry}: no such file; give a text file, a folder of them or a glob")
+
+
+def listed(entries: str | Sequence[str]) -> Sequence[str]:
+    """Return one entry as a list of one."""
+    return [entries] if isinstance(entries, str) else entries
+
+
+def matching(path: Path) -> Iterator[Path]:
+    """Yield the files that a path names: itself, those below a folder, or those that match a glob."""
+    matches = path.rglob("*") if path.is_dir() else map(Path, iglob(str(path), recursive=True))
+    return (match for match in matches if match.is_file() and not match.name.startswith("."))
 
 
 def read_text(path: Path, field: str = "files") -> str:

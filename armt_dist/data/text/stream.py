@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import numpy as np
-from pydantic import Field
 
-from ...config import ConfigError, Section, one_line
+from ...config import ConfigError, one_line
+from ..sections import DatasetConfig
 from .pieces import TextPiece, TokenizedText
 
 if TYPE_CHECKING:
@@ -28,27 +27,6 @@ class Position(NamedTuple):
 
 
 START = {"next_step": 0, "position": Position(0, None, 0)._asdict()}
-
-
-class DatasetConfig(Section):
-    """Arguments of `datasets.load_dataset`; `name` json, text or parquet with `data_files` reads local files."""
-
-    name: str
-    """Name of the data set on the Hugging Face Hub, or json, text or parquet. Example: deepmind/pg19"""
-    config: str | None = None
-    """Configuration of the data set. Example: wikitext-103-raw-v1"""
-    data_files: str | list[str] | None = None
-    """Local files for name json, text or parquet. Example: books/*.jsonl"""
-    split: str = "train"
-    """Split to train on. Example: train[:90%]"""
-    column: str = "text"
-    """Column that holds the text. Example: content"""
-    streaming: bool = True
-    """Whether the split is read in order while training; false: all of it is tokenised into memory and shuffled."""
-    validation_split: str | None = None
-    """Split to validate on; null: no validation. Example: validation"""
-    validation_texts: Annotated[int, Field(ge=1)] = 64
-    """Texts read from the beginning of the validation split. Example: 128"""
 
 
 def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":

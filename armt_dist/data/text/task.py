@@ -8,58 +8,19 @@ Shapes: b rows, N tokens of a sequence; with a curriculum, N = n * segment_token
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ...config import ConfigError, Section
-from ...schedule.planner import divisors
+from ...config import ConfigError
+from ..lengths import Measure, Unit, text_lengths
 from ..sampling import Order, Split, row_words
-from ..task import Batch, Difficulty, Measure, Run, Unit, excerpt, real_tokens
+from ..sections import DatasetConfig, TextConfig
+from ..task import Batch, Difficulty, Run, excerpt, real_tokens
 from ..tokenizers import decode, encode, leading_tokens, padding_id
 from .files import TextFacts, TextFile, facts_of, find_files, read_text, split_files
 from .pieces import Corpus, TextPiece, TokenizedText, collate, cut_text
-from .stream import DatasetConfig, Stream, open_texts
-
-
-class TextConfig(Section):
-    """Give `files` or `dataset`. Each entry of `files` is a file, a folder or a glob."""
-
-    files: str | list[str] | None = None
-    """UTF-8 text files to train on: a file, a folder, a glob, or a list of them. Example: benchmarks/data/plays"""
-    validation_files: str | list[str] | None = None
-    """Files to validate on; they are left out of `files`. Example: benchmarks/data/plays/macbeth.txt"""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Fraction of `files` held out for validation where `validation_files` is null; 0: no validation. Example: 0.05"""
-    dataset: DatasetConfig | None = None
-    """Data set to read in place of `files`. Example: {name: deepmind/pg19}"""
-    pack: bool = False
-    """Whether texts are joined before they are cut into sequences; for data sets of short rows such as WikiText."""
-    cross_documents: bool = False
-    """Whether texts that were joined by `pack` see each other; false: attention and memory start anew with each."""
-    tokenizer: str = "byte"
-    """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer. Example: gpt2"""
-    leading_tokens: bool = True
-    """Whether a text begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
-    sequence_tokens: Annotated[int, Field(ge=2)] = 8192
-    """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
-    min_tokens: Annotated[int, Field(ge=2)] = 2
-    """Fewest tokens of a piece of text; shorter ones, such as the ends of most texts, are left out. Example: 16000"""
-
-    @model_validator(mode="after")
-    def one_source(self) -> "TextConfig":
-        """Check that there is one source, with its own validation data."""
-        if (self.files is None) == (self.dataset is None):
-            raise ValueError("give one of text.files and text.dataset")
-        if self.min_tokens > self.sequence_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens}: no piece has more than sequence_tokens={self.sequence_tokens}; lower it"
-            )
-        if self.dataset is not None and self.validation_files is not None:
-            raise ValueError("validation_files belongs to text.files; with a dataset set dataset.validation_split")
-        return self
+from .stream import Stream, open_texts
 
 
 class Text:
@@ -75,12 +36,8 @@ class Text:
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.sequence = config.sequence_tokens
-        self.segment_tokens = run.segment_tokens or self.sequence
-        if self.sequence % self.segment_tokens:
-            raise ConfigError(
-                f"segment_tokens={self.segment_tokens} does not divide sequence_tokens={self.sequence}; "
-                f"try {min(divisors(self.sequence), key=lambda d: abs(d - self.segment_tokens))}"
-            )
+        self.lengths = text_lengths(config, run.segment_tokens)
+        self.segment_tokens = self.lengths.segment_tokens
         self.facts: dict[Split, list[TextFacts]] = {"train": [], "validation": []}
         self.prefix = leading_tokens(tokenizer) if config.leading_tokens else []
         self.sources = self.open_dataset(config.dataset) if config.dataset else self.open_files(config.files or [])
@@ -135,12 +92,7 @@ class Text:
 
     def sequence_tokens(self, n: int) -> int:
         """Return the tokens N of `n` segments. Raises ConfigError if they exceed `sequence_tokens`."""
-        if n * self.segment_tokens > self.sequence:
-            raise ConfigError(
-                f"segments={n} of {self.segment_tokens} tokens exceed sequence_tokens={self.sequence}; "
-                f"use at most {self.sequence // self.segment_tokens} or raise text.sequence_tokens"
-            )
-        return n * self.segment_tokens
+        return self.lengths.sequence_tokens(n)
 
     def batch(self, split: Split, step: int, rows: range, difficulty: Difficulty) -> Batch:
         """Return `rows` of the global batch of `step`."""

@@ -1,0 +1,189 @@
+"""The data section of the run configuration: which task, and its settings. Needs neither torch nor transformers."""
+
+import string
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..config import Section, Seed, validate
+
+ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
+# Strings are drawn as one 64-bit number modulo their count. Up to this count the bias is below 2^-32.
+MAX_STRINGS = 2**32
+
+
+class RetrievalConfig(Section):
+    """Keys and values are strings of `key_length` and `value_length` symbols."""
+
+    key_length: Annotated[int, Field(ge=1)] = 1
+    """Symbols of a key. Example: 3"""
+    value_length: Annotated[int, Field(ge=1)] = 1
+    """Symbols of a value. Example: 2"""
+    symbols: Annotated[int, Field(ge=2, le=len(ALPHABET))] = 16
+    """Number of different symbols. Example: 32"""
+
+    @model_validator(mode="after")
+    def strings_can_be_numbered(self) -> "RetrievalConfig":
+        """Check that there are not too many strings."""
+        for name in ("key_length", "value_length"):
+            if self.symbols ** getattr(self, name) > MAX_STRINGS:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of {self.symbols} symbols: more than 2^32 strings; shorten it"
+                )
+        return self
+
+
+class DatasetConfig(Section):
+    """Arguments of `datasets.load_dataset`; `name` json, text or parquet with `data_files` reads local files."""
+
+    name: str
+    """Name of the data set on the Hugging Face Hub, or json, text or parquet. Example: deepmind/pg19"""
+    config: str | None = None
+    """Configuration of the data set. Example: wikitext-103-raw-v1"""
+    data_files: str | list[str] | None = None
+    """Local files for name json, text or parquet. Example: books/*.jsonl"""
+    split: str = "train"
+    """Split to train on. Example: train[:90%]"""
+    column: str = "text"
+    """Column that holds the text. Example: content"""
+    streaming: bool = True
+    """Whether the split is read in order while training; false: all of it is tokenised into memory and shuffled."""
+    validation_split: str | None = None
+    """Split to validate on; null: no validation. Example: validation"""
+    validation_texts: Annotated[int, Field(ge=1)] = 64
+    """Texts read from the beginning of the validation split. Example: 128"""
+
+
+class TextConfig(Section):
+    """Give `files` or `dataset`. Each entry of `files` is a file, a folder or a glob."""
+
+    files: str | list[str] | None = None
+    """UTF-8 text files to train on: a file, a folder, a glob, or a list of them. Example: benchmarks/data/plays"""
+    validation_files: str | list[str] | None = None
+    """Files to validate on; they are left out of `files`. Example: benchmarks/data/plays/macbeth.txt"""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of `files` held out for validation where `validation_files` is null; 0: no validation. Example: 0.05"""
+    dataset: DatasetConfig | None = None
+    """Data set to read in place of `files`. Example: {name: deepmind/pg19}"""
+    pack: bool = False
+    """Whether texts are joined before they are cut into sequences; for data sets of short rows such as WikiText."""
+    cross_documents: bool = False
+    """Whether texts that were joined by `pack` see each other; false: attention and memory start anew with each."""
+    tokenizer: str = "byte"
+    """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer. Example: gpt2"""
+    leading_tokens: bool = True
+    """Whether a text begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
+    sequence_tokens: Annotated[int, Field(ge=2)] = 8192
+    """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
+    min_tokens: Annotated[int, Field(ge=2)] = 2
+    """Fewest tokens of a piece of text; shorter ones, such as the ends of most texts, are left out. Example: 16000"""
+
+    @model_validator(mode="after")
+    def one_source(self) -> "TextConfig":
+        """Check that there is one source, with its own validation data."""
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("data.text.files, data.text.dataset: give exactly one of them")
+        if self.min_tokens > self.sequence_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens}: no piece has more than sequence_tokens={self.sequence_tokens}; lower it"
+            )
+        if self.dataset is not None and self.validation_files is not None:
+            raise ValueError("validation_files belongs to text.files; with a dataset set dataset.validation_split")
+        return self
+
+
+class PublishedConfig(Section):
+    """Which set; `files` are copies of it on this machine (JSON), with ``{task}`` in the name for the task."""
+
+    set: Literal["RMT-team/babilong", "facebook/babi_qa"]
+    """Name of the set on the Hugging Face Hub. Example: facebook/babi_qa"""
+    length: str = "0k"
+    """Configuration of RMT-team/babilong: 0k (facts alone), 1k, 2k, 4k, ... 1M tokens. Example: 4k"""
+    files: str | None = None
+    """Local JSON copies, `{task}` in place of the task, `{split}` of train or validation. Example: babi/{task}.jsonl"""
+    validation_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the rows held out for validation where the set has no split of its own; 1: evaluation only."""
+
+
+class BabilongConfig(Section):
+    """Stories of the given `tasks`, hidden in text. Evaluate one task at a time."""
+
+    tasks: Annotated[list[Literal["qa1", "qa2", "qa3", "qa4", "qa5"]], Field(min_length=1)] = ["qa1"]
+    """bAbI tasks, drawn with equal probability. Example: [qa1, qa2]"""
+    facts: Annotated[int, Field(ge=2, le=1000)] = 10
+    """Largest number of facts in a generated story. Example: 4"""
+    aligned: bool = False
+    """Whether every fact begins a segment of its own, which makes facts easier to learn from scratch."""
+    background: str | list[str] | None = None
+    """Text files around the facts, as data.text.files; null: random sentences. Example: benchmarks/data/plays"""
+    validation_background: str | list[str] | None = None
+    """Text files around the facts in validation; null: those of training. Example: books/held_out"""
+    tokenizer: str = "word"
+    """Tokenizer: word (words of bAbI and the background), byte, or a Hugging Face name or folder. Example: gpt2"""
+    vocabulary: Annotated[int, Field(ge=0)] = 1000
+    """Most frequent words of the background that tokenizer=word knows. Example: 5000"""
+    leading_tokens: bool = True
+    """Whether a sample begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""
+    published: PublishedConfig | None = None
+    """Published question set to use in place of generated stories. Example: {set: facebook/babi_qa}"""
+
+    @model_validator(mode="after")
+    def published_stories_are_as_they_are(self) -> "BabilongConfig":
+        """Check that published stories are not aligned."""
+        if self.aligned and self.published:
+            raise ValueError(
+                "aligned=True: published stories are too long for one segment per fact; remove aligned or published"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """`task` and its own section; the section of another task is an error."""
+
+    task: str = "rewrite"
+    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
+    seed: Seed = 42
+    """Seed of samples and their order. Example: 1"""
+    retrieval: RetrievalConfig | None = None
+    """Settings of the tasks rewrite and remember. Example: {key_length: 2, symbols: 16}"""
+    text: TextConfig | None = None
+    """Settings of the task text. Example: {files: benchmarks/data/plays}"""
+    babilong: BabilongConfig | None = None
+    """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
+    options: dict[str, Any] | None = None
+    """Settings of a task that an extension registers. Example: {length: 8}"""
+
+    @model_validator(mode="after")
+    def sections_fit_the_task(self) -> "DataConfig":
+        """Check that there is no section of another task."""
+        if self.task not in SCHEMAS:
+            raise ValueError(
+                f"data.task={self.task}: no such task; one of {', '.join(SCHEMAS)}, or name the module that registers "
+                "it in extensions"
+            )
+        own = field_of(self.task)
+        for section in sorted({*FIELDS.values(), "options"}):
+            if section != own and getattr(self, section) is not None:
+                raise ValueError(f"{section} does not belong to task={self.task}; remove it or change task")
+        return self
+
+    @property
+    def section(self) -> Section:
+        """The section of the task, with its defaults if it was left out."""
+        given = getattr(self, field_of(self.task))
+        return given if isinstance(given, Section) else validate(SCHEMAS[self.task], given or {})
+
+
+# The section that configures each task; extensions add theirs.
+SCHEMAS: dict[str, type[Section]] = {
+    "rewrite": RetrievalConfig,
+    "remember": RetrievalConfig,
+    "text": TextConfig,
+    "babilong": BabilongConfig,
+}
+FIELDS: dict[type[Section], str] = {RetrievalConfig: "retrieval", TextConfig: "text", BabilongConfig: "babilong"}
+
+
+def field_of(task: str) -> str:
+    """Return the field of the data section that configures a task: `options` for one of an extension."""
+    return FIELDS.get(SCHEMAS[task], "options")

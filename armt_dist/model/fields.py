@@ -1,0 +1,49 @@
+"""The fields of an ARMT's configuration beside its base model, with defaults and least values. Needs no torch."""
+
+from dataclasses import dataclass
+
+# Least values. None passes, where the field allows it.
+LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
+LEAST |= {"sliding_window": 1, "k2": 1}
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class ARMTFields:
+    """Memory and segments; the docstring below a field says what it means."""
+
+    memory_kind: str = "armt"
+    """Kind of memory: armt (associative memory in every layer) or rmt (recurrent memory tokens)."""
+    segment_tokens: int = 512
+    """T, tokens of a segment. Example: 1024"""
+    num_mem_tokens: int = 16
+    """M, learned memory rows appended to every segment. Example: 32"""
+    d_mem: int = 64
+    """Width of the associative memory's keys and queries. Example: 128"""
+    nu: int = 3
+    """Order of the feature map DPFP, which makes 2 nu d_mem features. Example: 1"""
+    n_heads: int = 1
+    """Heads of the associative memory; divides d_mem and hidden_size. Example: 4"""
+    maths: str = "default"
+    """Variant of the memory's arithmetic; paper: no normalisation of features, as in the first published code."""
+    use_denom: bool = True
+    """Whether a read is divided by the normaliser z·q."""
+    correction: bool = True
+    """Whether the normaliser counts only what is new in a key (the paper's gamma)."""
+    gating: bool = False
+    """Whether the write strength beta is a gate for each channel in place of one for each head."""
+    freeze_mem: bool = False
+    """Whether the memory projections W_m* stay as initialised, as in the authors' code."""
+    wrap_pos: bool = False
+    """Whether the memory tokens behind a segment take the last M rows of GPT-2's position table, not those after it."""
+    segment_alignment: str = "left"
+    """Place of the short segment where T does not divide the length; center: all of nearly equal length."""
+    sink: int = 0
+    """Learned rows before the tokens of every segment. Example: 1"""
+    sliding_window: int | None = None
+    """Tokens before it that a token sees across the border of its segment; null: none. Example: 512"""
+    window_positions: str = "relative"
+    """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
+    detach_window: bool = False
+    """Whether gradients stop at the window, as in the authors' code."""
+    k2: int | None = None
+    """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""

@@ -1,0 +1,40 @@
+"""The sections of the run configuration that choose the schedule and the backward pass. Need no torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..config import Section
+
+
+class BPTTConfig(Section):
+    """How the backward pass recovers the state that entered each segment."""
+
+    states: Literal["store", "rebuild", "recompute"] = "store"
+    """store: all states are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
+    recompute: from the block's first state, at the cost of one more forward pass of the block."""
+
+
+class ParallelConfig(Section):
+    """How the work on one sequence is spread and ordered; see `schedule`. world = dp x sp."""
+
+    sp: int = Field(1, ge=1)
+    """Ranks that share one sequence. Example: 8"""
+    rounds: int = Field(1, ge=1)
+    """Blocks of segments on each rank; every block costs one more gather of each layer. Example: 2"""
+    chunks: int = Field(1, ge=1)
+    """Parts of the micro-batch that are handed to the next rank separately. Example: 4"""
+    schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
+    """Order of the work; null: what the memory allows, wavefront for ARMT and segment_major for RMT."""
+    timeout_s: float = Field(600, gt=0)
+    """Seconds that a rank waits for another one before the run ends with an error. Example: 1200"""
+
+    @model_validator(mode="after")
+    def schedule_takes_them(self) -> Self:
+        """Refuse ranks and rounds under a schedule that has neither."""
+        if self.schedule not in (None, "wavefront") and max(self.sp, self.rounds) > 1:
+            raise ValueError(
+                f"parallel.schedule={self.schedule} runs a sequence on one rank in its own blocks; "
+                f"parallel.sp={self.sp} and parallel.rounds={self.rounds} need parallel.schedule=wavefront"
+            )
+        return self

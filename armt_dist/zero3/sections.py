@@ -1,0 +1,56 @@
+"""The model section of the run configuration. Needs neither torch nor transformers."""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, create_model, model_validator
+
+from ..config import Section
+from ..model.fields import ARMTFields
+
+Std = Annotated[float, Field(gt=0)]
+
+
+class InitConfig(Section):
+    """Standard deviations of a random base model; what is left out is the Hugging Face default."""
+
+    linear_std: Std | None = None
+    """Standard deviation of the decoder layers' linear weights and the head; biases become zero. Example: 0.125"""
+    embedding_std: Std | None = None
+    """Standard deviation of the token embeddings. Example: 0.1"""
+    position_std: Std | None = None
+    """Standard deviation of a learned position table (GPT-2). Example: 0.02"""
+    memory_std: Std | None = None
+    """Standard deviation of memory rows and sinks; null: that of the token embeddings. Example: 0.1"""
+
+
+class BaseSection(Section):
+    """Where the base model comes from; the other fields of the model section are those of ARMTFields."""
+
+    base: str | None = None
+    """Model to start from: a Hugging Face name or folder, or an exported ARMT folder. Example: gpt2"""
+    base_config: dict[str, Any] | None = None
+    """Hugging Face configuration of a random base model, with `model_type`. Example: {model_type: gpt2, n_layer: 2}"""
+    trust_remote_code: bool = False
+    """Permission to run the Python code that comes with `base`."""
+    init: InitConfig | None = None
+    """Initialisation of a random base model. Example: {linear_std: 0.125, embedding_std: 0.1}"""
+
+    @model_validator(mode="after")
+    def one_source(self) -> Self:
+        """Require exactly one of a base to load and a random base."""
+        if (self.base is None) == (self.base_config is None):
+            raise ValueError("model.base or model.base_config: give exactly one of them")
+        if self.base is not None and self.base.startswith(("/", "./", "../", "~")) and not Path(self.base).is_dir():
+            raise ValueError(f"model.base={self.base}: no such folder; give a model's folder or its Hugging Face name")
+        if self.base is not None and self.init is not None:
+            raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
+        return self
+
+
+def armt_fields() -> dict[str, Any]:
+    """Return the fields of an ARMT as pydantic definitions, so that the YAML section always has all of them."""
+    return {name: (kind | None, None) for name, kind in ARMTFields.__annotations__.items()}
+
+
+ModelConfig = create_model("ModelConfig", __base__=BaseSection, **armt_fields())
