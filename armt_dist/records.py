@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .config import ConfigError, one_line
 
+# The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
+RUN_CONFIG = "config.yaml"
+
 
 def read_json(path: Path) -> dict:
     """Return a JSON object; empty if the file is missing, damaged or holds something else."""

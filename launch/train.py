@@ -85,10 +85,12 @@ def main() -> int:
         make_deterministic()
     device = parallel.start(ranks, config.parallel.timeout_s)
     # DeepSpeed picks its accelerator when it is first imported, so nothing that imports it comes before `start`.
+    from armt_dist.monitoring.lease import hold
     from armt_dist.training.trainer import Trainer
 
     try:
-        return Trainer(config, config.ds_config, out, ranks, device).run(args.resume)
+        with hold(out) as lease:
+            return Trainer(config, config.ds_config, out, ranks, device, lease).run(args.resume)
     finally:
         parallel.stop()
 

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, TextIO
 import torch.distributed as dist
 
 from ..config import one_line
+from ..records import RUN_CONFIG
 from ..schedule.program import Instruction
 from .sections import WatchdogConfig
 
@@ -47,7 +48,7 @@ class Phase(NamedTuple):
 class Watchdog:
     """The watchers of one rank. `enter` begins a section and ends the previous one; `close` stops watching.
 
-    Nothing is written to the run folder `out` before it exists, unless this rank is stuck.
+    Nothing is written to the folder `out` before it holds a run, unless this rank is stuck.
     """
 
     def __init__(self, config: WatchdogConfig, out: Path, rank: int):
@@ -69,9 +70,13 @@ class Watchdog:
             if self.steps <= SLOW_STEPS:
                 limit_s = max(limit_s, self.config.setup_s)
         self.phase = Phase(section, step, time.monotonic(), limit_s)
-        if self.file is None and self.out.is_dir():
+        if self.file is None and self.has_run():
             self.open()
         faulthandler.dump_traceback_later(limit_s + TIMER_LATER_S, exit=True, file=self.file or real_stderr())
+
+    def has_run(self) -> bool:
+        """Return whether the folder holds a run: there is none during the first set-up."""
+        return (self.out / RUN_CONFIG).is_file()
 
     def close(self) -> None:
         """Stop watching, and remove the file for stacks if it is empty."""
@@ -105,8 +110,7 @@ class Watchdog:
             now, phase = time.monotonic(), self.phase
             if now - phase.since > phase.limit_s:
                 self.end(phase)
-            # There is no run folder during the set-up.
-            if now >= due and self.out.is_dir():
+            if now >= due and self.has_run():
                 self.beat(phase)
                 due = now + self.config.heartbeat_s
 

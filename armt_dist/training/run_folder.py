@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from ..config import ConfigError, one_line, read_yaml
 from ..data.task import Task
 from ..model.configuration_armt import ARMTConfig
-from ..records import read_json, write_json
+from ..records import RUN_CONFIG, read_json, write_json
 from ..versions import installed
 from .run_config import RunConfig, as_yaml, resolved
 
@@ -28,7 +28,7 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(as_yaml(config.model_copy(update={"ds_config": ds_config})))
+        (folder / RUN_CONFIG).write_text(as_yaml(config.model_copy(update={"ds_config": ds_config})))
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         write_texts(folder, task)
@@ -44,7 +44,7 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
 
 def check_same(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError where a run that resumes was started with another model, data or curriculum."""
-    before, now = read_yaml(folder / "config.yaml"), resolved(config)
+    before, now = read_yaml(folder / RUN_CONFIG), resolved(config)
     for section in FIXED:
         old, new = flat(before.get(section), section), flat(now[section], section)
         for key in sorted(old.keys() | new.keys()):

@@ -14,6 +14,7 @@ from ..distributed.launchers import Ranks
 from ..distributed.mesh import make_mesh, ring
 from ..model.configuration_armt import ARMTConfig
 from ..model.fields import ARMTFields
+from ..records import RUN_CONFIG
 from ..runtime.executor import ScheduledLM, check_memory
 from ..runtime.handoff import Local, Wire
 from ..schedule.grid import Grid
@@ -48,7 +49,7 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
-    resuming = (out / "config.yaml").exists()
+    resuming = (out / RUN_CONFIG).exists()
     if resuming:
         check_same(out, config)
         check_texts(out, task)

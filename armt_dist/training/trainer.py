@@ -15,6 +15,7 @@ from ..distributed.collectives import together
 from ..distributed.launchers import Ranks
 from ..evaluation.run_report import write_run_report
 from ..monitoring import profile
+from ..monitoring.lease import Lease
 from ..monitoring.run_log import RunLog
 from ..monitoring.step_metrics import StepMetrics
 from ..monitoring.watchdog import Watchdog, end_when_alone
@@ -39,12 +40,16 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class Trainer:
     """One run on one rank. `run` trains it; all other methods are collective unless they say otherwise."""
 
-    def __init__(self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device):
+    def __init__(
+        self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device, lease: Lease
+    ) -> None:
         self.config, self.ds_config, self.out, self.ranks = config, ds_config, out, ranks
         self.root = out / "checkpoints"
         self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
         self.log = RunLog(out, ranks.rank, config.train.log_every)
         self.say = self.log.say
+        self.lease = lease
+        together(lambda: lease.take(self.say), only=0)
         # An error of one rank alone, such as a missing file, must end all ranks before they wait for each other.
         setup = together(lambda: set_up(config, ds_config, out, ranks, device))
         self.task, self.armt, self.resuming = setup.batches.task, setup.batches.armt, setup.resuming
@@ -181,7 +186,7 @@ class Trainer:
     def step(self, stage: Stage) -> StepResult:
         """Make or skip one step, and log it."""
         self.watchdog.enter("step", self.progress.step)
-        result = train_step(self.parts, stage, self.progress, self.told_to_stop)
+        result = train_step(self.parts, stage, self.progress, self.told_to_stop or self.lease.lost)
         self.progress = result.progress
         report = self.progress.step % self.config.train.log_every == 0
         self.log.step(self.progress.step, result.metrics, self.metrics.stragglers.report() if report else None)
@@ -236,10 +241,11 @@ class Trainer:
         """Save a checkpoint of this step, unless there is one; best: point `best` to it.
 
         If it cannot be written, for example on a full disk, the run continues with a warning. At the end of the run
-        (`final`) CheckpointError is raised instead.
+        (`final`) CheckpointError is raised instead. Raises ConfigError if another process trains into the folder now.
         """
         tag = tag_of(self.progress.step)
         self.watchdog.enter("checkpoint", self.progress.step)
+        together(self.lease.check, only=0)
         state = {"progress": self.progress._asdict(), "task": self.task.state_dict()}
         self.attempt(lambda: self.saver.save(tag, state, best), final)
         if final:

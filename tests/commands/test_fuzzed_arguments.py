@@ -83,7 +83,7 @@ def damaged(draw: random.Random, folder, recipe: str):
 class UpToTheModel:
     """In place of the trainer: what it checks before the model is built."""
 
-    def __init__(self, config, ds_config, out, ranks, device):
+    def __init__(self, config, ds_config, out, ranks, device, lease):
         set_up(config, ds_config, out, ranks, device)
 
     def run(self, resume):

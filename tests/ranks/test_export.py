@@ -54,6 +54,7 @@ torch.save(logits, sys.argv[2])
 def train(ranks, root, names):
     """A run of two steps for each of `names`. Returns the trained models' logits."""
     from armt_dist.config import validate
+    from armt_dist.monitoring.lease import Lease
     from armt_dist.training.run_config import RunConfig
     from armt_dist.training.trainer import Trainer
 
@@ -68,7 +69,7 @@ def train(ranks, root, names):
             "curriculum": [{"pairs": 2, "steps": 2}],
         }
         ds = {"train_batch_size": 4, "zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}}
-        trainer = Trainer(validate(RunConfig, config), ds, root / name, ranks, torch.device("cpu"))
+        trainer = Trainer(validate(RunConfig, config), ds, root / name, ranks, torch.device("cpu"), Lease(root / name))
         assert trainer.run("never") == 0
         trainer.engine.eval()
         with torch.no_grad():

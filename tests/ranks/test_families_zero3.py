@@ -20,6 +20,7 @@ TEST_IDS = torch.randint(0, 12, (2, 11), generator=torch.Generator().manual_seed
 def train(ranks, root):
     """A run of two steps each, with a checkpoint after the second. Returns the trained models' logits."""
     from armt_dist.config import validate
+    from armt_dist.monitoring.lease import Lease
     from armt_dist.training.run_config import RunConfig
     from armt_dist.training.trainer import Trainer
 
@@ -33,7 +34,7 @@ def train(ranks, root):
             "curriculum": [{"pairs": 2, "steps": 2}],
         }
         ds = {"train_batch_size": 4, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-        trainer = Trainer(validate(RunConfig, config), ds, root / name, ranks, torch.device("cpu"))
+        trainer = Trainer(validate(RunConfig, config), ds, root / name, ranks, torch.device("cpu"), Lease(root / name))
         assert trainer.run("never") == 0, name
         trainer.engine.eval()
         with torch.no_grad():

@@ -269,7 +269,7 @@ BAD_CONFIGS = {
 def test_a_bad_configuration_is_named(message):
     fields = dict(BAD_CONFIGS[message])
     family, base_fields = fields.pop("base", "llama"), fields.pop("base_fields", {})
-    ours = {name: fields.pop(name) for name in list(fields) if name in ARMTFields.__annotations__}
+    ours = {name: fields.pop(name) for name in list(fields) if name in {"base_config", *ARMTFields.__annotations__}}
     base = {"model_type": family, **BASES[family], **fields, **base_fields}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         ARMTConfig(**{"base_config": base, **MEMORY, **ours})

@@ -9,6 +9,8 @@ import time
 import pytest
 from support.paths import ROOT
 
+from armt_dist.records import RUN_CONFIG
+
 WATCHED = """
 import ctypes, os, sys, time
 from pathlib import Path
@@ -31,6 +33,8 @@ def hold_the_interpreter():
 
 def watched(out, body, before=""):
     """A process that does `body` under a watchdog: its end, its stacks if there are any, and how long it lived."""
+    if out.is_dir():
+        (out / RUN_CONFIG).touch()
     began = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", before + WATCHED + body, out], capture_output=True, text=True, cwd=ROOT
@@ -80,7 +84,8 @@ def test_who_is_done_in_time_leaves_nothing_but_a_heartbeat(tmp_path):
 
 def test_the_first_heartbeat_comes_with_the_run_folder_however_long_the_interval(tmp_path):
     body = "dog.config = dog.config.model_copy(update={'heartbeat_s': 60}); time.sleep(0.2); dog.out.mkdir()\n"
-    result, _, _ = watched(tmp_path / "run", body + "time.sleep(0.3); dog.close()")
+    begin = "(dog.out / 'config.yaml').touch(); time.sleep(0.3); dog.close()"
+    result, _, _ = watched(tmp_path / "run", body + begin)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run/heartbeat/rank_3.json").exists(), "a short run leaves no heartbeat"
 
