@@ -10,6 +10,7 @@
 
 key=value sets any field of the YAML config. Batch, precision, optimizer, ZeRO and offload come from the ds_config file,
 over it the recipe's ds_config section, over both ds_config.key=value; docs/config.md lists all keys.
+{array}, {job} and {name} in a value or path stand for Slurm's array task, job id and job name (docs/sweeps.md).
 Run again with the same --out to resume from the newest checkpoint. Exit codes: 0 done, 1 stuck, alone or
 without finite numbers, 2 a mistake in the configuration, 75 stopped by SIGUSR1 or SIGTERM after saving.
 """
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed.launchers import claimed_rank, discover
+from armt_dist.distributed.placeholders import fill
 from armt_dist.training.checks import check_run
 from armt_dist.training.run_config import as_yaml, load_run
 from armt_dist.versions import check_versions
@@ -70,8 +72,9 @@ def main() -> int:
         raise ConfigError(f"check={world}: expected a number of ranks")
     ranks = discover() if world is None and not args.show_config else None
     check_versions(args.strict_versions, speaks=claimed_rank() == 0)
-    config = load_run(args.config, args.ds_config, DS_CONFIG, args.overrides)
-    out = args.out or Path("runs") / args.config.stem
+    recipe = Path(fill(str(args.config)))
+    config = load_run(recipe, args.ds_config, DS_CONFIG, [fill(override) for override in args.overrides])
+    out = Path(fill(str(args.out or Path("runs") / recipe.stem)))
     check_run(config, out, ranks.world_size if ranks else world)
     if ranks is None:
         if args.show_config and claimed_rank() == 0:

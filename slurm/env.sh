@@ -19,6 +19,10 @@
 # Times a job may requeue itself.
 : "${MAX_RESTARTS:=20}"
 
+# Seconds that a job waits for Slurm to requeue it after a node has died; more than the site's SlurmdTimeout
+# (scontrol show config), which is 300 unless changed.
+: "${LOST_NODE_S:=360}"
+
 # The network that NCCL and gloo meet on. Both guess; where a node has several networks, say which.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # InfiniBand: export NCCL_IB_HCA=mlx5

@@ -30,10 +30,6 @@ read -ra container <<< "$CONTAINER"
 
 restarts=${SLURM_RESTART_COUNT:-0}
 run=${RUN_DIR:-runs/$SLURM_JOB_NAME${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}
-logs=$run/logs/$SLURM_JOB_ID.$restarts
-mkdir -p "$logs"
-# Both names: torch renamed the variable.
-export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
 
 # One rank per GPU, or one gloo rank on nodes without. Asked of the host: a container that was started without its GPU
 # option then fails in the preflight instead of training on CPU.
@@ -50,9 +46,6 @@ MASTER_ADDR=$(scontrol show node "$first" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*
 # By job, so that two jobs on a node differ, and below the ephemeral ports.
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 export MASTER_ADDR MASTER_PORT
-
-echo "$(date -Is) job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
-    "master $MASTER_ADDR:$MASTER_PORT, run $run, logs $logs"
 
 # Checkpointed, and wants to go on: back into the queue under the same job id.
 requeue() {
@@ -82,6 +75,19 @@ on_usr1() {
 }
 trap on_usr1 USR1
 
+# A mistake in the arguments is known in a second, without torch and before anything is written.
+check=("${container[@]}" "$PYTHON")
+if [[ $SRUN_OPTIONS ]]; then check=(srun --quiet --nodes=1 --ntasks=1 "${srun_options[@]}" "${check[@]}"); fi
+"${check[@]}" launch/train.py --check=$((SLURM_NNODES * ranks_per_node)) --out "$run" "$@" || exit $?
+
+logs=$run/logs/$SLURM_JOB_ID.$restarts
+mkdir -p "$logs"
+# Both names: torch renamed the variable.
+export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
+
+echo "$(date -Is) job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
+    "master $MASTER_ADDR:$MASTER_PORT, run $run, logs $logs"
+
 # One launcher per node, and the binding is its business, so srun binds nothing.
 # If one task fails, srun ends the others; if one has ended, the others have a minute.
 launch=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --cpu-bind=none "${srun_options[@]}"
@@ -103,5 +109,12 @@ wait "$step" || code=$?
 if [[ -s $logs/exit_code ]]; then code=$(< "$logs/exit_code"); fi
 # "Checkpointed, start me again". Nothing else is requeued: a failure would fail again.
 if ((code == 75)); then requeue; fi
+# Not a mistake: a node may have died. Slurm notices after a while and requeues the job by itself; until then it must
+# not end, or it would count as failed.
+if ((code != 0 && code != 2)) && ! timeout 30 srun --quiet --overlap --ntasks-per-node=1 true; then
+    echo "$(date -Is) a node does not answer: waiting up to $LOST_NODE_S s for Slurm to requeue the job"
+    sleep "$LOST_NODE_S" &
+    wait $! || true
+fi
 echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
 exit "$code"
