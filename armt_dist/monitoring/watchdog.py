@@ -154,6 +154,14 @@ class Watchdog:
             staged.replace(folder / f"rank_{self.rank}.json")
 
 
+def remove_heartbeats(out: Path, world_size: int) -> None:
+    """Remove the heartbeats of ranks that this start does not have: they would look like ranks that are stuck."""
+    for file in (out / "heartbeat").glob("rank_*.json"):
+        number = file.stem.removeprefix("rank_")
+        if number.isdigit() and int(number) >= world_size:
+            file.unlink(missing_ok=True)
+
+
 def real_stderr() -> TextIO:
     """Return the process's own stderr, which faulthandler needs: a replacement may have no file descriptor."""
     assert sys.__stderr__ is not None, "this process was started without stderr"

@@ -18,7 +18,7 @@ from ..monitoring import profile
 from ..monitoring.lease import Lease
 from ..monitoring.run_log import RunLog
 from ..monitoring.step_metrics import StepMetrics
-from ..monitoring.watchdog import Watchdog, end_when_alone
+from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats
 from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
 from .curriculum import Stage
@@ -155,6 +155,7 @@ class Trainer:
         """Write the run folder. Rank 0 only."""
         describe_run(self.out, self.config, self.ds_config, self.armt, self.task)
         self.root.mkdir(exist_ok=True)
+        remove_heartbeats(self.out, self.ranks.world_size)
 
     def on_stop_signal(self, *_: object) -> None:
         """Remember the signal until the end of the step. Not collective."""

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import ConfigError, as_number, assign, one_line
+from pydantic import ValidationError
+
+from ..config import ConfigError, as_number, assign, describe_errors, one_line
 from ..schedule.planned_run import BatchSizes, batch_sizes, read_object
-from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED
+from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED, DsConfigKeys
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +78,9 @@ def read_ds_config(path: str | Path | None, overrides: Iterable[str] = (), secti
         assign(config, override)
     check_keys(config)
     check_stage(config)
-    return plain_values(config)
+    config = plain_values(config)
+    check_values(config)
+    return config
 
 
 def read_file(path: str | Path) -> dict:
@@ -156,6 +160,22 @@ def check_keys(config: dict, where: str = "") -> None:
     for key, name in OBJECTS:
         if not isinstance(config.get(key, {}).get(name, {}), dict):
             raise ConfigError(f"ds_config {key}.{name}={one_line(config[key][name])}{where}: expected an object")
+
+
+def check_values(config: dict) -> None:
+    """Check the types and ranges of all values. Raises ConfigError naming the first that does not fit."""
+
+    def whole(value: Any) -> Any:
+        """Return 2e5, as JSON and YAML have it for a large count, as an integer."""
+        if isinstance(value, dict):
+            return {name: whole(child) for name, child in value.items()}
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    try:
+        # Strict: DeepSpeed would take "yes" for a text.
+        DsConfigKeys.model_validate(whole(config), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"ds_config {describe_errors(error.errors(), DsConfigKeys)}") from None
 
 
 def check_stage(config: dict) -> None:

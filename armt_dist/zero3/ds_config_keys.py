@@ -1,13 +1,13 @@
 """The honoured keys of the ds_config with their types, defaults and descriptions.
 
 The names decide what is honoured (`ds_config.check_keys`); docs/config.md and ``--help KEY`` show the docstrings.
-Values are checked by `ds_config` and by DeepSpeed itself, whose defaults stand here as of version 0.19.8.
+DeepSpeed's defaults stand here as of version 0.19.8; it checks only some of the values itself.
 """
 
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ..config import Section
 
@@ -21,6 +21,8 @@ DEFAULT_WEIGHT_DECAY = 1e-3
 
 class OpenSection(Section):
     """Base of sections whose other keys are passed on unchecked."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class OptimizerParams(OpenSection):
@@ -110,8 +112,6 @@ class ZeroKeys(Section):
     """Offloading of optimizer states. Example: {device: cpu, pin_memory: true}"""
     zero_hpz_partition_size: Elements = 1
     """Ranks of the secondary partition of parameters (ZeRO++ hpZ), usually those of a node; 1: none. Example: 8"""
-    round_robin_gradients: bool = False
-    """Accepted, though DeepSpeed uses it in stages 1 and 2 only."""
 
 
 class ActivationCheckpointingKeys(Section):

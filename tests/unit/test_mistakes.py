@@ -4,12 +4,14 @@ import json
 
 import pytest
 from support.models import small_model
+from support.paths import FP32
 
 from armt_dist.config import ConfigError, assign, read_yaml, validate
 from armt_dist.data.tasks import make_task
 from armt_dist.schedule.planned_run import read_object
 from armt_dist.training.run_config import RunConfig
 from armt_dist.training.setup import check_task
+from armt_dist.zero3.ds_config import read_ds_config
 from armt_dist.zero3.sections import ModelConfig
 
 
@@ -61,3 +63,20 @@ def test_a_folder_that_is_missing_is_no_name_of_the_hub(base):
     with pytest.raises(ConfigError, match=f"model.base={base}: no such folder; give a model's folder or its Hugging"):
         validate(ModelConfig, {"base": base})
     assert json.loads(validate(ModelConfig, {"base": "gpt2"}).model_dump_json())["base"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("gradient_clipping=-1", "ds_config gradient_clipping=-1: Input should be greater than or equal to 0"),
+        ("wall_clock_breakdown=x", "ds_config wall_clock_breakdown=x: Input should be a valid boolean"),
+        ("bf16.enabled=yess", "ds_config bf16.enabled=yess: Input should be a valid boolean"),
+        ("optimizer.params.betas=3", "ds_config optimizer.params.betas=3: Input should be a valid list"),
+        ("zero_optimization.round_robin_gradients=true", "not honoured; remove it; honoured are contiguous_gradients"),
+    ],
+)
+def test_values_of_the_ds_config_that_deepspeed_takes_in_silence(override, says):
+    """It trained without clipping, for example."""
+    with pytest.raises(ConfigError, match=says):
+        read_ds_config(FP32, [override])
+    assert read_ds_config(FP32, ["zero_optimization.sub_group_size=2e5", "optimizer.params.eps=1e-6"])

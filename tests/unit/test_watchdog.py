@@ -9,6 +9,7 @@ import time
 import pytest
 from support.paths import ROOT
 
+from armt_dist.monitoring import watchdog
 from armt_dist.records import RUN_CONFIG
 
 WATCHED = """
@@ -130,3 +131,12 @@ with end_when_alone(dog.at, slow_dump):
     result, _, _ = watched(tmp_path, body, before)
     assert result.returncode == 1, f"exit code {result.returncode}: {result.stderr}"
     assert len(result.stderr.splitlines()) == 1 and "lost another rank" in result.stderr, result.stderr
+
+
+def test_heartbeats_of_ranks_that_are_no_more_are_removed(tmp_path):
+    """Otherwise a run that was resumed on fewer ranks is planned, and looked at, as one with dead ranks."""
+    (tmp_path / "heartbeat").mkdir()
+    for name in ("rank_0.json", "rank_1.json", "rank_2.json", "rank_10.json", ".rank_1.tmp"):
+        (tmp_path / "heartbeat" / name).touch()
+    watchdog.remove_heartbeats(tmp_path, 2)
+    assert {file.name for file in (tmp_path / "heartbeat").iterdir()} == {"rank_0.json", "rank_1.json", ".rank_1.tmp"}
