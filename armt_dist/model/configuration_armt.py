@@ -6,23 +6,31 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backbone import family_of
-from .memory import PlainMemory
+from .memory import OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
 from .rmt import RecurrentMemory
-from .sliding_window import WindowedMemory
+from .transformer_xl import TransformerXL
+from .windowed_memory import WindowedMemory
 
 # By `memory_kind`.
 MEMORIES = {
-    "armt": MemoryKind(PlainMemory, ("sink", "sliding_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory),
+    "armt": MemoryKind(
+        PlainMemory, ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory
+    ),
     "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
+    "transformer_xl": MemoryKind(
+        TransformerXL, ("sliding_window",), refused_fields=("d_mem", *OPTIONS), window_only=True
+    ),
 }
+MEMORY_TOKENS = 16
+"""`num_mem_tokens` where it is null and the kind has memory tokens."""
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
 WINDOW_POSITIONS = ("relative", "restart")
 # The longest input as other tools read it (transformers, evaluation harnesses, servers); ARMT has no limit.
 UNLIMITED = 2**31 - 1
 # Least values. None passes, where the field allows it.
-LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
+LEAST = {"sink": 0, "num_mem_tokens": 0} | dict.fromkeys(("segment_tokens", "d_mem", "nu", "n_heads"), 1)
 LEAST |= {"sliding_window": 1, "k2": 1}
 KNOWN = {
     "memory_kind": MEMORIES,
@@ -54,11 +62,12 @@ class ARMTConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     """Configuration (or dict with `model_type`) of the wrapped causal LM, of a family in `backbone.FAMILIES`."""
     memory_kind: str = "armt"
-    """Kind of memory: armt (associative memory in every layer) or rmt (recurrent memory tokens)."""
+    """Kind of memory: armt (associative, in every layer), rmt (recurrent memory tokens) or transformer_xl (none, but a
+    window of the segment before)."""
     segment_tokens: int = 512
     """T, tokens of a segment. Example: 1024"""
-    num_mem_tokens: int = 16
-    """M, learned memory rows appended to every segment. Example: 32"""
+    num_mem_tokens: int | None = None
+    """M, learned memory rows appended to every segment; null: 16, or 0 under transformer_xl. Example: 32"""
     d_mem: int = 64
     """Width of the associative memory's keys and queries. Example: 128"""
     nu: int = 3
@@ -82,11 +91,12 @@ class ARMTConfig(PreTrainedConfig):
     sink: int = 0
     """Learned rows before the tokens of every segment. Example: 1"""
     sliding_window: int | None = None
-    """Tokens before it that a token sees across the border of its segment; null: none. Example: 512"""
+    """Tokens before it that a token sees across the border of its segment; null: none, or segment_tokens under
+    transformer_xl. Example: 512"""
     window_positions: str = "relative"
     """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
     detach_window: bool = False
-    """Whether gradients stop at the window, as in the authors' code."""
+    """Whether gradients stop at the window, as in the authors' code; under transformer_xl they always do."""
     k2: int | None = None
     """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""
 
@@ -107,6 +117,8 @@ class ARMTConfig(PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.base_config, name, None))
         super().__post_init__(**kwargs)
+        self.check_values()
+        self.fill_in()
         self.check()
 
     @property
@@ -118,23 +130,40 @@ class ARMTConfig(PreTrainedConfig):
     @property
     def memory_class(self) -> type[Memory]:
         """The memory that each layer owns."""
-        kind = MEMORIES[self.memory_kind]
-        return kind.windowed if self.sliding_window and kind.windowed else kind.memory
+        return self.kind.windowed if self.sliding_window and self.kind.windowed else self.kind.memory
 
     @property
     def head_rows(self) -> int:
         """Rows of a segment before its tokens: the memory rows if the last layer hands them on, else the sinks."""
-        return self.num_mem_tokens if LAST_LAYER in MEMORIES[self.memory_kind].arrows else self.sink
+        return self.memory_rows if LAST_LAYER in self.kind.arrows else self.sink
+
+    @property
+    def memory_rows(self) -> int:
+        """Rows of a segment behind its tokens: `num_mem_tokens`, which is a count once this one is built."""
+        assert self.num_mem_tokens is not None, "num_mem_tokens is null"
+        return self.num_mem_tokens
 
     @property
     def other_rows(self) -> int:
         """Rows of a segment that are not tokens."""
-        return self.head_rows + self.num_mem_tokens
+        return self.head_rows + self.memory_rows
+
+    @property
+    def kind(self) -> MemoryKind:
+        """The row of `memory_kind`."""
+        return MEMORIES[self.memory_kind]
+
+    def fill_in(self) -> None:
+        """Put the values that a kind of memory has by default in the place of null."""
+        if self.num_mem_tokens is None:
+            self.num_mem_tokens = 0 if self.kind.window_only else MEMORY_TOKENS
+        if self.sliding_window is None and self.kind.window_only:
+            self.sliding_window = self.segment_tokens
 
     def check(self) -> None:
         """Raise ValueError for the first field that does not fit."""
-        self.check_values()
         self.check_own_fields()
+        self.check_memory_tokens()
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -161,10 +190,24 @@ class ARMTConfig(PreTrainedConfig):
 
     def check_own_fields(self) -> None:
         """Refuse fields that only other kinds of memory read."""
-        own = MEMORIES[self.memory_kind].own_fields
-        for name in (name for kind in MEMORIES.values() for name in kind.own_fields):
-            if name not in own and getattr(self, name) != getattr(ARMTConfig, name):
-                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
+        others = {name for kind in MEMORIES.values() for name in kind.own_fields} - {*self.kind.own_fields}
+        # In the order of the fields, so that the message does not vary.
+        for name in (name for name in ARMTConfig.__annotations__ if name in others | {*self.kind.refused_fields}):
+            if getattr(self, name) != getattr(ARMTConfig, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}; leave it out"
+                )
+
+    def check_memory_tokens(self) -> None:
+        """Refuse memory tokens under a kind that has none, and their absence under one that needs them."""
+        if self.kind.window_only and self.num_mem_tokens:
+            raise ValueError(
+                f"num_mem_tokens={self.num_mem_tokens}: memory_kind={self.memory_kind} has no memory tokens; leave it out"
+            )
+        if not self.kind.window_only and not self.num_mem_tokens:
+            raise ValueError(
+                f"num_mem_tokens=0: memory_kind={self.memory_kind} writes at its memory tokens; set at least 1"
+            )
 
     def check_base(self) -> None:
         """Refuse what would fail, or have no effect, only once the base model runs."""
