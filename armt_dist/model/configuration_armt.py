@@ -202,7 +202,8 @@ class ARMTConfig(PreTrainedConfig):
         """Refuse memory tokens under a kind that has none, and their absence under one that needs them."""
         if self.kind.window_only and self.num_mem_tokens:
             raise ValueError(
-                f"num_mem_tokens={self.num_mem_tokens}: memory_kind={self.memory_kind} has no memory tokens; leave it out"
+                f"num_mem_tokens={self.num_mem_tokens}: memory_kind={self.memory_kind} has no memory tokens; leave it "
+                "out"
             )
         if not self.kind.window_only and not self.num_mem_tokens:
             raise ValueError(

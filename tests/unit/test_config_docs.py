@@ -52,7 +52,7 @@ def test_model_keys_are_those_of_the_model():
     assert {f"model.{name}" for name in ARMTConfig.__annotations__} <= set(KEYS)
     assert KEYS["model.d_mem"].default == "64"
     assert KEYS["model.d_mem"].range == "≥ 1; not memory_kind=transformer_xl"
-    assert KEYS["model.maths"].range == "default, paper"
+    assert KEYS["model.maths"].range == "default, paper; not memory_kind=transformer_xl"
 
 
 def test_help_explains_a_key():

@@ -76,7 +76,8 @@ def test_untrained_memory_changes_nothing(kind, family, attention, padded):
     if padded:
         mask[1, 10:] = mask[2, 4:] = 0
     logits = model(ids, attention_mask=mask).logits
-    expected = plain(torch.cat([ids, after], 1), attention_mask=nn.functional.pad(mask, (0, rows), value=1)).logits[:, :16]
+    whole = nn.functional.pad(mask, (0, rows), value=1)
+    expected = plain(torch.cat([ids, after], 1), attention_mask=whole).logits[:, :16]
     if config.sliding_window:
         assert_close("logits", logits[mask == 1], expected[mask == 1], TOLERANCES["logits"])
     else:
