@@ -17,7 +17,8 @@ DATA = ModelCardData(
 TEXT = """# {name}
 
 {kind}: a {family} of {layers} layers, width {width}, that reads a text in segments of {segment_tokens} tokens and
-carries {memory} from segment to segment. Time grows linearly with the length of the text; memory does not grow. {parameters:,} parameters.
+carries {memory} from segment to segment. Time grows linearly with the length of the text; memory does not grow.
+{parameters:,} parameters.
 
 ## Use
 
