@@ -36,7 +36,7 @@ from armt_dist.records import markdown_table, read_json
 from armt_dist.schedule.calibration import WARM_UP_STEPS, calibrated, read_run
 from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.planned_run import planned_run
-from armt_dist.schedule.planner import KINDS, SPARE_LAYERS, Plan, plan, schedule_name
+from armt_dist.schedule.planner import SPARE_LAYERS, Plan, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.step_memory import UPDATE, Held, phase_bytes
 from armt_dist.zero3.run_trees import read_trees
@@ -180,7 +180,7 @@ def predicted(case: Case, folder: Path, hardware=CPU) -> Plan:
     given = arguments(case, folder, 1)
     model, work, layout = planned_run(read_trees(folder / "recipe.yaml", DS_CONFIG, DS_CONFIG, given[6:]), case.ranks)
     result = plan(model, work, layout, hardware)
-    report = simulate_step(schedule_name(model, layout), result.grid, result.costs, KINDS[model.memory_kind])
+    report = simulate_step(schedule_name(model, layout), result.grid, result.costs, model.kind.arrows)
     return plan(model, work, layout, hardware, pipeline_s=report.makespan_s)
 
 

@@ -15,9 +15,9 @@ from armt_dist.config import ConfigError, run_main
 from armt_dist.schedule.calibration import calibrated
 from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import HARDWARE, Hardware
-from armt_dist.schedule.model_sizes import MODELS, ModelSizes, StepWork, model_sizes
+from armt_dist.schedule.model_sizes import KINDS, MODELS, ModelSizes, StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planned_run import PlannedRun, planned_run, read_object
-from armt_dist.schedule.planner import KINDS, STATES, Layout, Plan, choose, fits, plan, schedule_name
+from armt_dist.schedule.planner import STATES, Layout, Plan, choose, fits, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
 from armt_dist.zero3.run_trees import read_trees
@@ -43,12 +43,12 @@ SHORTCUTS = (
     ("chunks", int, 1, "slices of the micro-batch, with --sp"),
     ("max_step_tokens", float, float("inf"), "largest global batch that may be chosen"),
     ("memory_kind", str, "armt", f"one of {', '.join(KINDS)}"),
-    ("num_mem_tokens", int, 16, ""),
+    ("num_mem_tokens", int, None, "default 16; transformer_xl has none"),
     ("d_mem", int, 64, ""),
     ("nu", int, 3, ""),
     ("n_heads", int, 1, "memory heads"),
     ("sink", int, 0, "learned rows before a segment's tokens"),
-    ("sliding_window", int, 0, "tokens visible across a border, 0: none"),
+    ("sliding_window", int, 0, "tokens visible across a border, 0: none, or a segment under transformer_xl"),
     ("states", str, "store", f"how the backward recovers states: {', '.join(STATES)}"),
 )
 OFFLOADS = {
@@ -115,7 +115,7 @@ def read_shortcut(options: argparse.Namespace, world: int, hardware: Hardware) -
     given = {name: getattr(options, name, default) for name, _, default, _ in SHORTCUTS}
     given |= {name: getattr(options, name, False) for name in OFFLOADS}
     name = options.model or "llama-1b"
-    memory = {key: given[key] for key in MEMORY}
+    memory = memory_fields({key: given[key] for key in MEMORY}, given["segment_tokens"])
     if name in MODELS:
         model = MODELS[name]._replace(**memory)
     elif Path(name).is_file():
@@ -203,7 +203,7 @@ def main() -> int:
     drawn = options.timeline or options.png
     if drawn or 8 * result.grid.sp * result.grid.units <= SIMULATED_UNITS:
         name = schedule_name(model, layout)
-        report = simulate_step(name, result.grid, result.costs, KINDS[model.memory_kind])
+        report = simulate_step(name, result.grid, result.costs, model.kind.arrows)
         result = plan(model, work, layout, hardware, pipeline_s=report.makespan_s)
     print("\n".join(lines(run, result, hardware)))
     if message := pipeline_warning(result.grid):

@@ -16,9 +16,9 @@ DATA = ModelCardData(
 )
 TEXT = """# {name}
 
-An [Associative Recurrent Memory Transformer](https://arxiv.org/abs/2407.04841): a {family} of {layers} layers, width
-{width}, that reads a text in segments of {segment_tokens} tokens and carries an associative memory in every layer from
-segment to segment. Time grows linearly with the length of the text; memory does not grow. {parameters:,} parameters.
+{kind}: a {family} of {layers} layers, width {width}, that reads a text in segments of {segment_tokens} tokens and
+carries {memory} from segment to segment. Time grows linearly with the length of the text; memory does not grow.
+{parameters:,} parameters.
 
 ## Use
 
@@ -37,6 +37,18 @@ The modelling code is in this folder; it needs only `torch` and `transformers`. 
 
 {facts}
 """
+# What a model is and what it carries, by `memory_kind`; others are named by their kind.
+KINDS = {
+    "armt": (
+        "An [Associative Recurrent Memory Transformer](https://arxiv.org/abs/2407.04841)",
+        "an associative memory in every layer",
+    ),
+    "rmt": ("A [Recurrent Memory Transformer](https://arxiv.org/abs/2207.06881)", "memory tokens"),
+    "transformer_xl": (
+        "A [Transformer-XL](https://arxiv.org/abs/1901.02860)",
+        "the keys and values of its last tokens in every layer",
+    ),
+}
 # Configuration keys of the run that the card shows, and their names for people.
 SHOWN = {
     ("data", "task"): "task",
@@ -53,8 +65,11 @@ def write_model_card(path: Path, run: Path, checkpoint: Path, config: ARMTConfig
     """
     progress = read_json(checkpoint / MANIFEST).get("state", {}).get("progress", {})
     metrics = last_validation(run, progress.get("step"))
+    kind, memory = KINDS.get(config.memory_kind, (f"A transformer with memory_kind={config.memory_kind}", "a memory"))
     text = TEXT.format(
         name=run.name,
+        kind=kind,
+        memory=memory,
         family=config.base.model_type,
         layers=config.num_hidden_layers,
         width=config.hidden_size,

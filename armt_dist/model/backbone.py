@@ -21,7 +21,7 @@ class Border(NamedTuple):
     """What the layers of one segment share about its two borders; see `sliding_window`."""
 
     reach: Tensor  # [N] int64 first visible row of the window; W: none is, sliding_window.EVERYTHING: padding is too
-    seen: Tensor  # [B or 1, T] float32, what WindowState.seen says of each token to the next segment
+    seen: Tensor  # [B or 1, T] float32, what Window.seen says of each token to the next segment
     turn: tuple[Tensor, Tensor] | None  # cos, sin [c or less] of a turn by -T positions; None: no rotary positions
 
 

@@ -7,16 +7,24 @@ from transformers.activations import ACT2FN
 
 from .backbone import family_of
 from .fields import LEAST, ARMTFields
-from .memory import PlainMemory
+from .memory import OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
 from .rmt import RecurrentMemory
-from .sliding_window import WindowedMemory
+from .transformer_xl import TransformerXL
+from .windowed_memory import WindowedMemory
 
 # By `memory_kind`.
 MEMORIES = {
-    "armt": MemoryKind(PlainMemory, ("sink", "sliding_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory),
+    "armt": MemoryKind(
+        PlainMemory, ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory
+    ),
     "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
+    "transformer_xl": MemoryKind(
+        TransformerXL, ("sliding_window",), refused_fields=("d_mem", *OPTIONS), window_only=True
+    ),
 }
+MEMORY_TOKENS = 16
+"""`num_mem_tokens` where it is null and the kind has memory tokens."""
 MATHS = ("default", "paper")
 ALIGNMENTS = ("left", "right", "center")
 WINDOW_POSITIONS = ("relative", "restart")
@@ -69,6 +77,8 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.base_config, name, None))
         super().__post_init__(**kwargs)
+        self.check_values()
+        self.fill_in()
         self.check()
 
     @property
@@ -80,23 +90,40 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
     @property
     def memory_class(self) -> type[Memory]:
         """The memory that each layer owns."""
-        kind = MEMORIES[self.memory_kind]
-        return kind.windowed if self.sliding_window and kind.windowed else kind.memory
+        return self.kind.windowed if self.sliding_window and self.kind.windowed else self.kind.memory
 
     @property
     def head_rows(self) -> int:
         """Rows of a segment before its tokens: the memory rows if the last layer hands them on, else the sinks."""
-        return self.num_mem_tokens if LAST_LAYER in MEMORIES[self.memory_kind].arrows else self.sink
+        return self.memory_rows if LAST_LAYER in self.kind.arrows else self.sink
+
+    @property
+    def memory_rows(self) -> int:
+        """Rows of a segment behind its tokens: `num_mem_tokens`, which is a count once this one is built."""
+        assert self.num_mem_tokens is not None, "num_mem_tokens is null"
+        return self.num_mem_tokens
 
     @property
     def other_rows(self) -> int:
         """Rows of a segment that are not tokens."""
-        return self.head_rows + self.num_mem_tokens
+        return self.head_rows + self.memory_rows
+
+    @property
+    def kind(self) -> MemoryKind:
+        """The row of `memory_kind`."""
+        return MEMORIES[self.memory_kind]
+
+    def fill_in(self) -> None:
+        """Put the values that a kind of memory has by default in the place of null."""
+        if self.num_mem_tokens is None:
+            self.num_mem_tokens = 0 if self.kind.window_only else MEMORY_TOKENS
+        if self.sliding_window is None and self.kind.window_only:
+            self.sliding_window = self.segment_tokens
 
     def check(self) -> None:
         """Raise ValueError for the first field that does not fit."""
-        self.check_values()
         self.check_own_fields()
+        self.check_memory_tokens()
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -123,10 +150,25 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
 
     def check_own_fields(self) -> None:
         """Refuse fields that only other kinds of memory read."""
-        own = MEMORIES[self.memory_kind].own_fields
-        for name in (name for kind in MEMORIES.values() for name in kind.own_fields):
-            if name not in own and getattr(self, name) != getattr(ARMTConfig, name):
-                raise ValueError(f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}")
+        others = {name for kind in MEMORIES.values() for name in kind.own_fields} - {*self.kind.own_fields}
+        # In the order of the fields, so that the message does not vary.
+        for name in (name for name in ARMTFields.__annotations__ if name in others | {*self.kind.refused_fields}):
+            if getattr(self, name) != getattr(ARMTFields, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: means nothing to memory_kind={self.memory_kind}; leave it out"
+                )
+
+    def check_memory_tokens(self) -> None:
+        """Refuse memory tokens under a kind that has none, and their absence under one that needs them."""
+        if self.kind.window_only and self.num_mem_tokens:
+            raise ValueError(
+                f"num_mem_tokens={self.num_mem_tokens}: memory_kind={self.memory_kind} has no memory tokens; leave it "
+                "out"
+            )
+        if not self.kind.window_only and not self.num_mem_tokens:
+            raise ValueError(
+                f"num_mem_tokens=0: memory_kind={self.memory_kind} writes at its memory tokens; set at least 1"
+            )
 
     def check_base(self) -> None:
         """Refuse what would fail, or have no effect, only once the base model runs."""

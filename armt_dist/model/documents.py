@@ -45,7 +45,8 @@ def documents_of(group: Tensor) -> Documents:
 
 def apart(mask: Tensor, group: Tensor) -> Tensor:
     """Hide from each of the last queries what is of another group. mask [B or 1, 1, queries, keys], group [B, keys]."""
-    other = group[:, None, -mask.shape[2] :, None] != group[:, None, None, :]
+    queries = group[:, group.shape[1] - mask.shape[2] :]
+    other = queries[:, None, :, None] != group[:, None, None, :]
     return mask.masked_fill(other, torch.finfo(mask.dtype).min)
 
 

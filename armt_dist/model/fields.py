@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # Least values. None passes, where the field allows it.
-LEAST = {"sink": 0} | dict.fromkeys(("segment_tokens", "num_mem_tokens", "d_mem", "nu", "n_heads"), 1)
+LEAST = {"sink": 0, "num_mem_tokens": 0} | dict.fromkeys(("segment_tokens", "d_mem", "nu", "n_heads"), 1)
 LEAST |= {"sliding_window": 1, "k2": 1}
 
 
@@ -12,11 +12,12 @@ class ARMTFields:
     """Memory and segments; the docstring below a field says what it means."""
 
     memory_kind: str = "armt"
-    """Kind of memory: armt (associative memory in every layer) or rmt (recurrent memory tokens)."""
+    """Kind of memory: armt (associative, in every layer), rmt (recurrent memory tokens) or transformer_xl (none, but a
+    window of the segment before)."""
     segment_tokens: int = 512
     """T, tokens of a segment. Example: 1024"""
-    num_mem_tokens: int = 16
-    """M, learned memory rows appended to every segment. Example: 32"""
+    num_mem_tokens: int | None = None
+    """M, learned memory rows appended to every segment; null: 16, or 0 under transformer_xl. Example: 32"""
     d_mem: int = 64
     """Width of the associative memory's keys and queries. Example: 128"""
     nu: int = 3
@@ -40,10 +41,11 @@ class ARMTFields:
     sink: int = 0
     """Learned rows before the tokens of every segment. Example: 1"""
     sliding_window: int | None = None
-    """Tokens before it that a token sees across the border of its segment; null: none. Example: 512"""
+    """Tokens before it that a token sees across the border of its segment; null: none, or segment_tokens under
+    transformer_xl. Example: 512"""
     window_positions: str = "relative"
     """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
     detach_window: bool = False
-    """Whether gradients stop at the window, as in the authors' code."""
+    """Whether gradients stop at the window, as in the authors' code; under transformer_xl they always do."""
     k2: int | None = None
     """Interval in segments at which gradients through the memory rows are cut; null: never. Example: 4"""

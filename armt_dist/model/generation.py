@@ -178,7 +178,7 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
         _, rows = self.rows_around(first.state, len(first.state[0]), first.starts)
         x = self.pass_layers(rows.to(self.get_input_embeddings().get_parameter("weight").dtype), cache, write=True)
         if self.carries_rows:
-            first.state = MemoryRows.of(self.backbone.norm(x), self.config.num_mem_tokens)
+            first.state = MemoryRows.of(self.backbone.norm(x), self.config.memory_rows)
         cache.close()
 
     def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
@@ -198,17 +198,20 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
         if cache.slots[0].starts is not None:
             context = self.with_documents(context, cache.slots[0].starts, end)
         for layer, slot in zip(self.layers, cache.slots, strict=True):
-            x, own = layer.attend(x, slot.state, context._replace(cache=slot))
+            own = context._replace(cache=slot)
+            # Without memory tokens, a segment is closed without another row.
+            if x.shape[1]:
+                x, own = layer.attend(x, slot.state, own)
             if write:
                 slot.state = apply(slot.state, layer.write(x, slot.state, own))
         return x
 
     def with_documents(self, context: Context, starts: Tensor, end: int) -> Context:
         """Return the context of the last rows of an open segment, of which `end` rows exist, with its documents."""
-        group = groups(starts, self.config.head_rows, self.config.num_mem_tokens)[:, :end]
+        group = groups(starts, self.config.head_rows, self.config.memory_rows)[:, :end]
         assert context.mask is not None, "a cached pass always has a mask"
         documents = documents_of(group)
-        carried = documents.carried[:, -context.mask.shape[2] :]
+        carried = documents.carried[:, end - context.mask.shape[2] :]
         border = context.border
         border = border and border._replace(seen=self.seen_of_last(border.seen.expand(len(group), -1), group))
         mask = apart(context.mask, group)

@@ -80,7 +80,7 @@ class ARMTLayer(nn.Module):
     def cell(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, MemoryUpdate]:
         """Run one cell: one segment through this layer. [B, N, D] -> [B, N, D] and the update of the memory."""
         y, context = self.attend(x, state, context)
-        return y, self.write(y[:, -self.num_mem_tokens :], state, context)
+        return y, self.write(y[:, y.shape[1] - self.num_mem_tokens :], state, context)
 
     def attend(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Context]:
         """Read the memory and run the layer. [B, N, D] -> [B, N, D] and the context that the layer saw."""
@@ -112,8 +112,12 @@ class MemoryKind(NamedTuple):
     memory: type[Memory]
     own_fields: tuple[str, ...] = ()
     """Fields of ARMTConfig that must keep their defaults under every kind that does not list them."""
+    refused_fields: tuple[str, ...] = ()
+    """Fields of ARMTConfig that other kinds accept and that must keep their defaults under this one."""
     windowed: type[Memory] | None = None
     """What takes the place of `memory` where config.sliding_window is set; needs "sliding_window" in own_fields."""
+    window_only: bool = False
+    """Whether the window is all that is carried: there are no memory tokens, and by default it is a whole segment."""
 
     @property
     def arrows(self) -> tuple[str, ...]:

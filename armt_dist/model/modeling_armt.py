@@ -52,16 +52,16 @@ class ARMTForCausalLM(ARMTGeneration):
         # As Hugging Face does for nested models: the inner one takes the outer one's choice of attention.
         config.base._attn_implementation = config._attn_implementation
         self.base = AutoModelForCausalLM.from_config(config.base) if base is None else base
-        self.memory_tokens = MemoryTokens(config.num_mem_tokens, config.hidden_size, config.sink)
+        self.memory_tokens = MemoryTokens(config.memory_rows, config.hidden_size, config.sink)
         kind = config.memory_class
         self.carries_rows = LAST_LAYER in kind.arrows
         layers = self.backbone.layers
         for i, layer in enumerate(layers):
             memory = kind.from_config(config)
-            layers[i] = ARMTLayer(layer, memory, config.num_mem_tokens, self.backbone.family.call)
+            layers[i] = ARMTLayer(layer, memory, config.memory_rows, self.backbone.family.call)
         self.post_init()
         # Under ZeRO-3 the parameters are partitioned by now; whoever builds the model there initialises or loads them.
-        if base is None and self.memory_tokens.weight.numel():
+        if base is None and any(rows.numel() for rows in self.memory_tokens.parameters()):
             self.reset_memory()
         self.freeze()
 
@@ -134,8 +134,9 @@ class ARMTForCausalLM(ARMTGeneration):
             following.append(state)
         hidden = self.backbone.norm(x)
         if self.carries_rows:
-            following[0] = MemoryRows.of(hidden, self.config.num_mem_tokens)
-        return hidden[:, self.config.head_rows : -self.config.num_mem_tokens], following
+            following[0] = MemoryRows.of(hidden, self.config.memory_rows)
+        first = self.config.head_rows
+        return hidden[:, first : first + input_ids.shape[1]], following
 
     def forward(
         self,

@@ -40,7 +40,9 @@ class MemoryTokens(nn.Module):
 
     def __init__(self, num_mem_tokens: int, hidden_size: int, sink: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_mem_tokens, hidden_size))
+        # ZeRO-3 has no use for an empty parameter.
+        if num_mem_tokens:
+            self.weight = nn.Parameter(torch.empty(num_mem_tokens, hidden_size))
         if sink:
             self.sink = nn.Parameter(torch.empty(sink, hidden_size))
 
@@ -72,7 +74,7 @@ class SegmentRows(PreTrainedModel):
 
     def position_ids(self, tokens: int, device: torch.device) -> Tensor:
         """Number the positions of a row with `tokens` tokens. [1, H + tokens + M] int64."""
-        memory = self.config.num_mem_tokens
+        memory = self.config.memory_rows
         end = self.config.head_rows + tokens
         first = self.config.base.max_position_embeddings - memory if self.config.wrap_pos else end
         return torch.cat([torch.arange(end, device=device), torch.arange(first, first + memory, device=device)])[None]
@@ -85,9 +87,9 @@ class SegmentRows(PreTrainedModel):
         """
         tokens, batch = self.backbone.embed(input_ids), input_ids.shape[0]
         if self.carries_rows:
-            head = tail = tokens.new_zeros(batch, self.config.num_mem_tokens, tokens.shape[2])
+            head = tail = tokens.new_zeros(batch, self.config.memory_rows, tokens.shape[2])
         else:
-            head, tail = (rows.to(tokens.dtype) for rows in self.memory_tokens(batch))
+            head, tail = (rows.to(tokens.dtype) for rows in self.learned_rows(batch))
         rows = [part for segment in tokens.split(lengths, dim=1) for part in (head, segment, tail)]
         positions = torch.cat([self.position_ids(n, input_ids.device) for n in lengths], dim=1)
         return self.backbone.place(torch.cat(rows, dim=1), positions)
@@ -98,7 +100,7 @@ class SegmentRows(PreTrainedModel):
         x [B, N, D]; attention_mask [B, T], 1 at real tokens, or None; starts [B, T], true where a document begins, or
         None where none does. Raises ValueError where an attention without masks would need one.
         """
-        config, memory = self.config, self.config.num_mem_tokens
+        config, memory = self.config, self.config.memory_rows
         tokens = x.shape[1] - config.other_rows
         positions = self.position_ids(tokens, x.device)
         mask = None
@@ -134,7 +136,7 @@ class SegmentRows(PreTrainedModel):
     def border(self, tokens: int, device: torch.device) -> Border:
         """Describe the borders of a segment with `tokens` tokens, none of them padding, under a sliding window."""
         assert self.config.sliding_window, "only a model with a sliding window has borders"
-        rows = self.config.head_rows, tokens, self.config.num_mem_tokens
+        rows = self.config.head_rows, tokens, self.config.memory_rows
         seen = torch.ones(1, tokens, device=device)
         return Border(reach(rows, self.config.sliding_window, device), seen, self.backbone.turn(-tokens, device))
 
@@ -142,15 +144,22 @@ class SegmentRows(PreTrainedModel):
         """Return L empty memories; carried rows (RMT) stand in the first layer's place, where they enter."""
         states = [layer.memory.initial_state(batch, self.device) for layer in self.layers]
         if self.carries_rows:
-            states[0] = MemoryRows.empty(batch, self.config.num_mem_tokens, self.config.hidden_size, self.device)
+            states[0] = MemoryRows.empty(batch, self.config.memory_rows, self.config.hidden_size, self.device)
         return states
+
+    def learned_rows(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return the sinks [B, rows, D] and the memory rows [B, M, D]; none of either without memory tokens."""
+        if self.config.memory_rows:
+            return self.memory_tokens(batch)
+        none = torch.zeros(batch, 0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return none, none
 
     def rows_around(self, state: tuple, batch: int, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the rows before and behind a segment's tokens, [B, H, D] and [B, M, D].
 
         state: the first layer's; starts [B, T], true where a document begins: there, memory rows are not carried on.
         """
-        head, tail = self.memory_tokens(batch)
+        head, tail = self.learned_rows(batch)
         if self.carries_rows:
             head, tail = entering(MemoryRows(*state).entering(tail), tail, starts)
         return head, tail

@@ -138,7 +138,7 @@ class ScheduledLM(nn.Module):
         if before is None:
             return learned, learned
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
-            carried = self.model.backbone.norm(before[:, -config.num_mem_tokens :])
+            carried = self.model.backbone.norm(before[:, -config.memory_rows :])
         return entering(carried, learned, None if starts is None else starts.to(carried.device))
 
     def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
@@ -175,7 +175,7 @@ class ScheduledLM(nn.Module):
 
     def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
         """Compute the loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
-        targets = packed_labels(piece, self.model.config.head_rows, self.model.config.num_mem_tokens)
+        targets = packed_labels(piece, self.model.config.head_rows, self.model.config.memory_rows)
         scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
         if not len(scored):
             # Norm and head must have a gradient on every rank; a position that is not scored gives zeros.

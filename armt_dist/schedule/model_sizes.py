@@ -11,10 +11,33 @@ from typing import Any, NamedTuple
 
 from ..config import ConfigError
 from .backbone_sizes import FAMILIES, FamilySizes, Widths, base_sizes
+from .grid import ARMT_ARROWS, RMT_ARROWS, Arrow
 
 FP32_BYTES = 4
 MEMORY_KERNELS = 52
 """Operations that one read and one write of the associative memory launch, views not counted."""
+WINDOW_KERNELS, TURN_KERNELS = 20, 10
+"""Operations that a window adds to a cell, and that turning its keys adds where positions are rotary."""
+
+
+class KindSizes(NamedTuple):
+    """What a kind of memory adds to its base model."""
+
+    arrows: tuple[Arrow, ...]
+    memory_groups: int
+    """How often the M memory rows stand in a segment's row: behind its tokens, and for RMT before them too."""
+    associative: bool = False
+    """Whether every layer has W_mq, W_mk, W_mv, W_mb and a state of A and z."""
+
+
+# By `memory_kind`.
+KINDS = {
+    "armt": KindSizes(ARMT_ARROWS, 1, associative=True),
+    "rmt": KindSizes(RMT_ARROWS, 2),
+    "transformer_xl": KindSizes(ARMT_ARROWS, 0),
+}
+MEMORY_TOKENS = 16
+"""num_mem_tokens where it is not given, of a kind that has memory tokens."""
 
 
 class ModelSizes(NamedTuple):
@@ -34,7 +57,7 @@ class ModelSizes(NamedTuple):
     mlp_bias: bool = False
     hidden_act: str = "silu"
     memory_kind: str = "armt"
-    num_mem_tokens: int = 16
+    num_mem_tokens: int = MEMORY_TOKENS
     d_mem: int = 64
     nu: int = 3
     n_heads: int = 1
@@ -43,6 +66,11 @@ class ModelSizes(NamedTuple):
     sink: int = 0
     sliding_window: int = 0
     """Rows of keys and values that stay visible across a segment border; 0: none."""
+
+    @property
+    def kind(self) -> KindSizes:
+        """The row of its kind of memory."""
+        return KINDS[self.memory_kind]
 
     @property
     def family(self) -> FamilySizes:
@@ -66,7 +94,8 @@ class ModelSizes(NamedTuple):
     @property
     def kernels(self) -> int:
         """Operations that one forward of a cell launches."""
-        return self.family.kernels + (0 if self.memory_kind == "rmt" else MEMORY_KERNELS)
+        window = WINDOW_KERNELS + (0 if self.family.learned_positions else TURN_KERNELS)
+        return self.family.kernels + MEMORY_KERNELS * self.kind.associative + window * (self.sliding_window > 0)
 
     @property
     def features(self) -> int:
@@ -75,8 +104,8 @@ class ModelSizes(NamedTuple):
 
     @property
     def memory_tensors(self) -> list[int]:
-        """Elements of W_mq, W_mk, W_mv, W_mb and the bias of W_mb; RMT has none."""
-        if self.memory_kind == "rmt":
+        """Elements of W_mq, W_mk, W_mv, W_mb and the bias of W_mb, if it has them."""
+        if not self.kind.associative:
             return []
         d, strengths = self.hidden_size, self.hidden_size if self.gating else self.n_heads
         return [d * self.d_mem, d * self.d_mem, d * d, d * strengths, strengths]
@@ -92,7 +121,7 @@ class ModelSizes(NamedTuple):
         d = self.hidden_size
         positions = [self.max_position_embeddings * d] if self.family.learned_positions else []
         head = [] if self.tie_word_embeddings else [self.vocab_size * d]
-        rows = [self.num_mem_tokens * d, *([self.sink * d] if self.sink else [])]
+        rows = [count * d for count in (self.num_mem_tokens, self.sink) if count]
         return [self.vocab_size * d, *positions, *[d] * self.family.norm_vectors, *head, *rows]
 
     @property
@@ -126,10 +155,14 @@ class ModelSizes(NamedTuple):
 
     @property
     def state_bytes(self) -> int:
-        """One state of one sequence, fp32: A, z and the window (ARMT, per layer); M rows of hidden states (RMT)."""
-        if self.memory_kind == "rmt":
-            return self.num_mem_tokens * self.hidden_size * FP32_BYTES
-        return self.associations * FP32_BYTES + self.window_bytes
+        """One layer's state of one sequence, fp32: A and z, if it has them, and the window."""
+        return self.associations * FP32_BYTES * self.kind.associative + self.window_bytes
+
+    @property
+    def carried_bytes(self) -> int:
+        """Memory rows that pass from the last layer of a segment to the first of the next (RMT), of one sequence."""
+        carried = Arrow.LAST_LAYER in self.kind.arrows
+        return self.num_mem_tokens * self.hidden_size * FP32_BYTES * carried
 
     @property
     def associations(self) -> int:
@@ -144,7 +177,8 @@ class ModelSizes(NamedTuple):
     @property
     def update_bytes(self) -> int:
         """What one segment does to a state, fp32: k, beta (v - v_bar), gamma of rank M, and the window anew."""
-        return self.num_mem_tokens * (self.features + self.hidden_size + self.n_heads) * FP32_BYTES + self.window_bytes
+        rank_m = self.num_mem_tokens * (self.features + self.hidden_size + self.n_heads) * FP32_BYTES
+        return rank_m * self.kind.associative + self.window_bytes
 
 
 def llama_sizes(hidden: int, layers: int, keys: int, intermediate: int, tied: bool) -> ModelSizes:
@@ -184,7 +218,7 @@ class StepWork(NamedTuple):
 
 def row_tokens(model: ModelSizes, work: StepWork) -> int:
     """Positions of one segment as the layers see it."""
-    return work.segment_tokens + model.num_mem_tokens * (2 if model.memory_kind == "rmt" else 1) + model.sink
+    return work.segment_tokens + model.num_mem_tokens * model.kind.memory_groups + model.sink
 
 
 def cell_flops(model: ModelSizes, work: StepWork) -> float:
@@ -192,7 +226,7 @@ def cell_flops(model: ModelSizes, work: StepWork) -> float:
     tokens = row_tokens(model, work)
     attention = 4 * tokens * (tokens + model.sliding_window) * model.widths.queries
     backbone = 2 * tokens * sum(model.family.layer(model.widths))
-    if model.memory_kind == "rmt":
+    if not model.kind.associative:
         return backbone + attention
     d, strengths = model.hidden_size, model.hidden_size if model.gating else model.n_heads
     read = 2 * tokens * (d * model.d_mem + model.associations)
@@ -207,10 +241,26 @@ def model_sizes(config: Mapping[str, Any], memory: Mapping[str, Any]) -> ModelSi
     Raises ConfigError naming a field that does not fit.
     """
     sizes = ModelSizes(**base_sizes(config), **memory)
-    for field in ("num_mem_tokens", "d_mem", "nu", "n_heads"):
+    for field in ("d_mem", "nu", "n_heads", *["num_mem_tokens"] * (sizes.kind.memory_groups > 0)):
         if getattr(sizes, field) < 1:
             raise ConfigError(f"{field}={getattr(sizes, field)}: must be at least 1")
     for field in ("d_mem", "hidden_size"):
         if getattr(sizes, field) % sizes.n_heads:
             raise ConfigError(f"n_heads={sizes.n_heads} does not divide {field}={getattr(sizes, field)}; try n_heads=1")
     return sizes
+
+
+def memory_fields(given: Mapping[str, Any], segment_tokens: int) -> dict[str, Any]:
+    """Put what a kind of memory has by default in the place of None, as ARMTConfig does.
+
+    given: memory_kind, num_mem_tokens, sliding_window and others. Raises ConfigError for an unknown kind, and for
+    memory tokens of a kind that has none.
+    """
+    kind, tokens = given["memory_kind"], given["num_mem_tokens"]
+    if kind not in KINDS:
+        raise ConfigError(f"memory_kind={kind}: unknown; known here: {', '.join(KINDS)}")
+    if KINDS[kind].memory_groups:
+        return {**given, "num_mem_tokens": MEMORY_TOKENS if tokens is None else tokens}
+    if tokens:
+        raise ConfigError(f"num_mem_tokens={tokens}: memory_kind={kind} has no memory tokens; leave it out")
+    return {**given, "num_mem_tokens": 0, "sliding_window": given["sliding_window"] or segment_tokens}

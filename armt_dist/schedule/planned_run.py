@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ConfigError, one_line
-from .model_sizes import ModelSizes, StepWork, model_sizes
-from .planner import KINDS, STATES, Layout
+from .model_sizes import KINDS, ModelSizes, StepWork, memory_fields, model_sizes
+from .planner import STATES, Layout
 from .program import SCHEDULES
 
 DS_CONFIG = "ds_config"
@@ -32,7 +32,7 @@ KEYS = {
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
 }
 # Defaults of ARMTConfig and of the data sections; tests compare them with the classes.
-MEMORY_COUNTS = {"num_mem_tokens": 16, "d_mem": 64, "nu": 3, "n_heads": 1}
+MEMORY_COUNTS = {"d_mem": 64, "nu": 3, "n_heads": 1}
 SEGMENT_TOKENS = 512
 SEQUENCE_TOKENS = 8192
 RETRIEVAL = {"key_length": 1, "value_length": 1, "symbols": 16}
@@ -113,6 +113,11 @@ def count(tree: Mapping, name: str, path: str, default: int | None, least: int =
     return value
 
 
+def optional_count(tree: Mapping, name: str, path: str) -> int | None:
+    """An integer of at least 0, or None where it is left out. Raises ConfigError for another value."""
+    return None if tree.get(name) is None else count(tree, name, path, None, least=0)
+
+
 def choice(tree: Mapping, name: str, path: str, known: Iterable[Any]) -> Any:
     """One of `known`, the first where it is left out. Raises ConfigError for another value."""
     known = list(known)
@@ -183,7 +188,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         min(count(parallel, "chunks", "parallel.", 1), sizes.micro),
         choice(parallel, "schedule", "parallel.", (None, *SCHEDULES)),
     )
-    return PlannedRun(read_model(section(trees.run, "model", ""), samples.vocab_size), work, layout)
+    return PlannedRun(read_model(section(trees.run, "model", ""), samples), work, layout)
 
 
 class BatchSizes(NamedTuple):
@@ -286,7 +291,7 @@ def longest_stage(run: Mapping[str, Any], unit: str) -> int:
     return max(count(stage, unit, f"curriculum.{i}.", None) for i, stage in enumerate(stages))
 
 
-def read_model(model: Mapping[str, Any], vocab_size: int | None) -> ModelSizes:
+def read_model(model: Mapping[str, Any], samples: Samples) -> ModelSizes:
     """Sizes from the model section; a random base takes its vocabulary from the tokenizer unless it says its own."""
     base, base_config = model.get("base"), section(model, "base_config", "model.")
     if (base is None) == (not base_config):
@@ -297,23 +302,21 @@ def read_model(model: Mapping[str, Any], vocab_size: int | None) -> ModelSizes:
             # An export: its fields hold unless the section changes them.
             model = {**found, **{key: value for key, value in model.items() if value is not None}}
             found = section(found, "base_config", f"model.base={base}: ")
-    elif vocab_size is None and base_config.get("vocab_size") is None:
+    elif samples.vocab_size is None and base_config.get("vocab_size") is None:
         raise ConfigError(
             "model.base_config.vocab_size: missing, and the tokenizer's size is known only when it is loaded; add "
             "model.base_config.vocab_size=N"
         )
     else:
-        found = {"vocab_size": vocab_size, **base_config}
-    kind = choice(model, "memory_kind", "model.", KINDS)
-    return model_sizes(
-        found,
-        {
-            "memory_kind": kind,
-            **{name: count(model, name, "model.", default) for name, default in MEMORY_COUNTS.items()},
-            **{name: flag(model, name, "model.") for name in ("gating", "freeze_mem")},
-            **{name: count(model, name, "model.", 0, least=0) for name in ("sink", "sliding_window")},
-        },
-    )
+        found = {"vocab_size": samples.vocab_size, **base_config}
+    memory = {
+        "memory_kind": choice(model, "memory_kind", "model.", KINDS),
+        **{name: count(model, name, "model.", default) for name, default in MEMORY_COUNTS.items()},
+        **{name: flag(model, name, "model.") for name in ("gating", "freeze_mem")},
+        **{name: count(model, name, "model.", 0, least=0) for name in ("sink", "sliding_window")},
+        "num_mem_tokens": optional_count(model, "num_mem_tokens", "model."),
+    }
+    return model_sizes(found, memory_fields(memory, samples.segment_tokens))
 
 
 def read_base(base: str) -> dict:

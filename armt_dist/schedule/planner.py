@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
-from .grid import ARMT_ARROWS, RMT_ARROWS, Grid, check_grid, efficiency_bound, prefetch_window
+from .grid import Grid, check_grid, efficiency_bound, prefetch_window
 from .hardware import H100, Hardware, estimate_s, unit_costs, update_s
-from .model_sizes import ModelSizes, StepWork, cell_flops
+from .model_sizes import KINDS, ModelSizes, StepWork, cell_flops
 from .program import default_schedule, fit_grid
 from .simulator import Costs
 from .step_memory import Held, gpu_bytes, host_bytes
 
 STATES = ("store", "rebuild", "recompute")
-KINDS = {"armt": ARMT_ARROWS, "rmt": RMT_ARROWS}
 MAY_BE_ZERO = (
     *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
     "stage3_param_persistence_threshold",
@@ -72,9 +71,12 @@ class Plan(NamedTuple):
 
 def validate(model: ModelSizes, work: StepWork, layout: Layout) -> Grid:
     """The grid of a layout. Raises ConfigError naming field, value and remedy."""
+    if model.memory_kind not in KINDS:
+        raise ConfigError(f"memory_kind={model.memory_kind}: unknown; known here: {', '.join(KINDS)}")
+    may_be_zero = (*MAY_BE_ZERO, *["num_mem_tokens"] * (model.kind.memory_groups == 0))
     for section in (model, work, layout):
         for field, value in section._asdict().items():
-            if type(value) is int and value < 1 and field not in MAY_BE_ZERO:
+            if type(value) is int and value < 1 and field not in may_be_zero:
                 raise ConfigError(f"{field}={value}: must be at least 1")
     if work.sequence_tokens % work.segment_tokens:
         wanted = work.segment_tokens
@@ -84,12 +86,10 @@ def validate(model: ModelSizes, work: StepWork, layout: Layout) -> Grid:
         raise ConfigError(f"chunks={layout.chunks} is more than micro_batch={work.micro_batch}; try chunks=1")
     if work.states not in STATES:
         raise ConfigError(f"states={work.states}: unknown; known here: {', '.join(STATES)}")
-    if model.memory_kind not in KINDS:
-        raise ConfigError(f"memory_kind={model.memory_kind}: unknown; known here: {', '.join(KINDS)}")
     segments = work.sequence_tokens // work.segment_tokens
     grid = Grid(segments, model.num_hidden_layers, layout.sp, layout.rounds, layout.chunks)
     check_grid(grid)
-    return fit_grid(schedule_name(model, layout), grid, KINDS[model.memory_kind])
+    return fit_grid(schedule_name(model, layout), grid, model.kind.arrows)
 
 
 def divisors(n: int) -> list[int]:
@@ -100,7 +100,7 @@ def divisors(n: int) -> list[int]:
 def schedule_name(model: ModelSizes, layout: Layout | None = None) -> str:
     """The schedule that a run of this layout carries out."""
     asked = layout.schedule if layout else None
-    return asked or default_schedule(KINDS[model.memory_kind])
+    return asked or default_schedule(model.kind.arrows)
 
 
 def plan(
@@ -122,7 +122,7 @@ def plan(
     cell = work.micro_batch * cell_flops(model, work)
     cells, head_flops = grid.segments / grid.sp * grid.layers, output_flops(model, work, grid)
     gathered, reduced = traffic_bytes(model, work, grid, world)
-    handoffs = 2 * grid.rounds * (grid.layers if model.memory_kind == "armt" else 1) if grid.sp > 1 else 0
+    handoffs = 2 * grid.rounds * grid.layers if grid.sp > 1 else 0
     state_bytes = work.micro_batch * model.state_bytes
     passes = work.accumulation
     return Plan(

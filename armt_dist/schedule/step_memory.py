@@ -177,15 +177,14 @@ def states_bytes(held: Held, rerun: bool) -> float:
     `rerun`: with the states that the layer in progress makes anew from its updates or its first state.
     """
     model, block, rounds = held.model, held.block, held.grid.rounds
-    if model.memory_kind == "rmt":
-        return rounds * model.state_bytes
     kept = {
         "store": block * model.state_bytes,
         "rebuild": model.state_bytes + block * model.update_bytes,
         "recompute": model.state_bytes,
     }
     anew = {"store": 0, "rebuild": 2 * math.isqrt(block), "recompute": block}
-    return held.grid.layers * rounds * kept[held.work.states] + rerun * anew[held.work.states] * model.state_bytes
+    layers = held.grid.layers * rounds * kept[held.work.states] + rerun * anew[held.work.states] * model.state_bytes
+    return layers + rounds * model.carried_bytes
 
 
 def reduction_bytes(held: Held) -> dict[str, float]:
@@ -219,8 +218,8 @@ def cell_bytes(held: Held) -> float:
     read, rest = read_graph_bytes(model, work), backbone_graph_bytes(model, work)
     mlp_gradients = (2 * model.intermediate_size + 2 * model.hidden_size) * work.dtype_bytes
     output = model.hidden_size * work.dtype_bytes
-    # Two new states, two gradients; RMT's layers have none.
-    states = 4 * held.chunk_rows * model.state_bytes if model.memory_kind == "armt" else 0
+    # Two new states, two gradients.
+    states = 4 * held.chunk_rows * model.state_bytes
     layer = model.trainable_layer_parameters
     sums = layer * FP32_BYTES if held.block > 1 else 0
     down = model.intermediate_size * model.hidden_size + (0 if model.freeze_mem else sum(model.memory_tensors[1:]))
@@ -231,7 +230,7 @@ def cell_bytes(held: Held) -> float:
 
 def read_graph_bytes(model: ModelSizes, work: StepWork) -> float:
     """What autograd keeps of the memory's read, per position: features and what they repeat, values, the sum."""
-    if model.memory_kind == "rmt":
+    if not model.kind.associative:
         return 0
     repeated = 2 * model.d_mem * (1 + math.ceil(model.nu * model.n_heads / (2 * model.d_mem)))
     return FP32_BYTES * (model.features + repeated + model.hidden_size) + model.hidden_size * work.dtype_bytes
@@ -256,7 +255,7 @@ def backbone_graph_bytes(model: ModelSizes, work: StepWork) -> float:
 def write_graph_bytes(held: Held) -> float:
     """What autograd keeps of the memory's write, of M positions a sequence."""
     model = held.model
-    if model.memory_kind == "rmt":
+    if not model.kind.associative:
         return 0
     width = model.features + 4 * model.d_mem + 4 * model.hidden_size
     return held.chunk_rows * model.num_mem_tokens * width * FP32_BYTES

@@ -98,6 +98,7 @@ def armt_key(path: str, name: str, doc: str) -> Key:
     limits += [", ".join(KNOWN[name])] if name in KNOWN else []
     owners = [kind for kind, memory in MEMORIES.items() if name in memory.own_fields]
     limits += [f"only memory_kind={', '.join(owners)}"] if owners else []
+    limits += [f"not memory_kind={kind}" for kind, memory in MEMORIES.items() if name in memory.refused_fields]
     description, example = split_doc(doc)
     others = [choice for choice in KNOWN.get(name, ()) if choice != default]
     example = example or (others[0] if others else other_value(annotation, default))

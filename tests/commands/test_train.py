@@ -90,9 +90,16 @@ def test_a_finished_run_is_left_as_it_is(runs):
     assert (runs / "whole/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("memory", [["model.memory_kind=rmt"], ["parallel.schedule=segment_major"]], ids=" ".join)
-def test_segment_by_segment(memory, tmp_path):
-    """The other schedule, with everything that looks at its cells, to a model that is evaluated."""
+OTHERS = {
+    "rmt": ["model.memory_kind=rmt"],
+    "segment_major": ["parallel.schedule=segment_major"],
+    "transformer_xl": ["model.memory_kind=transformer_xl", "model.num_mem_tokens=null", "model.d_mem=null"],
+}
+
+
+@pytest.mark.parametrize("memory", OTHERS.values(), ids=OTHERS)
+def test_other_memories_and_schedules(memory, tmp_path):
+    """With everything that looks at their cells, to a model that is evaluated."""
     watched = ["digests=true", "profile=true", "train.log_every=1"]
     few = ["curriculum=[{pairs: 5, steps: 3}]", "train.validation_steps=1", "model.base_config.n_positions=32"]
     result = train("--ds_config", FP32, "--out", tmp_path / "run", *few, *watched, *memory)

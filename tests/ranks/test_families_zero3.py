@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import BASES
+from support.models import BASES, accepted
 from support.ranks import spawn
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def train(ranks, root):
     for name, (family, options) in RUNS.items():
         base = {"model_type": family, **BASES[family]}
         config = {
-            "model": {"base_config": base, "num_mem_tokens": 2, "d_mem": 4, **options},
+            "model": {"base_config": base, **accepted(**options, num_mem_tokens=2, d_mem=4), **options},
             "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
             "train": {"save_every": 2, "validate_every": 2, "validation_steps": 1},
             "curriculum": [{"pairs": 2, "steps": 2}],

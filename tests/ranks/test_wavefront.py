@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from support import golden
-from support.models import small_model
+from support.models import accepted, small_model
 from support.oracle import oracle, random_batch, random_starts, shifted
 from support.ranks import spawn
 
@@ -34,7 +34,7 @@ GOLDEN_WORLDS = (2, 4)
 # World -> layout and accumulation steps of the AdamW steps.
 ADAMW = {2: ((2, 2, 1), 1), 4: ((2, 2, 2), 2)}
 ADAMW_STEPS = 4
-WINDOW = dict(sliding_window=6, sink=1)
+WINDOWS = {"window": dict(sliding_window=6, sink=1), "transformer_xl": dict(memory_kind="transformer_xl")}
 # Of two ranks.
 WINDOW_LAYOUT = (2, 2, 2)
 # Less than the norm of any step's gradient.
@@ -184,7 +184,7 @@ def run_all(ranks, folders):
     """Everything of one world, so that its processes are started once. From rank 0."""
     found = run_layouts(ranks, folders / "random"), run_golden(ranks, folders), run_adamw(ranks, folders / "random")
     if ranks.world_size == 2:
-        found = *found, run_window(ranks, folders / "window")
+        found = *found, {name: run_window(ranks, folders / name) for name in WINDOWS}
     return found if ranks.rank == 0 else None
 
 
@@ -196,7 +196,8 @@ def folders(tmp_path_factory):
     """The models as Hugging Face folders."""
     root = tmp_path_factory.mktemp("models")
     random_model().save_pretrained(root / "random")
-    random_model(**WINDOW).save_pretrained(root / "window")
+    for name, options in WINDOWS.items():
+        random_model(**options).save_pretrained(root / name)
     for name in LONG_ENOUGH:
         golden.load_model(name).save_pretrained(root / name)
     return root
@@ -217,7 +218,8 @@ def results(folders):
 
 def random_model(**options):
     """One whose own rounding, of rows one by one instead of together, stays far below the tolerances."""
-    return small_model(d_mem=16, base=dict(num_hidden_layers=3, initializer_range=0.1), **options)
+    sizes = accepted(options.get("memory_kind", "armt"), d_mem=16)
+    return small_model(base=dict(num_hidden_layers=3, initializer_range=0.1), **sizes, **options)
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
@@ -242,18 +244,20 @@ def test_golden_cases(world, results):
         golden.assert_gradients(gradients, golden.golden_gradients(case), where)
 
 
-def test_a_window_is_handed_on(results):
-    """Its gradient comes back, too: the loss of a rank's first segment depends on the other rank's last keys."""
-    loss, gradients = oracle(random_model(**WINDOW), *batch_for(1))
-    found = results(2)[3][0]
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_is_handed_on(name, results):
+    """With its gradient, unless it is detached: a rank's first segment reads the other rank's last keys and values."""
+    loss, gradients = oracle(random_model(**WINDOWS[name]), *batch_for(1))
+    found = results(2)[3][name][0]
     golden.assert_close("loss", found[0], loss, golden.TOLERANCES["loss"])
     golden.assert_gradients(found[1], gradients)
 
 
-def test_packed_documents_on_two_ranks(results):
+@pytest.mark.parametrize("name", WINDOWS)
+def test_packed_documents_on_two_ranks(name, results):
     batch = batch_for(1)
-    loss, gradients = oracle(random_model(**WINDOW), *batch, random_starts(batch[0]))
-    found = results(2)[3][1]
+    loss, gradients = oracle(random_model(**WINDOWS[name]), *batch, random_starts(batch[0]))
+    found = results(2)[3][name][1]
     golden.assert_close("loss", found[0], loss, golden.TOLERANCES["loss"])
     golden.assert_gradients(found[1], gradients)
 

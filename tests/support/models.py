@@ -4,7 +4,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from armt_dist.model.backbone import FAMILIES
-from armt_dist.model.configuration_armt import ARMTConfig
+from armt_dist.model.configuration_armt import MEMORIES, ARMTConfig
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 
 # What every family has; a family takes those fields that its configuration knows.
@@ -41,6 +41,13 @@ def tiny_base(family):
 BASES = {family: tiny_base(family) for family in FAMILIES}
 
 
+def accepted(memory_kind="armt", **fields):
+    """Return those fields of ARMTConfig that a kind of memory accepts: one without memory tokens takes no number."""
+    row = MEMORIES[memory_kind]
+    refused = {*row.refused_fields, *["num_mem_tokens"] * row.window_only}
+    return {name: value for name, value in fields.items() if name not in refused}
+
+
 def small_model(family="llama", seed=0, base=None, **options):
     """Build a random model whose memory matters from the start: what is zero in a fresh memory is random here.
 
@@ -48,7 +55,8 @@ def small_model(family="llama", seed=0, base=None, **options):
     """
     torch.manual_seed(seed)
     base = {"model_type": family, **BASES[family], **(base or {})}
-    config = ARMTConfig(base_config=base, **{"segment_tokens": 8, "num_mem_tokens": 3, "d_mem": 4, **options})
+    sizes = accepted(options.get("memory_kind", "armt"), segment_tokens=8, num_mem_tokens=3, d_mem=4)
+    config = ARMTConfig(base_config=base, **{**sizes, **options})
     model = ARMTForCausalLM(config)
     for layer in model.backbone.layers:
         for parameter in layer.memory.parameters():

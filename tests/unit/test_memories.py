@@ -17,6 +17,7 @@ from support.golden import (
 )
 from support.models import small_model
 from support.oracle import oracle, random_batch, scheduled_loss
+from support.window_oracle import unwrapped
 
 from armt_dist import reference
 from armt_dist.config import ConfigError
@@ -64,13 +65,6 @@ def banded(tokens, window):
     near = (query // SEGMENT == key // SEGMENT) | (query - key <= window)
     near &= query // SEGMENT - key // SEGMENT <= 1
     return torch.zeros(tokens, tokens).masked_fill(~(near & (key <= query)), torch.finfo(torch.float32).min)[None, None]
-
-
-def unwrapped(model):
-    """A copy of the base model as Hugging Face makes it."""
-    base = type(model.base)._from_config(model.base.config).eval()
-    base.load_state_dict({name.replace(".layer.", "."): t for name, t in model.base.state_dict().items()}, strict=False)
-    return base
 
 
 @pytest.mark.parametrize("window", [1, 5, SEGMENT])

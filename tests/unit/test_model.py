@@ -219,6 +219,7 @@ def test_the_configuration_names_no_limit_of_length(tmp_path):
 # --- bad configurations -------------------------------------------------------------------------------------------
 
 MEMORY = dict(segment_tokens=16, num_mem_tokens=3, d_mem=4)
+XL = dict(memory_kind="transformer_xl", num_mem_tokens=None, d_mem=64)
 
 BAD_CONFIGS = {
     "segment_tokens=0": dict(segment_tokens=0),
@@ -260,6 +261,15 @@ BAD_CONFIGS = {
     "sink=1: means nothing to memory_kind=rmt": dict(memory_kind="rmt", sink=1),
     "k2=2: means nothing to memory_kind=armt": dict(k2=2),
     "k2=0": dict(memory_kind="rmt", k2=0),
+    "num_mem_tokens=0: memory_kind=rmt writes": dict(memory_kind="rmt", num_mem_tokens=0),
+    "num_mem_tokens=-1": dict(num_mem_tokens=-1),
+    "num_mem_tokens=3: memory_kind=transformer_xl has no": dict(memory_kind="transformer_xl", d_mem=64),
+    "d_mem=4: means nothing to memory_kind=transformer_xl": dict(memory_kind="transformer_xl", num_mem_tokens=0),
+    "use_denom=False: means nothing to memory_kind=transformer_xl": dict(**XL, use_denom=False),
+    "sink=1: means nothing to memory_kind=transformer_xl": dict(**XL, sink=1),
+    "detach_window=True: means nothing to memory_kind=transformer_xl": dict(**XL, detach_window=True),
+    "k2=2: means nothing to memory_kind=transformer_xl": dict(**XL, k2=2),
+    "sliding_window=17: only the segment before is kept": dict(**XL, sliding_window=17),
     "segment_tokens=60 + 2 x num_mem_tokens=6 = 66": dict(base="gpt2", memory_kind="rmt", segment_tokens=60),
     "segment_tokens=60 + sink=2 + num_mem_tokens=3 = 65": dict(base="gpt2", sink=2, segment_tokens=60),
 }

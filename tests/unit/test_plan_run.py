@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from support.commands import run_script
-from support.models import BASES, small_model
+from support.models import BASES, accepted, small_model
 from support.paths import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
@@ -26,7 +26,7 @@ from armt_dist.runtime.sections import BPTTConfig, ParallelConfig
 from armt_dist.schedule import backbone_sizes, planned_run
 from armt_dist.schedule.calibration import calibrated, read_run
 from armt_dist.schedule.hardware import CPU
-from armt_dist.schedule.model_sizes import ModelSizes, model_sizes
+from armt_dist.schedule.model_sizes import ModelSizes, memory_fields, model_sizes
 from armt_dist.schedule.planner import plan
 from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3.partitioned_model import armt_config, token_fields
@@ -42,7 +42,16 @@ MEMORIES = {
     "frozen": {"freeze_mem": True},
     "window": {"sliding_window": 4},
     "rmt": {"memory_kind": "rmt"},
+    "transformer_xl": {"memory_kind": "transformer_xl"},
+    "transformer_xl of 3 tokens": {"memory_kind": "transformer_xl", "sliding_window": 3},
 }
+
+
+def with_counts(memory):
+    """The options of one of MEMORIES with small counts, and the planner's fields of the same."""
+    options = {**accepted(MEMORIES[memory].get("memory_kind", "armt"), d_mem=4, num_mem_tokens=3), **MEMORIES[memory]}
+    given = {"memory_kind": "armt", "num_mem_tokens": None, "sliding_window": 0, **options}
+    return options, memory_fields(given, segment_tokens=8)
 
 
 def planned(path, overrides=(), world=1, ds_config=ZERO3):
@@ -61,14 +70,33 @@ def test_every_family_has_a_row():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_built_model(family, memory, tied):
     base = {"model_type": family, **BASES[family], "tie_word_embeddings": tied}
-    options = {"d_mem": 4, "num_mem_tokens": 3, **MEMORIES[memory]}
+    options, fields = with_counts(memory)
     with torch.device("meta"):
         model = ARMTForCausalLM(ARMTConfig(base_config=base, segment_tokens=8, **options))
-    sizes = model_sizes(base, options)
+    sizes = model_sizes(base, fields)
     layer = model.backbone.layers[0]
     assert sorted(sizes.layer_tensors) == sorted(p.numel() for p in layer.parameters())
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
     assert sizes.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_states_and_updates_are_as_large_as_planned(memory):
+    options, fields = with_counts(memory)
+    model = small_model("qwen3", **options)
+    sizes = model_sizes({"model_type": "qwen3", **BASES["qwen3"]}, fields)
+    x, state = torch.randn(1, 8 + model.config.other_rows, 32), model.layers[0].memory.initial_state(1, "cpu")
+    _, update = model.layers[0].cell(x, state, model.context(x, None))
+    assert sizes.state_bytes == elements(state) * 4
+    assert sizes.update_bytes == elements(update) * 4
+    carried = model.initial_states(1)[0] if memory == "rmt" else ()
+    # The mark that the rows are written is not counted.
+    assert sizes.carried_bytes == max(0, elements(carried) - 1) * 4
+
+
+def elements(nested):
+    """Numbers in all tensors of nested tuples."""
+    return nested.numel() if isinstance(nested, torch.Tensor) else sum(map(elements, nested))
 
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
@@ -106,17 +134,18 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["armt", "rmt"])
+@pytest.mark.parametrize("memory", ["armt", "window", "rmt", "transformer_xl"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cell_launches_as_many_kernels_as_planned(family, kind):
-    model = small_model(family, memory_kind=kind).eval()
+def test_a_cell_launches_as_many_kernels_as_planned(family, memory):
+    options, fields = with_counts(memory)
+    model = small_model(family, **options).eval()
     layer, x = model.backbone.layers[0], torch.randn(1, 8 + model.config.other_rows, 32)
     context, state = model.context(x, None), layer.memory.initial_state(1, "cpu")
     with torch.no_grad(), Kernels() as kernels:
         layer.cell(x, state, context)
     base = {"model_type": family, **BASES[family]}
     # Versions of torch and transformers differ by an operation or two.
-    assert kernels.count == pytest.approx(model_sizes(base, {"memory_kind": kind, "d_mem": 4}).kernels, abs=4)
+    assert kernels.count == pytest.approx(model_sizes(base, fields).kernels, abs=4)
 
 
 def test_sizes_use_the_names_of_armt_config():

@@ -8,8 +8,8 @@ from support.commands import run_script
 from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, StepWork, model_sizes
-from armt_dist.schedule.planner import KINDS, Layout, candidates, choose, fits, plan, schedule_name
+from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
+from armt_dist.schedule.planner import Layout, candidates, choose, fits, plan, schedule_name
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
 
@@ -18,7 +18,7 @@ SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]
 
 def simulated(model, work, layout):
     result = plan(model, work, layout)
-    report = simulate_step(schedule_name(model), result.grid, result.costs, KINDS[model.memory_kind])
+    report = simulate_step(schedule_name(model), result.grid, result.costs, model.kind.arrows)
     return plan(model, work, layout, pipeline_s=report.makespan_s), report
 
 
@@ -148,6 +148,20 @@ def test_the_choice_shares_a_sequence_only_when_it_must():
     assert choose(LARGE._replace(memory_kind="rmt"), StepWork(2**15), 8)[1].sp == 1
 
 
+def test_transformer_xl_hands_on_a_window_and_has_no_memory():
+    work, layout = StepWork(16 * 1024), Layout(2, 4)
+    memory = {"memory_kind": "transformer_xl", "num_mem_tokens": None, "sliding_window": 0}
+    model = SMALL._replace(**memory_fields(memory, work.segment_tokens))
+    assert (model.num_mem_tokens, model.sliding_window) == (0, 1024)
+    assert model.parameters == 1_235_814_400
+    result, report = simulated(model, work, layout)
+    # Keys and values of 8 heads of 64, and a mark for each token.
+    assert result.handoff_unit_bytes == 1024 * (2 * 8 * 64 + 1) * 4
+    assert plan(model, work, layout).step_s == pytest.approx(result.step_s, rel=0.01)
+    with pytest.raises(ConfigError, match="num_mem_tokens=4: memory_kind=transformer_xl has no memory tokens; leave"):
+        memory_fields({**memory, "num_mem_tokens": 4}, 1024)
+
+
 @pytest.mark.parametrize(
     ("model", "work", "layout", "message"),
     [
@@ -160,7 +174,7 @@ def test_the_choice_shares_a_sequence_only_when_it_must():
             SMALL._replace(memory_kind="lstm"),
             StepWork(4096),
             Layout(),
-            "memory_kind=lstm: unknown; known here: armt, rmt",
+            "memory_kind=lstm: unknown; known here: armt, rmt, transformer_xl",
         ),
         (SMALL._replace(memory_kind="rmt"), StepWork(4096), Layout(sp=2), "sp=2: schedule=segment_major"),
     ],

@@ -25,7 +25,12 @@ def draw_model(random):
     family = random.choice(list(FAMILIES))
     options = {"segment_tokens": random.choice([3, 5, 8]), "num_mem_tokens": random.randint(1, 4)}
     options["segment_alignment"] = random.choice(["left", "left", "right", "center"])
-    if random.random() < 0.25:
+    kind = random.choices(["armt", "rmt", "transformer_xl"], [4, 2, 1])[0]
+    if kind == "transformer_xl":
+        window = random.choice([None, random.randint(1, options["segment_tokens"])])
+        del options["num_mem_tokens"]
+        return family, options | {"memory_kind": kind, "sliding_window": window}
+    if kind == "rmt":
         options["memory_kind"] = "rmt"
         if family == "gpt2":
             options["wrap_pos"] = random.random() < 0.5
