@@ -45,7 +45,7 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch)
     armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
     grid = Grid(1, armt.num_hidden_layers, mesh.sp, config.parallel.rounds, config.parallel.chunks)
-    check_states_fit(config, armt, ranks, device)
+    check_states_fit(config, ds_config, armt, ranks, device)
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
@@ -58,7 +58,7 @@ def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: 
     return Setup(batches, prepared, resuming)
 
 
-def check_states_fit(config: RunConfig, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:
+def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:
     """Check that parameters, gradients and optimizer states fit on the device. Raises ConfigError.
 
     What a step needs besides is not known well enough to refuse a run for it. Tasks of extensions are not planned.
@@ -66,7 +66,7 @@ def check_states_fit(config: RunConfig, armt: ARMTConfig, ranks: Ranks, device: 
     if config.data.options is not None:
         return
     model = {name: getattr(armt, name) for name in ARMTFields.__annotations__} | {"base_config": armt.base.to_dict()}
-    planned = planned_run(RunTree(resolved(config) | {"model": model}, config.ds_config), ranks.world_size)
+    planned = planned_run(RunTree(resolved(config) | {"model": model}, ds_config), ranks.world_size)
     grid = Grid(1, armt.num_hidden_layers, 1)
     held = resident_bytes(Held(planned.model, planned.work, grid, ranks.world_size, 0, device.type))
     need = sum(held[name] for name in STATES)
