@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 from .backbone import family_of
 from .fields import LEAST, ARMTFields
-from .memory import OPTIONS, PlainMemory
+from .memory import LEARNED, OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
 from .rmt import RecurrentMemory
 from .transformer_xl import TransformerXL
@@ -16,7 +16,9 @@ from .windowed_memory import WindowedMemory
 # By `memory_kind`.
 MEMORIES = {
     "armt": MemoryKind(
-        PlainMemory, ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory
+        PlainMemory,
+        ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos", "state_decay"),
+        windowed=WindowedMemory,
     ),
     "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
     "transformer_xl": MemoryKind(
@@ -124,6 +126,7 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
         """Raise ValueError for the first field that does not fit."""
         self.check_own_fields()
         self.check_memory_tokens()
+        self.check_decay()
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -169,6 +172,12 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
             raise ValueError(
                 f"num_mem_tokens=0: memory_kind={self.memory_kind} writes at its memory tokens; set at least 1"
             )
+
+    def check_decay(self) -> None:
+        """Refuse a decay that is no factor between 0 and 1."""
+        decay = self.state_decay
+        if isinstance(decay, str) and decay != LEARNED or isinstance(decay, float) and not 0 < decay <= 1:
+            raise ValueError(f"state_decay={decay}: above 0 and at most 1, or {LEARNED}")
 
     def check_base(self) -> None:
         """Refuse what would fail, or have no effect, only once the base model runs."""

@@ -26,6 +26,9 @@ class ARMTFields:
     """Heads of the associative memory; divides d_mem and hidden_size. Example: 4"""
     maths: str = "default"
     """Variant of the memory's arithmetic; paper: no normalisation of features, as in the first published code."""
+    state_decay: float | str | None = None
+    """λ, by which the associative memory is multiplied before each segment, so that what is old fades; learned: one for
+    each layer, from 0.99 on; null: 1. Example: 0.99"""
     use_denom: bool = True
     """Whether a read is divided by the normaliser z·q."""
     correction: bool = True

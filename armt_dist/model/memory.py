@@ -14,6 +14,8 @@ from .backbone import Context
 from .memory_kind import Memory, MemoryUpdate
 
 EPS = 1e-5
+# The value of `state_decay` that makes it a parameter, and where that starts.
+LEARNED, FIRST_DECAY = "learned", 0.99
 
 
 def float32(x: Tensor) -> torch.autocast:
@@ -29,19 +31,26 @@ class State(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The rank-M change that one segment makes to a State, float32: A += kᵀ dv, z += Σ gamma k."""
+    """The rank-M change that one segment makes to a State, float32: A = λA + kᵀ dv, z = λz + Σ gamma k."""
 
     k: Tensor  # [B, h, M, f]
     dv: Tensor  # [B, h, M, d]
     gamma: Tensor  # [B, h, M]
+    decay: Tensor | None = None  # λ, [1] or []; None: 1
 
     def onto(self, state: State) -> State:
         """Return the state after this update (ARMT paper, equation of the write)."""
+        state = faded(state, self.decay)
         with float32(state.A):
             return State(
                 torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
                 state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
             )
+
+
+def faded(state: "Associations", decay: Tensor | None) -> State:
+    """Return A and z of any associative memory as the next segment finds them: times λ."""
+    return State(state.A, state.z) if decay is None else State(state.A * decay, state.z * decay)
 
 
 class Associations(Protocol):
@@ -108,7 +117,7 @@ def rolls(tiled: Tensor, n: int, nu: int) -> list[Tensor]:
 
 
 # Fields of ARMTConfig that are arguments of AssociativeMemory.
-OPTIONS = ("nu", "n_heads", "maths", "use_denom", "correction", "gating")
+OPTIONS = ("nu", "n_heads", "maths", "use_denom", "correction", "gating", "state_decay")
 
 
 class AssociativeMemory(Memory[AssociativeT]):
@@ -116,6 +125,7 @@ class AssociativeMemory(Memory[AssociativeT]):
 
     `maths="default"` L2-normalises phi per head; `maths="paper"` follows the first published code: no normalisation,
     and 1e-5 added to ‖k‖² as well. `use_denom`, `correction`, `gating` and `n_heads` are options of the authors' code.
+    `state_decay` is ours: λ, or "learned" for one parameter a layer.
     """
 
     def __init__(
@@ -129,6 +139,7 @@ class AssociativeMemory(Memory[AssociativeT]):
         use_denom: bool = True,
         correction: bool = True,
         gating: bool = False,
+        state_decay: float | str | None = None,
     ):
         super().__init__()
         self.nu, self.n_heads = nu, n_heads
@@ -139,6 +150,9 @@ class AssociativeMemory(Memory[AssociativeT]):
         self.W_mk = nn.Linear(hidden_size, d_mem, bias=False)
         self.W_mv = nn.Linear(hidden_size, hidden_size, bias=False)
         self.W_mb = nn.Linear(hidden_size, hidden_size if gating else n_heads)
+        self.state_decay = state_decay
+        if state_decay == LEARNED:
+            self.decay_logit = nn.Parameter(torch.empty(1))
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -150,6 +164,8 @@ class AssociativeMemory(Memory[AssociativeT]):
         for linear in (self.W_mq, self.W_mk, self.W_mb):
             linear.reset_parameters()
         nn.init.zeros_(self.W_mv.weight)
+        if self.state_decay == LEARNED:
+            nn.init.constant_(self.decay_logit, math.log(FIRST_DECAY / (1 - FIRST_DECAY)))
 
     def empty(self, batch: int, device: torch.device | str) -> State:
         """Return the memory before the first segment: zeros, float32."""
@@ -157,28 +173,39 @@ class AssociativeMemory(Memory[AssociativeT]):
         d = self.W_mv.out_features // h
         return State(torch.zeros(batch, h, f, d, device=device), torch.zeros(batch, h, f, device=device))
 
+    def decay(self, state: AssociativeT) -> Tensor | None:
+        """Return λ as float32 [1] or []; None where it is 1. What a segment finds of the state is λ (A, z)."""
+        if self.state_decay is None:
+            return None
+        if self.state_decay == LEARNED:
+            return torch.sigmoid(self.decay_logit.to(state.A.dtype))
+        return torch.full((), float(self.state_decay), dtype=state.A.dtype, device=state.A.device)
+
     def read(self, x: Tensor, state: AssociativeT) -> Tensor:
         """Add qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
         projected = self.W_mq(x)
+        found = faded(state, self.decay(state))
         with float32(x):
-            return x + self.merge_heads(self.recall(self.features(projected), state)).to(x.dtype)
+            return x + self.merge_heads(self.recall(self.features(projected), found)).to(x.dtype)
 
     def update(self, m: Tensor, state: AssociativeT) -> Update:
         """Compute what the memory positions m [B, M, D] of a layer's output add: k = phi(W_mk m), β(v − v̄), γ."""
         key, value, strength = self.W_mk(m), self.W_mv(m), self.W_mb(m)
+        decay = self.decay(state)
+        found = faded(state, decay)
         with float32(m):
             k, v = self.features(key), self.split_heads(value.float())
             # [B, h, M, 1], or [B, h, M, d] with gating
             beta = self.split_heads(torch.sigmoid(strength.float()))
-            return Update(k, beta * (v - self.recall(k, state)), self.gamma(k, state))
+            return Update(k, beta * (v - self.recall(k, found)), self.gamma(k, found), decay)
 
-    def recall(self, q: Tensor, state: AssociativeT) -> Tensor:
+    def recall(self, q: Tensor, state: State) -> Tensor:
         """Compute qA / (z·q + 1e-5), or qA where `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""
         values = q @ state.A
         return values / ((q @ state.z.unsqueeze(-1)) + EPS) if self.use_denom else values
 
     @torch.no_grad()
-    def gamma(self, k: Tensor, state: AssociativeT) -> Tensor:
+    def gamma(self, k: Tensor, state: State) -> Tensor:
         """Measure how much of k is new to z: clip(1 − (z·k + 1e-5) / ‖k‖², 0, 1), or 1 for an empty z. [B, h, M]."""
         if not self.correction:
             return torch.ones_like(k[..., 0])

@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 
-from ..model.memory import AssociativeMemory, State
+from ..model.memory import AssociativeMemory, State, faded
 from ..runtime.segment_bptt import CellView
 
 
@@ -31,7 +31,8 @@ class SmallestRead:
         if not isinstance(memory, AssociativeMemory) or not memory.use_denom:
             return
         # The states of all associative memories have the fields of `State`.
-        z = cast(State, seen.before).z
+        before = cast(State, seen.before)
+        z = faded(before, memory.decay(before)).z
         # [B, h, N]
         zq = (memory.features(memory.W_mq(seen.x)) @ z.unsqueeze(-1)).squeeze(-1)
         written = z.sum(-1, keepdim=True) != 0

@@ -16,6 +16,8 @@ from .grid import ARMT_ARROWS, RMT_ARROWS, Arrow
 FP32_BYTES = 4
 MEMORY_KERNELS = 52
 """Operations that one read and one write of the associative memory launch, views not counted."""
+DECAY_KERNELS = 6
+"""Operations that a decay of the state adds to a read and a write."""
 WINDOW_KERNELS, TURN_KERNELS = 20, 10
 """Operations that a window adds to a cell, and that turning its keys adds where positions are rotary."""
 
@@ -62,6 +64,7 @@ class ModelSizes(NamedTuple):
     nu: int = 3
     n_heads: int = 1
     gating: bool = False
+    state_decay: float | str | None = None
     freeze_mem: bool = False
     sink: int = 0
     sliding_window: int = 0
@@ -95,7 +98,8 @@ class ModelSizes(NamedTuple):
     def kernels(self) -> int:
         """Operations that one forward of a cell launches."""
         window = WINDOW_KERNELS + (0 if self.family.learned_positions else TURN_KERNELS)
-        return self.family.kernels + MEMORY_KERNELS * self.kind.associative + window * (self.sliding_window > 0)
+        memory = (MEMORY_KERNELS + DECAY_KERNELS * (self.state_decay is not None)) * self.kind.associative
+        return self.family.kernels + memory + window * (self.sliding_window > 0)
 
     @property
     def features(self) -> int:
@@ -104,11 +108,12 @@ class ModelSizes(NamedTuple):
 
     @property
     def memory_tensors(self) -> list[int]:
-        """Elements of W_mq, W_mk, W_mv, W_mb and the bias of W_mb, if it has them."""
+        """Elements of W_mq, W_mk, W_mv, W_mb, its bias, and the decay, if it has them."""
         if not self.kind.associative:
             return []
         d, strengths = self.hidden_size, self.hidden_size if self.gating else self.n_heads
-        return [d * self.d_mem, d * self.d_mem, d * d, d * strengths, strengths]
+        decay = [1] if self.state_decay == "learned" else []
+        return [d * self.d_mem, d * self.d_mem, d * d, d * strengths, strengths, *decay]
 
     @property
     def layer_tensors(self) -> list[int]:

@@ -26,7 +26,7 @@ KEYS = {
     "model": (
         *("base", "base_config", "trust_remote_code", "init", "memory_kind", "segment_tokens", "num_mem_tokens"),
         *("d_mem", "nu", "n_heads", "maths", "use_denom", "correction", "gating", "freeze_mem", "wrap_pos"),
-        *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2"),
+        *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
     "bptt": ("states",),
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
@@ -313,6 +313,7 @@ def read_model(model: Mapping[str, Any], samples: Samples) -> ModelSizes:
         "memory_kind": choice(model, "memory_kind", "model.", KINDS),
         **{name: count(model, name, "model.", default) for name, default in MEMORY_COUNTS.items()},
         **{name: flag(model, name, "model.") for name in ("gating", "freeze_mem")},
+        "state_decay": model.get("state_decay"),
         **{name: count(model, name, "model.", 0, least=0) for name in ("sink", "sliding_window")},
         "num_mem_tokens": optional_count(model, "num_mem_tokens", "model."),
     }

@@ -51,7 +51,7 @@ def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 
 def continue_from(config: PreTrainedConfig, given: dict) -> ARMTConfig:
     """Return an exported model's configuration with the `given` fields; ConfigError for one that shapes tensors."""
-    fixed = ("num_mem_tokens", "sink", "d_mem", "nu", "n_heads", "gating", "memory_kind")
+    fixed = ("num_mem_tokens", "sink", "d_mem", "nu", "n_heads", "gating", "memory_kind", "state_decay")
     for name in fixed:
         if name in given and given[name] != getattr(config, name):
             raise ConfigError(f"model.{name}={given[name]}: the base folder has {getattr(config, name)}; leave it out")

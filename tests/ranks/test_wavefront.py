@@ -34,7 +34,10 @@ GOLDEN_WORLDS = (2, 4)
 # World -> layout and accumulation steps of the AdamW steps.
 ADAMW = {2: ((2, 2, 1), 1), 4: ((2, 2, 2), 2)}
 ADAMW_STEPS = 4
-WINDOWS = {"window": dict(sliding_window=6, sink=1), "transformer_xl": dict(memory_kind="transformer_xl")}
+WINDOWS = {
+    "window": dict(sliding_window=6, sink=1, state_decay="learned"),
+    "transformer_xl": dict(memory_kind="transformer_xl"),
+}
 # Of two ranks.
 WINDOW_LAYOUT = (2, 2, 2)
 # Less than the norm of any step's gradient.

@@ -37,6 +37,8 @@ OPTIONS = {
     "right": dict(segment_alignment="right"),
     "center": dict(segment_alignment="center"),
     "nu_wider_than_key": dict(d_mem=2, nu=5),
+    "decay": dict(state_decay=0.9),
+    "decay_learned_window": dict(state_decay="learned", sliding_window=5, use_denom=False),
     "sink": dict(sink=2),
     "window": dict(sliding_window=5),
     "window_center": dict(sliding_window=8, segment_alignment="center", use_denom=False),

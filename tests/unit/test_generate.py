@@ -22,6 +22,8 @@ FAMILIES = {
     "gpt_neox": dict(family="gpt_neox"),
     "llama": dict(family="llama"),
     "heads_gating": dict(family="llama", n_heads=2, gating=True),
+    "decay": dict(family="llama", state_decay=0.8),
+    "decay_learned_window": dict(family="gpt2", state_decay="learned", sliding_window=5),
     "window": dict(family="llama", sliding_window=5),
     "window_sink": dict(family="gpt_neox", sliding_window=SEGMENT, sink=2),
     "window_restart": dict(family="llama", sliding_window=SEGMENT, sink=1, window_positions="restart"),

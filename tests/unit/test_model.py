@@ -250,6 +250,12 @@ BAD_CONFIGS = {
     "base_config.sliding_window=8": dict(
         base="qwen3", base_fields=dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
     ),
+    "state_decay=0.0: above 0 and at most 1, or learned": dict(state_decay=0.0),
+    "state_decay=1.5: above 0 and at most 1, or learned": dict(state_decay=1.5),
+    "state_decay=nan: above 0 and at most 1, or learned": dict(state_decay=float("nan")),
+    "state_decay=slow: above 0 and at most 1, or learned": dict(state_decay="slow"),
+    "state_decay=True: must be of type float": dict(state_decay=True),
+    "state_decay=0.9: means nothing to memory_kind=rmt": dict(memory_kind="rmt", state_decay=0.9),
     "sink=True": dict(sink=True),
     "sink=-1": dict(sink=-1),
     "sliding_window=0": dict(sliding_window=0),

@@ -40,6 +40,8 @@ def draw_model(random):
     options |= {"n_heads": heads, "d_mem": 8 * heads, "nu": random.choice([1, 3])}
     options |= {"use_denom": random.random() < 0.7, "correction": random.random() < 0.7}
     options |= {"gating": random.random() < 0.3, "sink": random.choice([0, 0, 1, 2])}
+    if random.random() < 0.3:
+        options["state_decay"] = random.choice([0.5, 0.97, 1.0, "learned"])
     if heads == 1 and random.random() < 0.2:
         options["maths"] = "paper"
     if random.random() < 0.4:
