@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from .backbone import family_of
 from .memory import OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
-from .rmt import RecurrentMemory
+from .rmt import RecurrentMemory, RecurrentWindow
 from .transformer_xl import TransformerXL
 from .windowed_memory import WindowedMemory
 
@@ -17,7 +17,12 @@ MEMORIES = {
     "armt": MemoryKind(
         PlainMemory, ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos"), windowed=WindowedMemory
     ),
-    "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
+    "rmt": MemoryKind(
+        RecurrentMemory,
+        ("k2", "sliding_window", "detach_window", "wrap_pos"),
+        windowed=RecurrentWindow,
+        whole_window=True,
+    ),
     "transformer_xl": MemoryKind(
         TransformerXL, ("sliding_window",), refused_fields=("d_mem", *OPTIONS), window_only=True
     ),
@@ -91,8 +96,8 @@ class ARMTConfig(PreTrainedConfig):
     sink: int = 0
     """Learned rows before the tokens of every segment. Example: 1"""
     sliding_window: int | None = None
-    """Tokens before it that a token sees across the border of its segment; null: none, or segment_tokens under
-    transformer_xl. Example: 512"""
+    """Tokens before it that a token sees across the border of its segment (under rmt all see the same ones, the last
+    before the border); null: none, or segment_tokens under transformer_xl. Example: 512"""
     window_positions: str = "relative"
     """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
     detach_window: bool = False
@@ -142,6 +147,11 @@ class ARMTConfig(PreTrainedConfig):
         """Rows of a segment behind its tokens: `num_mem_tokens`, which is a count once this one is built."""
         assert self.num_mem_tokens is not None, "num_mem_tokens is null"
         return self.num_mem_tokens
+
+    @property
+    def seeing_all(self) -> int:
+        """Memory rows behind the tokens that see one another and the whole window, padding included."""
+        return self.memory_rows if self.sliding_window and not self.kind.whole_window else 0
 
     @property
     def other_rows(self) -> int:
