@@ -4,11 +4,11 @@ Rotary positions run on from segment to segment, so that keys are kept as they a
 """
 
 import torch
-from support.golden import TOLERANCES, assert_close, assert_gradients
 from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
 
 from armt_dist.model.generation import CACHE_NAME
+from support.golden import TOLERANCES, assert_close, assert_gradients
 
 
 def unwrapped(model):
