@@ -32,7 +32,7 @@ def drift(model, task, pairs: int, samples: int) -> list[list[dict[str, float]]]
         watch(layer.memory, of_layer, task.config.key_length)
     for ids in batch.input_ids.split(model.config.segment_tokens, dim=1):
         _, states = model.segment(ids.to(model.device), states)
-        for state, of_layer in zip(states, found, strict=True):
+        for state, of_layer in zip(states[:-1], found, strict=True):
             of_layer[-1]["norm of A"] = state.A.flatten(1).norm(dim=1).mean().item()
     return found
 

@@ -64,8 +64,11 @@ class ARMTCache(Cache):
     """What generation carries; its size does not depend on the length of the text."""
 
     def __init__(self, states: list[tuple]):
-        self.slots = [ARMTCacheLayer(state) for state in states]
-        super().__init__(layers=[*self.slots])
+        *layers, carried = states
+        self.slots = [ARMTCacheLayer(state) for state in layers]
+        # What goes from the last layer to the first; no layer's, but kept, picked and reset as theirs are.
+        self.carried = ARMTCacheLayer(carried)
+        super().__init__(layers=[*self.slots, self.carried])
         self.tokens = 0
         self.open_tokens = 0
 

@@ -9,7 +9,7 @@ from .backbone import family_of
 from .fields import LEAST, ARMTFields
 from .memory import LEARNED, OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
-from .rmt import RecurrentMemory
+from .rmt import RecurrentMemory, RecurrentWindow
 from .transformer_xl import TransformerXL
 from .windowed_memory import WindowedMemory
 
@@ -20,7 +20,12 @@ MEMORIES = {
         ("sink", "sliding_window", "detach_window", "freeze_mem", "wrap_pos", "state_decay"),
         windowed=WindowedMemory,
     ),
-    "rmt": MemoryKind(RecurrentMemory, ("k2", "wrap_pos")),
+    "rmt": MemoryKind(
+        RecurrentMemory,
+        ("k2", "sliding_window", "detach_window", "wrap_pos"),
+        windowed=RecurrentWindow,
+        whole_window=True,
+    ),
     "transformer_xl": MemoryKind(
         TransformerXL, ("sliding_window",), refused_fields=("d_mem", *OPTIONS), window_only=True
     ),
@@ -104,6 +109,11 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
         """Rows of a segment behind its tokens: `num_mem_tokens`, which is a count once this one is built."""
         assert self.num_mem_tokens is not None, "num_mem_tokens is null"
         return self.num_mem_tokens
+
+    @property
+    def seeing_all(self) -> int:
+        """Memory rows behind the tokens that see one another and the whole window, padding included."""
+        return self.memory_rows if self.sliding_window and not self.kind.whole_window else 0
 
     @property
     def other_rows(self) -> int:

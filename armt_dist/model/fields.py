@@ -44,8 +44,8 @@ class ARMTFields:
     sink: int = 0
     """Learned rows before the tokens of every segment. Example: 1"""
     sliding_window: int | None = None
-    """Tokens before it that a token sees across the border of its segment; null: none, or segment_tokens under
-    transformer_xl. Example: 512"""
+    """Tokens before it that a token sees across the border of its segment (under rmt all see the same ones, the last
+    before the border); null: none, or segment_tokens under transformer_xl. Example: 512"""
     window_positions: str = "relative"
     """Positions in the window: as in the text (relative), or restarted in every segment, as in the authors' code."""
     detach_window: bool = False

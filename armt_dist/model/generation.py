@@ -165,7 +165,7 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
                 cache.note_starts(own)
             x = self.backbone.embed(chunk)
             if not cache.open_tokens:
-                head, _ = self.rows_around(cache.slots[0].state, len(x), own)
+                head, _ = self.rows_around(cache.carried.state, len(x), own)
                 x = torch.cat([head.to(x.dtype), x], dim=1)
             x = self.pass_layers(x, cache)[:, -chunk.shape[1] :]
             cache.count(chunk.shape[1])
@@ -175,10 +175,11 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
     def close_segment(self, cache: ARMTCache) -> None:
         """Pass the memory rows over the open segment, update the memory, and drop the segment's keys and values."""
         first = cache.slots[0]
-        _, rows = self.rows_around(first.state, len(first.state[0]), first.starts)
+        assert first.keys is not None, "only a segment with tokens is closed"
+        _, rows = self.rows_around(cache.carried.state, len(first.keys), first.starts)
         x = self.pass_layers(rows.to(self.get_input_embeddings().get_parameter("weight").dtype), cache, write=True)
         if self.carries_rows:
-            first.state = MemoryRows.of(self.backbone.norm(x), self.config.memory_rows)
+            cache.carried.state = MemoryRows.of(self.backbone.norm(x), self.config.memory_rows)
         cache.close()
 
     def pass_layers(self, x: Tensor, cache: ARMTCache, write: bool = False) -> Tensor:
@@ -190,7 +191,7 @@ class ARMTGeneration(SegmentRows, GenerationMixin):
         positions = self.position_ids(tokens, x.device)[:, start:end]
         x = self.backbone.place(x, positions)
         keys = torch.ones(1, end, dtype=torch.bool, device=x.device)
-        mask = causal_mask(x.shape[1], keys, x.dtype, x.shape[1] if write and config.sliding_window else 0)
+        mask = causal_mask(x.shape[1], keys, x.dtype, config.seeing_all if write else 0)
         context = Context(mask, positions, self.backbone.rotary(x, positions))
         if config.sliding_window:
             border = self.border(tokens, x.device)

@@ -116,6 +116,9 @@ class MemoryKind(NamedTuple):
     """Fields of ARMTConfig that other kinds accept and that must keep their defaults under this one."""
     windowed: type[Memory] | None = None
     """What takes the place of `memory` where config.sliding_window is set; needs "sliding_window" in own_fields."""
+    whole_window: bool = False
+    """Whether every row of a segment sees the whole window and, as without one, the rows before it; else see
+    `sliding_window`."""
     window_only: bool = False
     """Whether the window is all that is carried: there are no memory tokens, and by default it is a whole segment."""
 

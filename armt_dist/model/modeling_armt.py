@@ -125,8 +125,9 @@ class ARMTForCausalLM(ARMTGeneration):
         sequence of any length in constant memory.
         """
         x = self.embed_segments(input_ids, [input_ids.shape[1]])
+        *states, carried = states
         if self.carries_rows:
-            x = enter(x, *self.rows_around(states[0], len(x), document_starts))
+            x = enter(x, *self.rows_around(carried, len(x), document_starts))
         context = self.context(x, attention_mask, document_starts)
         following = []
         for layer, state in zip(self.layers, states, strict=True):
@@ -134,9 +135,9 @@ class ARMTForCausalLM(ARMTGeneration):
             following.append(state)
         hidden = self.backbone.norm(x)
         if self.carries_rows:
-            following[0] = MemoryRows.of(hidden, self.config.memory_rows)
+            carried = MemoryRows.of(hidden, self.config.memory_rows)
         first = self.config.head_rows
-        return hidden[:, first : first + input_ids.shape[1]], following
+        return hidden[:, first : first + input_ids.shape[1]], [*following, carried]
 
     def forward(
         self,
@@ -199,7 +200,7 @@ class ARMTForCausalLM(ARMTGeneration):
         hidden = []
         for s, (ids, mask, border) in enumerate(zip(input_ids.split(lengths, dim=1), masks, borders, strict=False)):
             if self.config.k2 and s % self.config.k2 == 0:
-                states[0] = MemoryRows(*(tensor.detach() for tensor in states[0]))
+                states[-1] = MemoryRows(*(tensor.detach() for tensor in states[-1]))
             h, states = self.segment(ids, states, mask, border)
             hidden.append(h)
         return torch.cat(hidden, dim=1)

@@ -1,7 +1,8 @@
 """The recurrent memory of RMT: rows of hidden states that pass from the end of a segment into the next one's input.
 
 A segment reads `[memory | tokens | memory]`. The last layer's normed output at the trailing memory rows becomes both
-groups of memory rows of the next segment (RMT, arXiv 2207.06881, section 3.2). The layers themselves hold nothing.
+groups of memory rows of the next segment (RMT, arXiv 2207.06881, section 3.2). The layers themselves hold nothing, or
+a sliding window.
 
 Shapes: B batch, N positions, M memory tokens, D model width.
 """
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .backbone import Context
-from .memory_kind import LAST_LAYER, Memory
+from .memory_kind import LAST_LAYER, SAME_LAYER, Memory
+from .sliding_window import WindowMemory
 
 
 class MemoryRows(NamedTuple):
@@ -38,7 +40,7 @@ class MemoryRows(NamedTuple):
 
 
 class Nothing(NamedTuple):
-    """The state of a layer that keeps none, and the update that changes nothing."""
+    """The state where none is kept, and the update that changes nothing."""
 
     def onto(self, state: "Nothing") -> "Nothing":
         """Return `state` unchanged."""
@@ -57,6 +59,12 @@ class RecurrentMemory(Memory[Nothing]):
     def write(self, m: Tensor, state: Nothing, context: Context) -> Nothing:
         """Return the update that changes nothing."""
         return Nothing()
+
+
+class RecurrentWindow(WindowMemory):
+    """A layer's part in RMT with a sliding window: the window."""
+
+    arrows = (LAST_LAYER, SAME_LAYER)
 
 
 def entering(carried: Tensor, learned: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:

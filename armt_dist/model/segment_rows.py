@@ -16,7 +16,7 @@ from .backbone import Backbone, Border, Context, backbone_of, causal_mask
 from .configuration_armt import ARMTConfig
 from .documents import apart, documents_of, groups
 from .memory_kind import ARMTLayer
-from .rmt import MemoryRows, entering
+from .rmt import MemoryRows, Nothing, entering
 from .sliding_window import reach
 
 # Label of a position that is not scored, as in torch and transformers.
@@ -116,7 +116,7 @@ class SegmentRows(PreTrainedModel):
             )
         # Eager attention without a mask would not be causal.
         if needed or config.sliding_window or config._attn_implementation == "eager":
-            mask = causal_mask(x.shape[1], attend, x.dtype, memory if config.sliding_window else 0)
+            mask = causal_mask(x.shape[1], attend, x.dtype, config.seeing_all)
         border, documents = None, None
         if config.sliding_window:
             border = self.border(tokens, x.device)
@@ -137,15 +137,17 @@ class SegmentRows(PreTrainedModel):
         """Describe the borders of a segment with `tokens` tokens, none of them padding, under a sliding window."""
         assert self.config.sliding_window, "only a model with a sliding window has borders"
         rows = self.config.head_rows, tokens, self.config.memory_rows
-        seen = torch.ones(1, tokens, device=device)
-        return Border(reach(rows, self.config.sliding_window, device), seen, self.backbone.turn(-tokens, device))
+        within = torch.zeros(sum(rows), dtype=torch.int64, device=device)
+        if not self.config.kind.whole_window:
+            within = reach(rows, self.config.sliding_window, device)
+        return Border(within, torch.ones(1, tokens, device=device), self.backbone.turn(-tokens, device))
 
     def initial_states(self, batch: int) -> list[tuple]:
-        """Return L empty memories; carried rows (RMT) stand in the first layer's place, where they enter."""
+        """Return L empty memories, then the rows that the last layer hands to the next segment (RMT), or `Nothing`."""
         states = [layer.memory.initial_state(batch, self.device) for layer in self.layers]
-        if self.carries_rows:
-            states[0] = MemoryRows.empty(batch, self.config.memory_rows, self.config.hidden_size, self.device)
-        return states
+        if not self.carries_rows:
+            return [*states, Nothing()]
+        return [*states, MemoryRows.empty(batch, self.config.memory_rows, self.config.hidden_size, self.device)]
 
     def learned_rows(self, batch: int) -> tuple[Tensor, Tensor]:
         """Return the sinks [B, rows, D] and the memory rows [B, M, D]; none of either without memory tokens."""
@@ -154,12 +156,13 @@ class SegmentRows(PreTrainedModel):
         none = torch.zeros(batch, 0, self.config.hidden_size, dtype=self.dtype, device=self.device)
         return none, none
 
-    def rows_around(self, state: tuple, batch: int, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rows_around(self, carried: tuple, batch: int, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the rows before and behind a segment's tokens, [B, H, D] and [B, M, D].
 
-        state: the first layer's; starts [B, T], true where a document begins: there, memory rows are not carried on.
+        carried: the last of `initial_states`, or what took its place; starts [B, T], true where a document begins:
+        there, memory rows are not carried on.
         """
         head, tail = self.learned_rows(batch)
         if self.carries_rows:
-            head, tail = entering(MemoryRows(*state).entering(tail), tail, starts)
+            head, tail = entering(MemoryRows(*carried).entering(tail), tail, starts)
         return head, tail

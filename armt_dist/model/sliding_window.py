@@ -2,8 +2,8 @@
 
 They pass from segment to segment of the same layer, so they are handed from rank to rank and back-propagated like any
 other state. A token sees the W tokens before it across the border of its segment, memory tokens see the whole window
-and one another, and sinks see none of it. The first segment meets an empty, masked window, so that the work of a cell
-does not depend on where it is in the sequence.
+and one another, and sinks see none of it; as the authors have it, in RMT all rows see the whole window. The first
+segment meets an empty, masked window, so that the work of a cell does not depend on where it is in the sequence.
 
 Shapes: B batch, N positions of a row `[head | tokens | memory]`, T tokens, W rows of the window, h key-value heads,
         c channels a head.

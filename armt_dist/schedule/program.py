@@ -206,7 +206,7 @@ def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tu
     A state that comes from the last layer is hidden states, so it goes from call to call in autograd's own graph.
     """
     program = build_program(name, grid, rank, arrows)
-    if Arrow.LAST_LAYER in arrows:
+    if Arrow.SAME_LAYER not in arrows:
         program = [instruction for instruction in program if instruction.op not in HANDED_ON]
     backward: list[list[Instruction]] = []
     for instruction in backward_program(program):

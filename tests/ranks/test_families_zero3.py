@@ -14,6 +14,11 @@ pytestmark = pytest.mark.slow
 
 RUNS = {family: (family, {}) for family in FAMILIES}
 RUNS |= {f"llama_{kind}": ("llama", {"memory_kind": kind}) for kind in MEMORIES if kind != "armt"}
+RUNS |= {
+    f"llama_{kind}_window": ("llama", {"memory_kind": kind, "sliding_window": 3})
+    for kind, row in MEMORIES.items()
+    if "sliding_window" in row.own_fields
+}
 TEST_IDS = torch.randint(0, 12, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -26,9 +31,9 @@ def train(ranks, root):
 
     logits = {}
     for name, (family, options) in RUNS.items():
-        base = {"model_type": family, **BASES[family]}
+        base, kind = {"model_type": family, **BASES[family]}, options.get("memory_kind", "armt")
         config = {
-            "model": {"base_config": base, **accepted(**options, num_mem_tokens=2, d_mem=4), **options},
+            "model": {"base_config": base, **accepted(kind, num_mem_tokens=2, d_mem=4), **options},
             "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
             "train": {"save_every": 2, "validate_every": 2, "validation_steps": 1},
             "curriculum": [{"pairs": 2, "steps": 2}],

@@ -8,7 +8,11 @@ from support.oracle import GRID, random_batch, shifted
 from support.ranks import spawn
 
 SEGMENT = 8
-RUNS = {"rmt": (dict(memory_kind="rmt"), None), "segment_major": ({}, "segment_major")}
+RUNS = {
+    "rmt": (dict(memory_kind="rmt"), None),
+    "rmt_window": (dict(memory_kind="rmt", sliding_window=5), None),
+    "segment_major": ({}, "segment_major"),
+}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 # Less than the norm of any step's gradient.
 CLIP = 0.5

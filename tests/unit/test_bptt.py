@@ -47,6 +47,8 @@ OPTIONS = {
     "rmt": dict(memory_kind="rmt"),
     "rmt_right": dict(memory_kind="rmt", segment_alignment="right"),
     "rmt_k2": dict(memory_kind="rmt", k2=2),
+    "rmt_window": dict(memory_kind="rmt", sliding_window=5),
+    "rmt_window_k2": dict(memory_kind="rmt", sliding_window=8, detach_window=True, k2=2, segment_alignment="right"),
     "transformer_xl": dict(memory_kind="transformer_xl"),
     "transformer_xl_center": dict(memory_kind="transformer_xl", sliding_window=5, segment_alignment="center"),
 }

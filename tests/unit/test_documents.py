@@ -30,6 +30,7 @@ MODELS = {
     "window_restart": dict(sliding_window=SEGMENT, sink=1, window_positions="restart"),
     "rmt": dict(memory_kind="rmt"),
     "rmt_gpt2": dict(family="gpt2", memory_kind="rmt"),
+    "rmt_window": dict(memory_kind="rmt", sliding_window=5),
     "transformer_xl": dict(memory_kind="transformer_xl"),
 }
 models = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)

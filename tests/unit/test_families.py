@@ -34,6 +34,12 @@ PLACED = ("gpt2", "llama")
 # One family with learned and one with rotary positions stand for the others where a kind is tested.
 CASES = {(family, name): options for family in FAMILIES for name, options in OPTIONS.items()}
 CASES |= {(family, kind): dict(memory_kind=kind) for family in PLACED for kind in MEMORIES}
+CASES |= {
+    (family, f"{kind}_window"): dict(memory_kind=kind, sliding_window=WINDOW)
+    for family in PLACED
+    for kind, row in MEMORIES.items()
+    if "sliding_window" in row.own_fields and kind != "armt"
+}
 every_case = pytest.mark.parametrize(
     "family, options", [(family, options) for (family, _), options in CASES.items()], ids=["-".join(c) for c in CASES]
 )

@@ -32,6 +32,8 @@ FAMILIES = {
     "rmt": dict(family="llama", memory_kind="rmt"),
     "rmt_gpt2": dict(family="gpt2", memory_kind="rmt"),
     "rmt_gpt2_wrapped": dict(family="gpt2", memory_kind="rmt", wrap_pos=True),
+    "rmt_window": dict(family="llama", memory_kind="rmt", sliding_window=5),
+    "rmt_window_gpt2": dict(family="gpt2", memory_kind="rmt", sliding_window=SEGMENT, wrap_pos=True),
     "transformer_xl": dict(family="llama", memory_kind="transformer_xl"),
     "transformer_xl_gpt2": dict(family="gpt2", memory_kind="transformer_xl", sliding_window=3),
 }

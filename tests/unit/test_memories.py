@@ -16,8 +16,8 @@ from support.golden import (
     load_model,
 )
 from support.models import small_model
-from support.oracle import oracle, random_batch, scheduled_loss
-from support.window_oracle import unwrapped
+from support.oracle import GRID, oracle, random_batch, scheduled_loss
+from support.window_oracle import assert_equals_oracle, unwrapped
 
 from armt_dist import reference
 from armt_dist.config import ConfigError
@@ -143,6 +143,16 @@ def test_what_is_allowed():
 # --- RMT ----------------------------------------------------------------------------------------------------------
 
 
+CHUNKS = GRID._replace(chunks=2)
+RMT_WINDOWS = {
+    "llama": dict(sliding_window=SEGMENT),
+    "short": dict(sliding_window=3),
+    "detached": dict(family="gpt_neox", sliding_window=5, detach_window=True),
+    "gpt2": dict(family="gpt2", sliding_window=5),
+    "qwen3": dict(family="qwen3", sliding_window=SEGMENT),
+}
+
+
 @pytest.mark.parametrize("path", ["oracle", "scheduled"])
 @pytest.mark.parametrize("k2", [None, 1, 2, 3])
 def test_gradients_stop_after_k2_segments(path, k2):
@@ -156,6 +166,15 @@ def test_gradients_stop_after_k2_segments(path, k2):
     start = 5 // k2 * k2 if k2 else 0
     assert reached.tolist() == [s >= start for s in range(6)]
     assert bool(gradients["memory_tokens.weight"].any()) == (start == 0)
+
+
+@pytest.mark.parametrize("pad", [0, 11], ids=["whole", "padded"])
+@pytest.mark.parametrize("options", RMT_WINDOWS.values(), ids=RMT_WINDOWS)
+def test_rmt_with_a_window_is_the_oracle(options, pad):
+    """Segment by segment through Hugging Face's model, with its cache of the tokens before."""
+    model, batch = small_model(memory_kind="rmt", **options).eval(), random_batch(pad=pad)
+    ways = {how: scheduled_loss(model, *batch, grid=CHUNKS, states=how) for how in ("store", "rebuild", "recompute")}
+    assert_equals_oracle(model, batch, {"plain": oracle(model, *batch), **ways})
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def by_hand(model, ids, decay):
     """Normed hidden states of the model without a decay, whose A and z are multiplied before every segment."""
     states, hidden = model.initial_states(len(ids)), []
     for part in ids.split(model.config.segment_tokens, dim=1):
-        states = [state._replace(A=decay * state.A, z=decay * state.z) for state in states]
+        states = [s._replace(A=decay * s.A, z=decay * s.z) if hasattr(s, "A") else s for s in states]
         h, states = model.segment(part, states)
         hidden.append(h)
     return torch.cat(hidden, dim=1)
