@@ -21,7 +21,10 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path)
 parser.add_argument("--resume")
 parser.add_argument("--fail", action="store_true")
+parser.add_argument("--check")
 args = parser.parse_args()
+if args.check:
+    sys.exit(0)
 stop = []
 signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
 saved = args.out / "steps"
