@@ -217,5 +217,7 @@ def sync(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder if it exists; it is renamed first, so that a half-deleted one never passes for a checkpoint."""
     if folder.exists():
-        doomed = folder if folder.name.startswith(STAGING) else folder.rename(folder.with_name(STAGING + folder.name))
-        shutil.rmtree(doomed)
+        if not folder.name.startswith(STAGING):
+            # Not `staging(folder)`, where its successor may wait for the name.
+            folder = folder.rename(f"{staging(folder)}.{uuid.uuid4().hex[:8]}")
+        shutil.rmtree(folder)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils._pytree import tree_map
 
 from ..config import ConfigError, one_line
@@ -46,7 +46,8 @@ class Writer(TorchCheckpointEngine):
         """Write and flush this rank's files, and return their sizes and hashes. Raises OSError. Not collective."""
         own = folder / f"rank_{rank}.safetensors"
         try:
-            save_file(generator_states, own)
+            # Not save_file, whose files nobody else may read, whatever the umask.
+            own.write_bytes(save(generator_states))
             for content, path in self.files:
                 torch.save(content, path)
             return hash_files(folder, [own, *(path for _, path in self.files)])

@@ -4,7 +4,9 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -29,12 +31,12 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line on standard output."""
         if self.speaks:
-            print(text, flush=True)
+            show(text, sys.stdout)
 
     def complain(self, text: str) -> None:
         """Print a line on standard error."""
         if self.speaks:
-            print(text, file=sys.stderr, flush=True)
+            show(text, sys.stderr)
 
     def start(self, done: int, total: int) -> None:
         """Open the files in the run folder; `done` of `total` steps were made by earlier processes."""
@@ -90,6 +92,12 @@ class RunLog:
             self.metrics.close()
 
 
+def show(text: str, stream: TextIO) -> None:
+    """Print a line. A reader that has gone, or a full disk, is no reason to end a run."""
+    with suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
 class ProgressBar:
     """A bar in a terminal; in a log file, a line now and then."""
 
@@ -102,11 +110,12 @@ class ProgressBar:
         """Move the bar, or print a line in a log file if `print_line`."""
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if not self.plain:
-            self.bar.n = step
-            self.bar.set_postfix_str(text)
+            with suppress(OSError):
+                self.bar.n = step
+                self.bar.set_postfix_str(text)
         elif print_line:
             left = tqdm.format_interval(self.seconds_left(step))
-            print(f"{self.name} step {step}/{self.total}  {text}  {left} left", file=sys.stderr, flush=True)
+            show(f"{self.name} step {step}/{self.total}  {text}  {left} left", sys.stderr)
 
     def seconds_left(self, step: int) -> float:
         """Estimate the remaining time from the mean speed of this process."""
@@ -119,7 +128,8 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Print a line on standard error without breaking the bar."""
-        tqdm.write(text, file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

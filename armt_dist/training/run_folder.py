@@ -92,8 +92,10 @@ def flat(value: object, path: str) -> dict[str, object]:
 def environment() -> dict:
     """Return versions, Python and git commit, as far as they can be known."""
     facts = {**installed(PACKAGES), "platform": platform.platform()}
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    facts["commit"] = git.stdout.strip() or None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        facts["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        # There is no git.
+        facts["commit"] = None
     return facts

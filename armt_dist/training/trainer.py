@@ -252,8 +252,14 @@ class Trainer:
         if final:
             self.attempt(self.saver.wait, final)
         if self.ranks.rank == 0:
-            keep = {self.progress.best_tag or tag}
+            self.prune({self.progress.best_tag or tag})
+
+    def prune(self, keep: set[str]) -> None:
+        """Delete old checkpoints but those in `keep`; warn if that fails. Rank 0 only."""
+        try:
             prune(self.root, keep, self.config.train.keep_last, self.config.train.keep_every)
+        except OSError as error:
+            self.say(f"warning: an old checkpoint cannot be deleted ({error}); the run continues")
 
     def attempt(self, saving: Callable[[], None], final: bool = False) -> None:
         """Call a method of the saver, and warn if a checkpoint could not be written; `final`: raise CheckpointError."""
