@@ -23,7 +23,7 @@ MISTAKES = {
     "data.text.files.0=3: Input should be a valid string": ["data.task=text", "data.text={files: [3]}"],
     "data.text.files=3: Input should be a valid string or a valid list": ["data.task=text", "data.text={files: 3}"],
     "ds_config fp16={'enabled': True}: not honoured; use bf16": ["ds_config.fp16.enabled=true"],
-    "ds_config train_batch_size=-4: expected a positive integer": ["ds_config.train_batch_size=-4"],
+    "ds_config train_batch_size=-4: Input should be greater than or equal to 1": ["ds_config.train_batch_size=-4"],
     "parallel.sp=3 does not divide the world of 4 ranks": [
         "--check", "4", "parallel.sp=3", "curriculum=[{pairs: 9, at_least: 1.0, steps: 2}]"
     ],

@@ -1,6 +1,7 @@
 """Checkpoints without an engine: what damage is noticed, which ones are kept, what a background save writes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,30 @@ def test_what_the_background_writes_is_the_state_of_the_step_that_saved(tmp_path
     assert torch.equal(found["module"]["weights"], torch.arange(6.0)) and found["shape"] == torch.Size([6])
     assert sorted(entries) == ["rank_0.safetensors", "shard.pt"]
     assert entries == checkpoint.hash_files(tmp_path, [tmp_path / name for name in entries])
+
+
+def test_a_damaged_checkpoint_is_replaced_by_its_successor(root, monkeypatch):
+    """The run that passed it over saves the same step again: every restart failed there, for ever."""
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    truncated(root / TAGS[-1])
+    staged = checkpoint.staging(root / TAGS[-1])
+    checkpoint.make_anew(staged)
+    (staged / "shard_0.pt").write_bytes(b"whole")
+    checkpoint.publish(root, TAGS[-1], [checkpoint.hash_files(staged, [staged / "shard_0.pt"])], {})
+    checkpoint.verify_checkpoint(root / TAGS[-1])
+    assert (root / TAGS[-1] / "shard_0.pt").read_bytes() == b"whole"
+    assert {path.name for path in root.iterdir()} == {*TAGS, "latest"}, "nothing else is left"
+
+
+def test_all_files_of_a_rank_may_be_read_by_the_same_people(tmp_path):
+    writer = Writer(copy=False)
+    writer.save({"x": torch.zeros(2)}, str(tmp_path / "x.pt"))
+    before = os.umask(0o022)
+    try:
+        writer.write({"cpu": torch.zeros(3, dtype=torch.uint8)}, tmp_path, 0)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "x.pt": 0o644,
+        "rank_0.safetensors": 0o644,
+    }

@@ -6,7 +6,7 @@ import pytest
 
 from armt_dist.config import ConfigError
 from armt_dist.data.text.files import facts_of
-from armt_dist.training.run_folder import check_texts, write_texts
+from armt_dist.training.run_folder import check_texts, environment, write_texts
 
 
 def task_with(train, validation):
@@ -34,3 +34,8 @@ def test_a_run_without_texts_records_none(tmp_path):
     write_texts(tmp_path, SimpleNamespace(texts=dict))
     assert not list(tmp_path.iterdir())
     check_texts(tmp_path, task_with(["a"], ["b"]))
+
+
+def test_a_machine_without_git_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["commit"] is None
