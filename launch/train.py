@@ -75,7 +75,8 @@ def main() -> int:
     recipe = Path(fill(str(args.config)))
     config = load_run(recipe, args.ds_config, DS_CONFIG, [fill(override) for override in args.overrides])
     out = Path(fill(str(args.out or Path("runs") / recipe.stem)))
-    check_run(config, out, ranks.world_size if ranks else world)
+    if ranks or world is not None:
+        check_run(config, out, ranks.world_size if ranks else world)
     if ranks is None:
         if args.show_config and claimed_rank() == 0:
             print(as_yaml(config), end="")

@@ -28,6 +28,8 @@ def check_run(config: RunConfig, out: Path, world: int | None = None) -> None:
     world: number of ranks; None: not known, so that batch and model are not checked.
     """
     check_out(out)
+    if world is not None:
+        check_world(config, world)
     check_paths(config.data)
     check_weights(config.model.base)
     check_names(hub_names(config), fetches_data(config.data))
@@ -106,15 +108,20 @@ def fetches_data(data: DataConfig) -> bool:
     return isinstance(section, BabilongConfig) and section.published is not None and section.published.files is None
 
 
+def check_world(config: RunConfig, world: int) -> None:
+    """Check that sp divides the number of ranks. Raises ConfigError."""
+    sp = config.parallel.sp
+    if world % sp:
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        raise ConfigError(f"parallel.sp={sp} does not divide the world of {world} ranks; try one of {divisors}")
+
+
 def check_sizes(config: RunConfig, world: int) -> None:
     """Check the batch and, unless it has to be fetched or is an extension's, what the model is made of.
 
     Raises ConfigError.
     """
     base, sp = config.model.base, config.parallel.sp
-    if world % sp:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
-        raise ConfigError(f"parallel.sp={sp} does not divide the world of {world} ranks; try one of {divisors}")
     batch_sizes(config.ds_config, world // sp)
     if (base is None or Path(base, "config.json").is_file()) and config.data.options is None:
         tree = resolved(config)
