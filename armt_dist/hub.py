@@ -13,6 +13,8 @@ from .config import ConfigError
 # Longest wait for a connection; resolvers and firewalls may take minutes to say no.
 LIMIT_S = 3.0
 OFFLINE = "HF_HUB_OFFLINE"
+# What huggingface_hub takes for yes, in capitals.
+YES = ("1", "ON", "YES", "TRUE")
 # One of them is in the cache if the model or tokenizer is.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -27,7 +29,8 @@ def check_names(names: Mapping[str, str], datasets: bool = False) -> None:
     names = {field: name for field, name in names.items() if not Path(name).is_dir()}
     if not names and not datasets:
         return
-    reason = "HF_HUB_OFFLINE is set" if os.environ.get(OFFLINE, "0") != "0" else unreachable(endpoint())
+    offline = os.environ.get(OFFLINE, "").upper() in YES
+    reason = f"{OFFLINE} is set" if offline else unreachable(endpoint())
     if reason:
         os.environ[OFFLINE] = "1"
     from huggingface_hub import constants, try_to_load_from_cache

@@ -18,6 +18,13 @@ class Ranks(NamedTuple):
     launcher: str  # name of the program that started it
 
 
+def check_groups(world_size: int, sp: int) -> None:
+    """Raise ConfigError where groups of `sp` ranks do not fill the world."""
+    if sp < 1 or world_size % sp:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ConfigError(f"parallel.sp={sp} does not divide the world of {world_size} ranks; try one of {divisors}")
+
+
 class Launcher(NamedTuple):
     """The variables in which a launcher tells a process its rank; of `A|B` the first one that is set counts."""
 

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ..config import ConfigError
-from .launchers import Ranks
+from .launchers import Ranks, check_groups
 
 
 class Mesh(NamedTuple):
@@ -21,9 +20,7 @@ class Mesh(NamedTuple):
 
 def make_mesh(ranks: Ranks, sp: int) -> Mesh:
     """Split the world into groups of `sp` adjacent ranks. Raises ConfigError where sp does not divide it."""
-    if sp < 1 or ranks.world_size % sp:
-        divisors = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
-        raise ConfigError(f"sp={sp} does not divide the world of {ranks.world_size} ranks; try one of {divisors}")
+    check_groups(ranks.world_size, sp)
     dp_rank, sp_rank = divmod(ranks.rank, sp)
     return Mesh(ranks.world_size // sp, sp, dp_rank, sp_rank, tuple(range(dp_rank * sp, (dp_rank + 1) * sp)))
 

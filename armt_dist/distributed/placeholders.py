@@ -6,9 +6,13 @@ from collections.abc import Mapping
 
 from ..config import ConfigError
 
-VARIABLES = {"array": "SLURM_ARRAY_TASK_ID", "job": "SLURM_JOB_ID", "name": "SLURM_JOB_NAME"}
+# The variable that a placeholder stands for, and how it comes to be set.
+VARIABLES = {
+    "array": ("SLURM_ARRAY_TASK_ID", "sbatch --array"),
+    "job": ("SLURM_JOB_ID", "sbatch"),
+    "name": ("SLURM_JOB_NAME", "sbatch"),
+}
 PLACEHOLDER = re.compile(r"\{(" + "|".join(VARIABLES) + r")\}")
-REMEDIES = {"array": "submit with sbatch --array", "job": "submit with sbatch", "name": "submit with sbatch"}
 
 
 def fill(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -18,9 +22,9 @@ def fill(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """
 
     def value(found: re.Match[str]) -> str:
-        variable = VARIABLES[found[1]]
+        variable, command = VARIABLES[found[1]]
         if not environ.get(variable):
-            raise ConfigError(f"{text}: {variable} is not set; {REMEDIES[found[1]]}, or write the value out")
+            raise ConfigError(f"{text}: {variable} is not set; submit with {command}, or write the value out")
         return environ[variable]
 
     return PLACEHOLDER.sub(value, text)

@@ -22,7 +22,8 @@ from .lease_owner import Owner
 
 BEAT_S = 10.0
 STALE_S = 60.0
-POLL_S = 1.0
+# Between two looks at the lease of another process, each of which may ask squeue.
+POLL_S = 5.0
 # Of a lease file, in bytes.
 SIZE = 1024
 
@@ -59,6 +60,8 @@ class Lease:
         self.lost = False
         self.held = Held(Owner.here())
         self.since = 0.0
+        # Held while the file is written or compared, so that nobody here reads half of it.
+        self.busy = threading.Lock()
         self.closed = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -127,8 +130,8 @@ class Lease:
         """Rewrite the file until the lease is released or lost: the body of the thread."""
         while not self.closed.wait(self.beat_s) and not self.lost:
             # A file system that fails for a while is no reason to end the run.
-            with suppress(OSError):
-                self.lost = self.newest() > self.number
+            with suppress(OSError), self.busy:
+                self.lost = not self.ours()
                 if not self.lost:
                     self.write(released=False)
 
@@ -143,18 +146,30 @@ class Lease:
             content.flush()
             os.fsync(content.fileno())
 
+    def ours(self) -> bool:
+        """Return whether the newest lease is this process's; somebody may have made the folder anew. Raises OSError."""
+        newest = self.newest()
+        return newest == self.number and Held.decode(self.read(newest)).owner.token == self.held.owner.token
+
     def check(self) -> None:
-        """Raise ConfigError if another process has taken the folder over, as after a suspension of this one."""
+        """Raise ConfigError if another process has taken the folder over, as after a suspension of this one.
+
+        Nothing is said by a folder that cannot be read for a moment.
+        """
         if not self.number:
             return
+        with suppress(OSError), self.busy:
+            self.lost = self.lost or not self.ours()
+            if self.lost:
+                raise ConfigError(f"out={self.out}: {self.why_lost()}; this run ends without saving")
+
+    def why_lost(self) -> str:
+        """Say who has the folder now. Raises OSError."""
         newest = self.newest()
-        self.lost = self.lost or newest > self.number
-        if self.lost:
-            owner = Held.decode(self.read(newest)).owner
-            raise ConfigError(
-                f"out={self.out}: {owner} has taken this folder over, because this process gave no sign for "
-                f"{self.stale_s:g} s; that run goes on, this one ends without saving"
-            )
+        if not newest:
+            return "its lease was removed"
+        owner = Held.decode(self.read(newest)).owner
+        return f"{owner} has taken this folder over, because this process gave no sign for {self.stale_s:g} s"
 
     def release(self) -> None:
         """Give the lease back, and remove a folder in which no run began."""
@@ -164,7 +179,7 @@ class Lease:
         # It may wait for a file system that has stopped answering.
         self.thread.join(self.beat_s)
         with suppress(OSError):
-            if self.lost or self.newest() > self.number:
+            if self.lost or not self.ours():
                 return
             if (self.out / RUN_CONFIG).exists():
                 self.write(released=True)

@@ -12,6 +12,7 @@ from ..config import ConfigError, one_line
 from ..data.lengths import Lengths, PairLengths, babilong_lengths, pair_lengths, text_lengths
 from ..data.sections import BabilongConfig, DataConfig, RetrievalConfig, TextConfig
 from ..data.text.files import check_files
+from ..distributed.launchers import check_groups
 from ..hub import check_names
 from ..schedule.planned_run import RunTree, batch_sizes, planned_run
 from .run_config import LossConfig, RunConfig, resolved
@@ -29,7 +30,7 @@ def check_run(config: RunConfig, out: Path, world: int | None = None) -> None:
     """
     check_out(out)
     if world is not None:
-        check_world(config, world)
+        check_groups(world, config.parallel.sp)
     check_paths(config.data)
     check_weights(config.model.base)
     check_names(hub_names(config), fetches_data(config.data))
@@ -106,14 +107,6 @@ def fetches_data(data: DataConfig) -> bool:
     if isinstance(section, TextConfig) and section.dataset is not None:
         return section.dataset.data_files is None and not Path(section.dataset.name).exists()
     return isinstance(section, BabilongConfig) and section.published is not None and section.published.files is None
-
-
-def check_world(config: RunConfig, world: int) -> None:
-    """Check that sp divides the number of ranks. Raises ConfigError."""
-    sp = config.parallel.sp
-    if world % sp:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
-        raise ConfigError(f"parallel.sp={sp} does not divide the world of {world} ranks; try one of {divisors}")
 
 
 def check_sizes(config: RunConfig, world: int) -> None:

@@ -191,14 +191,13 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     """Check a ds_config and complete it as far as that is possible before there is a model."""
     check_keys(config)
     check_stage(config)
+    check_values(config)
     sizes = batch_sizes(config, dp)
     ds = json.loads(json.dumps(config))
     defaults = {"lr": DEFAULT_LR, "betas": list(DEFAULT_BETAS), "weight_decay": DEFAULT_WEIGHT_DECAY}
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
     params = optimizer.setdefault("params", {})
     lr = params.setdefault("lr", DEFAULT_LR)
-    if not isinstance(lr, int | float) or isinstance(lr, bool) or lr <= 0:
-        raise ConfigError(f"ds_config optimizer.params.lr={one_line(lr)}: expected a positive number")
     offloaded = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if device.type == "cpu" and not offloaded and optimizer.get("type") in ("Adam", "AdamW"):
         # DeepSpeed's fused CPU Adam is compiled at first use, for about a minute; torch's is ready.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from support.launchers import ENVIRON, losses, settings
 from support.programs import find
-from support.slurm_cluster import log_of
+from support.slurm_cluster import cluster, log_of
 
 pytestmark = pytest.mark.needs("slurm")
 SCRIPT = "slurm/train_armt_8node.sh"
@@ -51,6 +52,23 @@ def test_a_mistake_ends_the_job_in_one_line(slurm, checkout, tmp_path):
         "error: train.stpes=3: unknown key; k"
     ], log_of(checkout, "wrong", job)
     assert not (checkout / "runs").exists()
+
+
+def test_nodes_with_four_gpus(checkout, tmp_path):
+    """With the scripts' 8 sbatch refuses; with 4 a node has 4 ranks, and the preflight sees that they are made up."""
+    (tmp_path / "bin").mkdir()
+    show = tmp_path / "bin/nvidia-smi"
+    show.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: made up"; done\n')
+    show.chmod(0o755)
+    with cluster(gpus=4) as site:
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            site.command("sbatch", f"--chdir={checkout}", f"{checkout}/{SCRIPT}")
+        says = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+        assert error.value.stdout.strip() == says
+        path = f"{show.parent}:{os.environ['PATH']}"
+        job = submit(site, checkout, tmp_path, "four", options=["--gpus-per-node=4"], PATH=path)
+        end, log = site.wait(job, 60), log_of(checkout, "four", job)
+        assert end.exit_code == 2 and "1 nodes x 4 ranks" in log and "n1: shows 0 GPUs of 4" in log, log
 
 
 def test_a_name_submitted_twice_and_a_node_that_dies(slurm, checkout, tmp_path):

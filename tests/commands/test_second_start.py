@@ -76,5 +76,5 @@ def test_a_suspended_process_finds_its_folder_taken_and_ends(first, tmp_path):
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=LIMIT_S)
     assert first.returncode == 2, errors
-    assert "has taken this folder over" in errors and "this one ends without saving" in errors
+    assert "has taken this folder over" in errors and "this run ends without saving" in errors
     assert steps(run) < before + 200 and taken.exists()

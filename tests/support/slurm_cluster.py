@@ -1,7 +1,7 @@
 """A real Slurm of eight nodes on one machine, private to one folder: munged, slurmctld and slurmd -N n1..n8.
 
 Nothing under /etc is read or written. All nodes share this machine's cores, memory and host name; tell them apart by
-SLURMD_NODENAME. The eight GPUs per node are empty files, so that GPU requests are accepted.
+SLURMD_NODENAME. The GPUs of a node are empty files, so that GPU requests are accepted.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ SlurmdTimeout=10
 MinJobAge=3600
 KillWait=5
 InactiveLimit=0
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 RealMemory=64000 Gres=gpu:8
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 RealMemory=64000 \\
+    Gres=gpu:{gpus}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -122,8 +123,8 @@ class Cluster(NamedTuple):
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Start the daemons, wait until all nodes are idle, and stop everything at the end."""
+def cluster(gpus: int = 8) -> Iterator[Cluster]:
+    """Start the daemons, wait until all nodes are idle, and stop everything at the end. gpus: of each node."""
     missing = [program for program in PROGRAMS if find(program) is None]
     assert not missing, f"{missing} not found: install slurm-wlm and munge"
     # Not pytest's tmp_path: the path of munge's socket must stay below 108 characters.
@@ -131,7 +132,7 @@ def cluster() -> Iterator[Cluster]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     running = Cluster(folder, environ | {"SLURM_CONF": str(folder / "slurm.conf")})
     try:
-        configure(folder)
+        configure(folder, gpus)
         start(running)
         yield running
     finally:
@@ -139,7 +140,7 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def configure(folder: Path) -> None:
+def configure(folder: Path, gpus: int) -> None:
     """Write slurm.conf, gres.conf and a munge key, and make the folders that the daemons expect."""
     nodes = [f"n{i}" for i in range(1, NODES + 1)]
     for name in ["state", "munge", "log", "gpu", *(f"{kind}.{node}" for kind in ("d", "tmp") for node in nodes)]:
@@ -147,13 +148,13 @@ def configure(folder: Path) -> None:
     (folder / "munge").chmod(0o755)
     (folder / "munge/key").write_bytes(secrets.token_bytes(128))
     (folder / "munge/key").chmod(0o400)
-    for i in range(8):
+    for i in range(gpus):
         (folder / f"gpu/g{i}").touch()
-    (folder / "gres.conf").write_text(f"NodeName=n[1-{NODES}] Name=gpu File={folder}/gpu/g[0-7]\n")
+    (folder / "gres.conf").write_text(f"NodeName=n[1-{NODES}] Name=gpu File={folder}/gpu/g[0-{gpus - 1}]\n")
     port = free_ports(NODES + 1)
     host = socket.gethostname().split(".")[0]
     values = dict(folder=folder, host=host, user=getpass.getuser(), nodes=NODES)
-    values.update(port=port, first=port + 1, last=port + NODES)
+    values.update(port=port, first=port + 1, last=port + NODES, gpus=gpus)
     (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
 
 

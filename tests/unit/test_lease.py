@@ -1,6 +1,7 @@
 """One owner of a run folder: who may take it, from whom, and who notices."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_a_silent_owner_elsewhere_loses_the_folder_after_a_while_and_notices(lea
     threading.Thread(target=first.beat, daemon=True).start()
     time.sleep(0.3)
     assert first.lost
-    with pytest.raises(ConfigError, match="that run goes on, this one ends without saving"):
+    with pytest.raises(ConfigError, match="this run ends without saving"):
         first.check()
     first.release()
     assert not Held.decode(second.read(second.number)).released
@@ -206,3 +207,29 @@ def test_this_process_is_alive():
     here = Owner.here()
     assert here.pid == os.getpid() and here.ended(here) is None
     assert here.ended(here._replace(token="other")) is None
+
+
+def test_a_folder_that_was_removed_and_made_anew_is_lost(leases):
+    """The new owner's lease has the same number, and must not be written over."""
+    first, second = leases(machine="another"), leases()
+    first.take()
+    shutil.rmtree(first.folder)
+    with pytest.raises(ConfigError, match="its lease was removed; this run ends without saving"):
+        first.check()
+    second.take()
+    time.sleep(0.4)
+    assert first.number == second.number == 1 and first.lost and not second.lost
+    first.release()
+    second.check()
+    assert Held.decode(second.read(1)).owner.token == second.held.owner.token
+
+
+def test_a_folder_that_cannot_be_read_for_a_moment_is_not_lost(leases, monkeypatch):
+    lease = leases()
+    lease.take()
+    monkeypatch.setattr(lease, "newest", lambda: os.listdir("/dev/null"))
+    lease.check()
+    time.sleep(0.3)
+    assert not lease.lost
+    monkeypatch.undo()
+    lease.check()
