@@ -213,15 +213,25 @@ def test_a_folder_that_was_removed_and_made_anew_is_lost(leases):
     """The new owner's lease has the same number, and must not be written over."""
     first, second = leases(machine="another"), leases()
     first.take()
+    # It shall not notice while the folder is gone.
+    first.closed.set()
+    first.thread.join()
     shutil.rmtree(first.folder)
-    with pytest.raises(ConfigError, match="its lease was removed; this run ends without saving"):
-        first.check()
     second.take()
-    time.sleep(0.4)
-    assert first.number == second.number == 1 and first.lost and not second.lost
+    assert first.number == second.number == 1
+    with pytest.raises(ConfigError, match="has taken this folder over"):
+        first.check()
     first.release()
     second.check()
     assert Held.decode(second.read(1)).owner.token == second.held.owner.token
+
+
+def test_a_folder_without_its_lease_is_lost(leases):
+    lease = leases()
+    lease.take()
+    shutil.rmtree(lease.folder)
+    with pytest.raises(ConfigError, match="its lease was removed; this run ends without saving"):
+        lease.check()
 
 
 def test_a_folder_that_cannot_be_read_for_a_moment_is_not_lost(leases, monkeypatch):
