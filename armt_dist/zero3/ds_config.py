@@ -191,9 +191,10 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     """Check a ds_config and complete it as far as that is possible before there is a model."""
     check_keys(config)
     check_stage(config)
-    check_values(config)
-    sizes = batch_sizes(config, dp)
+    # As JSON has it: a caller's tuples are lists there.
     ds = json.loads(json.dumps(config))
+    check_values(ds)
+    sizes = batch_sizes(config, dp)
     defaults = {"lr": DEFAULT_LR, "betas": list(DEFAULT_BETAS), "weight_decay": DEFAULT_WEIGHT_DECAY}
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
     params = optimizer.setdefault("params", {})

@@ -60,3 +60,9 @@ def test_limits_are_derived_and_a_serial_wavefront_is_refused():
     alone = grid._replace(sp=1)
     kept = engines.derive_limits({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10}}, limits, alone, CPU)
     assert kept["zero_optimization"]["reduce_bucket_size"] == 10
+
+
+def test_tuples_of_a_caller_are_the_lists_of_json():
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": (0.9, 0.95)}}
+    prepared = prepare({"train_batch_size": 4, "optimizer": optimizer, "zero_optimization": ZERO}, 2, 2, CPU)
+    assert prepared.ds_config["optimizer"]["params"]["betas"] == [0.9, 0.95] and prepared.lr == 1e-3
