@@ -1,7 +1,7 @@
 """Checkpoint folders that are complete or absent: staged, hashed, renamed, and only then pointed to.
 
 A checkpoint is a DeepSpeed tag folder `step_00000100` with two additions: `rank_R.safetensors` (random generators of
-each rank) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag.
+each rank, and states that pass on to the next step) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag.
 `save` writes checkpoints, `load` restores them.
 """
 
@@ -32,6 +32,11 @@ class CheckpointError(ConfigError):
 def tag_of(step: int) -> str:
     """Return the folder name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's own file."""
+    return folder / f"rank_{rank}.safetensors"
 
 
 def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> None:

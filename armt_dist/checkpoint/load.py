@@ -5,12 +5,14 @@ universal format first, one file per parameter and optimizer moment. The result 
 `universal-step_N` and reused. All files are read by torch's restricted unpickler.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..config import one_line
@@ -21,6 +23,7 @@ from .folder import (
     CheckpointError,
     building,
     hash_files,
+    rank_file,
     read_manifest,
     remove,
     verify_checkpoint,
@@ -47,7 +50,7 @@ def load_checkpoint(engine: Any, root: Path, tag: str) -> dict:
         if path is None:
             raise CheckpointError(f"checkpoint={root / tag}: DeepSpeed found nothing to load in it")
         # Ranks beyond those of the checkpoint keep the generators of a fresh start.
-        own = root / tag / f"rank_{dist.get_rank()}.safetensors"
+        own = rank_file(root / tag, dist.get_rank())
         if own.exists():
             set_generators(load_file(own))
 
@@ -55,6 +58,17 @@ def load_checkpoint(engine: Any, root: Path, tag: str) -> dict:
     if elastic:
         restore_frozen(engine, root / tag)
     return manifest.state
+
+
+def read_rows(folder: Path, rank: int, name: str, rows: Sequence[int]) -> torch.Tensor:
+    """Return some rows of the tensor `name` that `rank` passed to `Saver.save`. Raises CheckpointError."""
+    path = rank_file(folder, rank)
+    try:
+        with safe_open(path, "pt") as file:
+            saved = file.get_slice(name)
+            return torch.cat([saved[row : row + 1] for row in rows])
+    except (OSError, SafetensorError, IndexError) as error:
+        raise CheckpointError(f"checkpoint={path}: {name} cannot be read ({one_line(error, 200)})") from None
 
 
 def check_trust(folder: Path) -> None:

@@ -6,10 +6,11 @@ is collective and left to the main threads; the background thread only writes fi
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map
 from ..config import ConfigError, one_line
 from ..distributed.collectives import device, gather_objects, together
 from .deepspeed_files import leave_out_recovery_script, writing_through
-from .folder import CheckpointError, hash_files, make_anew, point_to, publish, staging
+from .folder import CheckpointError, hash_files, make_anew, point_to, publish, rank_file, staging
 from .rng_state import generators
 
 
@@ -42,12 +43,12 @@ class Writer(TorchCheckpointEngine):
             content = tree_map(host_copy, content, is_leaf=is_shape)
         self.files.append((content, Path(path)))
 
-    def write(self, generator_states: dict, folder: Path, rank: int) -> dict[str, dict]:
+    def write(self, tensors: dict, folder: Path, rank: int) -> dict[str, dict]:
         """Write and flush this rank's files, and return their sizes and hashes. Raises OSError. Not collective."""
-        own = folder / f"rank_{rank}.safetensors"
+        own = rank_file(folder, rank)
         try:
             # Not save_file, whose files nobody else may read, whatever the umask.
-            own.write_bytes(save(generator_states))
+            own.write_bytes(save(tensors))
             for content, path in self.files:
                 torch.save(content, path)
             return hash_files(folder, [own, *(path for _, path in self.files)])
@@ -88,11 +89,14 @@ class Saver:
         self.saved: str | None = None
         leave_out_recovery_script(engine)
 
-    def save(self, tag: str, state: dict, best: bool = False) -> None:
+    def save(
+        self, tag: str, state: dict, best: bool = False, tensors: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> None:
         """Write checkpoint `tag` with the JSON-serialisable `state`, unless it exists; best: point `best` to it.
 
-        Waits for one that is still being written. Raises CheckpointError on all ranks if a file cannot be written, and
-        leaves earlier checkpoints as they are. A failure in the background is raised by the next call of any method.
+        tensors: more of this rank's, in host memory, not to be changed while they are written. Waits for a checkpoint
+        that is still being written. Raises CheckpointError on all ranks if a file cannot be written, and leaves earlier
+        checkpoints as they are. A failure in the background is raised by the next call of any method.
         """
         self.wait()
         if tag == self.saved:
@@ -102,19 +106,19 @@ class Saver:
         staged = staging(self.root / tag)
         try:
             together(lambda: make_anew(staged), only=0)
-            written = together(lambda: self.start_writing(staged))
+            written = together(lambda: self.start_writing(staged, tensors))
         except ConfigError as error:
             raise self.give_up(tag, error) from None
         self.pending = Pending(tag, state, best, written)
         if not self.background:
             self.wait()
 
-    def start_writing(self, staged: Path) -> Future[dict[str, dict]]:
+    def start_writing(self, staged: Path, tensors: Mapping[str, torch.Tensor]) -> Future[dict[str, dict]]:
         """Write this rank's files, or let the thread write them from a copy."""
         writer = Writer(copy=self.background)
         with writing_through(self.engine, writer):
             self.engine.save_checkpoint(str(self.root), tag=staged.name, client_state={}, save_latest=False)
-        arguments = (generators(), staged, dist.get_rank())
+        arguments = ({**generators(), **tensors}, staged, dist.get_rank())
         if self.pool is not None:
             return self.pool.submit(writer.write, *arguments)
         written: Future[dict[str, dict]] = Future()

@@ -144,6 +144,8 @@ class DataConfig(Section):
     """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
     seed: Seed = 42
     """Seed of samples and their order. Example: 1"""
+    carry_memory: bool = False
+    """Whether the rows of a step continue the texts of the step before with their memory (task text)."""
     retrieval: RetrievalConfig | None = None
     """Settings of the tasks rewrite and remember. Example: {key_length: 2, symbols: 16}"""
     text: TextConfig | None = None
@@ -160,6 +162,10 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.task={self.task}: no such task; one of {', '.join(SCHEMAS)}, or name the module that registers "
                 "it in extensions"
+            )
+        if self.carry_memory and self.task != "text":
+            raise ValueError(
+                f"data.carry_memory=true: samples of data.task={self.task} have no continuation; only those of text do"
             )
         own = field_of(self.task)
         for section in sorted({*FIELDS.values(), "options"}):

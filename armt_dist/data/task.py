@@ -7,7 +7,7 @@ Shapes: b rows asked for, N tokens of a sequence.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -81,6 +81,9 @@ class Task(Lengths, Protocol):
 
 class Stateless:
     """Base of tasks whose unlimited samples depend on (seed, split, step, row) alone."""
+
+    carries: ClassVar[bool] = True
+    """Whether a sample may start from the memory of another one (train.carry_state); tasks without this one allow it."""
 
     def size(self, split: Split) -> int | None:
         """Return None: the samples are unlimited."""

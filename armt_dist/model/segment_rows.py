@@ -142,12 +142,16 @@ class SegmentRows(PreTrainedModel):
             within = reach(rows, self.config.sliding_window, device)
         return Border(within, torch.ones(1, tokens, device=device), self.backbone.turn(-tokens, device))
 
-    def initial_states(self, batch: int) -> list[tuple]:
-        """Return L empty memories, then the rows that the last layer hands to the next segment (RMT), or `Nothing`."""
-        states = [layer.memory.initial_state(batch, self.device) for layer in self.layers]
+    def initial_states(self, batch: int, device: torch.device | str | None = None) -> list[tuple]:
+        """Return L empty memories, then the rows that the last layer hands to the next segment (RMT), or `Nothing`.
+
+        device: None: the model's.
+        """
+        device = self.device if device is None else device
+        states = [layer.memory.initial_state(batch, device) for layer in self.layers]
         if not self.carries_rows:
             return [*states, Nothing()]
-        return [*states, MemoryRows.empty(batch, self.config.memory_rows, self.config.hidden_size, self.device)]
+        return [*states, MemoryRows.empty(batch, self.config.memory_rows, self.config.hidden_size, device)]
 
     def learned_rows(self, batch: int) -> tuple[Tensor, Tensor]:
         """Return the sinks [B, rows, D] and the memory rows [B, M, D]; none of either without memory tokens."""

@@ -14,7 +14,7 @@ from ..config import ConfigError
 from ..model.backbone import Context
 from ..model.configuration_armt import MEMORIES
 from ..model.modeling_armt import ARMTForCausalLM
-from ..model.rmt import enter, entering
+from ..model.rmt import MemoryRows, Nothing, enter, entering
 from ..schedule import program as schedule
 from ..schedule.grid import Arrow, Grid, rank_blocks
 from ..schedule.program import Call, Instruction, Op, layer_calls
@@ -61,6 +61,11 @@ class LossHead(nn.Module):
         return token_nll(hidden, head, targets), wrong
 
 
+def joined(chunks: Sequence[tuple]) -> tuple:
+    """Return the state [B, ...] of a micro-batch from those of its chunks."""
+    return type(chunks[0])(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
 class ScheduledLM(nn.Module):
     """The model as the engine wraps it: run layer by layer over this rank's blocks, as the schedule says."""
 
@@ -87,20 +92,38 @@ class ScheduledLM(nn.Module):
         """Return the instruction that this rank began last, for messages about a lost or stuck rank."""
         return self.trace.at
 
-    def forward(self, piece: Piece, count: bool = False, observe: Callable[[CellView], None] | None = None) -> Totals:
+    def forward(
+        self,
+        piece: Piece,
+        count: bool = False,
+        observe: Callable[[CellView], None] | None = None,
+        first: list[tuple] | None = None,
+        keep_last: bool = False,
+    ) -> Totals:
         """Return sums over this rank's scored positions; the backward pass of `nll` runs the reversed schedule.
 
-        `observe` is shown every cell that this rank runs forward.
+        `observe` is shown every cell that this rank runs forward. `first`: the states that enter the first segment, as
+        `ARMTForCausalLM.initial_states`, without a gradient to them; only the rank that runs it uses them; None: empty
+        ones. `keep_last`: whether the result has the states after the last segment.
         """
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
-        outputs = self.run_layers(x, rows, piece, observe)
-        return self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
+        outputs, states = self.run_layers(x, rows, piece, observe, first, keep_last)
+        totals = self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
+        return totals._replace(states=states)
 
-    def run_layers(self, x: Tensor, rows: list[list[int]], piece: Piece, observe: Callable | None) -> list[Tensor]:
+    def run_layers(
+        self,
+        x: Tensor,
+        rows: list[list[int]],
+        piece: Piece,
+        observe: Callable | None,
+        first: list[tuple] | None,
+        keep_last: bool,
+    ) -> tuple[list[Tensor], list[tuple] | None]:
         """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block.
 
-        Returns the hidden states of each block.
+        Returns the hidden states of each block, and `Totals.states`.
         """
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.layers, Trace(x.device)
@@ -111,35 +134,53 @@ class ScheduledLM(nn.Module):
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
         store, link = STORES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
         self.trace, learned = trace, None
+        final = piece.grid.sp * piece.grid.rounds - 1
+        last: list[list[tuple]] | None = [[] for _ in layers] if keep_last and final in own else None
         for gather, forward, backward in calls:
             i = own[gather.block]
             if self.model.carries_rows and gather.layer == 0:
                 if learned is None:
                     # Called once a pass, whatever the documents are: ZeRO-3 needs the same calls on every rank.
                     learned = self.model.memory_tokens(len(x))[1]
-                blocks[i] = enter(blocks[i], *self.entering_rows(learned, blocks[i - 1] if i else None, i, piece))
+                before = blocks[i - 1] if i else MemoryRows(*first[-1]) if first else None
+                blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, piece))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observe)
+            if gather.block == 0 and first:
+                work = work._replace(first=first[gather.layer])
+            if gather.block == final and last:
+                work = work._replace(last=last[gather.layer])
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)
-        return blocks
+        return blocks, [*map(joined, last), self.leaving_rows(blocks[-1])] if last else None
 
     def entering_rows(
-        self, learned: Tensor, before: Tensor | None, segment: int, piece: Piece
+        self, learned: Tensor, before: Tensor | MemoryRows | None, segment: int, piece: Piece
     ) -> tuple[Tensor, Tensor]:
         """Return the memory rows [B, M, D] at both ends of a segment (RMT), which is a block of its own.
 
-        They are carried over from the segment `before` [B, N, D]; the `learned` ones [B, M, D] enter the first segment,
-        and where a document begins.
+        They are carried over from the segment `before` [B, N, D], or from an earlier sequence; the `learned` ones
+        [B, M, D] enter the first segment of a sequence, and where a document begins.
         """
         config = self.model.config
         (starts,) = by_segment(piece.document_starts, piece, segment)
         if before is None:
             return learned, learned
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
-            carried = self.model.backbone.norm(before[:, -config.memory_rows :])
+        if isinstance(before, Tensor):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (config.k2 and segment % config.k2 == 0)):
+                carried = self.model.backbone.norm(before[:, -config.memory_rows :])
+        else:
+            carried = before.entering(learned)
         return entering(carried, learned, None if starts is None else starts.to(carried.device))
+
+    @torch.no_grad()
+    def leaving_rows(self, hidden: Tensor) -> MemoryRows | Nothing:
+        """Return what the last layer hands on after the last segment (RMT), or `Nothing`. hidden [B, N, D]."""
+        if not self.model.carries_rows:
+            return Nothing()
+        memory = self.model.config.memory_rows
+        return MemoryRows.of(self.model.backbone.norm(hidden[:, -memory:]), memory)
 
     def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
         """Return the link of one pass, which knows what it will receive and in which shapes."""

@@ -40,6 +40,9 @@ class Totals(NamedTuple):
     nll: Tensor  # scalar float32
     scored: Tensor  # scalar int64
     wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless counted
+    # those after the last segment, as ARMTForCausalLM.initial_states, without a graph; None on ranks that do not run the
+    # last block, and unless they were asked for
+    states: list[tuple] | None = None
 
 
 def cut_piece(

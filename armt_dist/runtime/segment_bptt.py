@@ -64,6 +64,8 @@ class LayerWork(NamedTuple):
     mark_ready: MarkReady
     trace: Callable[[Instruction], None]  # told of each instruction when it begins
     observe: Callable[[CellView], None] | None = None  # shown every cell of the forward; must not wait for the device
+    first: tuple | None = None  # state [B, ...] that enters the sequence's first block; None: the empty one
+    last: list[tuple] | None = None  # takes the states after the sequence's last block, chunk by chunk
 
 
 class ForwardTensors(NamedTuple):
@@ -138,7 +140,7 @@ class LayerCall:
         """Run the chunk forward; return the state after its last segment."""
         chunk = instruction.chunk
         x = tensors.x[chunk]
-        state = self.layer.memory.initial_state(x.shape[0], x.device) if carried is None else carried
+        state = self.first_state(chunk, x) if carried is None else carried
         observe = None
         if watcher := self.work.observe:
             row = sum(len(part) for part in tensors.x[:chunk])
@@ -146,7 +148,17 @@ class LayerCall:
             def observe(*cell: Any) -> None:
                 watcher(CellView(instruction, row, self.layer, *cell))
 
-        return self.replays[chunk].forward(x, tensors.out[chunk], state, observe)
+        after = self.replays[chunk].forward(x, tensors.out[chunk], state, observe)
+        if self.work.last is not None:
+            self.work.last.append(after)
+        return after
+
+    def first_state(self, chunk: int, x: Tensor) -> tuple:
+        """Return the state that enters the sequence's first block; x [b, sum of N, D] of the chunk."""
+        first = self.work.first
+        if first is None:
+            return self.layer.memory.initial_state(x.shape[0], x.device)
+        return type(first)(*(tensor.tensor_split(len(self.replays))[chunk] for tensor in first))
 
     def rerun(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
         """Run only the block's last cell again: it needs no gradient yet, so it fills the wait for one."""

@@ -144,6 +144,7 @@ def check_best(best: str | None, lengths: Lengths, others: tuple[str, ...] = ())
 def check_curriculum(config: RunConfig, lengths: Lengths) -> None:
     """Check that the task can make the samples of every stage, and that they fill the ranks. Raises ConfigError."""
     name = f"task={config.data.task}"
+    check_carried(config, lengths)
     for i, stage in enumerate(config.curriculum):
         if stage.unit != lengths.unit:
             raise ConfigError(f"curriculum.{i}.{stage.unit}={stage.length}: {name} counts {lengths.unit}")
@@ -158,6 +159,26 @@ def check_curriculum(config: RunConfig, lengths: Lengths) -> None:
         segments = -(-lengths.sequence_tokens(stage.difficulty.minimum) // lengths.segment_tokens)
         check_blocks(config, i, segments)
         check_loss(config.loss, i, segments)
+
+
+def check_carried(config: RunConfig, lengths: Lengths) -> None:
+    """Check that rows may start from the memory of others, or continue. Raises ConfigError."""
+    probability, memory = config.train.carry_state, config.data.carry_memory
+    if probability and memory:
+        raise ConfigError(
+            f"train.carry_state={probability}: with data.carry_memory=true every row continues its own text; set one"
+        )
+    if probability and not getattr(lengths, "carries", True):
+        raise ConfigError(
+            f"train.carry_state={probability}: data.task={config.data.task} forbids it, as its answers depend on all "
+            "that was read before; set 0"
+        )
+    for i, stage in enumerate(config.curriculum):
+        if memory and stage.at_least != 1:
+            raise ConfigError(
+                f"curriculum.{i}.at_least={stage.at_least}: with data.carry_memory=true all steps of a stage read as "
+                "many segments; set 1.0"
+            )
 
 
 def check_blocks(config: RunConfig, stage: int, segments: int) -> None:

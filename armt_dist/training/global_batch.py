@@ -22,6 +22,37 @@ from .loss_mask import mask_labels
 from .run_config import LossConfig
 
 
+class RowLayout(NamedTuple):
+    """Which group of ranks has which rows of a global batch."""
+
+    dp: int  # groups of ranks
+    sp: int  # ranks of a group
+    micro: int  # rows of a micro-batch
+    accumulation: int  # micro-batches of a step
+
+    @classmethod
+    def of(cls, mesh: Mesh, sizes: BatchSizes) -> "RowLayout":
+        """Return the layout of a run."""
+        return cls(mesh.dp, mesh.sp, sizes.micro, sizes.accumulation)
+
+    def micro_rows(self, group: int) -> list[range]:
+        """Return the rows of a group's micro-batches."""
+        starts = [(a * self.dp + group) * self.micro for a in range(self.accumulation)]
+        return [range(start, start + self.micro) for start in starts]
+
+    def rows(self, group: int) -> list[int]:
+        """Return the rows of a group, in their order there."""
+        return [row for rows in self.micro_rows(group) for row in rows]
+
+    def groups(self, rows: np.ndarray) -> np.ndarray:
+        """Return the group that has each of some rows."""
+        return rows // self.micro % self.dp
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Return the position of each of some rows among those of its group."""
+        return rows // (self.micro * self.dp) * self.micro + rows % self.micro
+
+
 class MicroBatch(NamedTuple):
     """This data-parallel rank's samples of one accumulation step."""
 
@@ -71,11 +102,14 @@ class Batches(NamedTuple):
     device: torch.device
     loss: LossConfig = LossConfig()
 
+    @property
+    def layout(self) -> RowLayout:
+        """Which group of ranks has which rows."""
+        return RowLayout.of(self.mesh, self.sizes)
+
     def micro_batches(self, split: Split, step: int, difficulty: Difficulty) -> list[MicroBatch]:
         """Return this rank's rows of a global batch, one micro-batch for each accumulation step."""
-        micro, dp = self.sizes.micro, self.mesh.dp
-        starts = [(a * dp + self.mesh.dp_rank) * micro for a in range(self.sizes.accumulation)]
-        parts = [range(start, start + micro) for start in starts]
+        parts = self.layout.micro_rows(self.mesh.dp_rank)
         batches = (transformed(self.task.batch(split, step, rows, difficulty), split, step) for rows in parts)
         masked = (mask_labels(batch, self.loss, self.armt) for batch in batches)
         return [MicroBatch(rows, batch) for rows, batch in zip(parts, masked, strict=True)]

@@ -13,7 +13,7 @@ from ..monitoring.sections import Rollback, WatchdogConfig
 from ..runtime.sections import BPTTConfig, ParallelConfig
 from ..zero3.ds_config import complete_ds_config, split_overrides
 from ..zero3.sections import ModelConfig
-from .curriculum import Stage
+from .curriculum import Fraction, Stage
 
 
 class TrainConfig(Section):
@@ -41,6 +41,8 @@ class TrainConfig(Section):
     """Number of validations without a new best after which a stage ends; null: no limit. Example: 10"""
     best: str | None = None
     """Validation metric that decides which checkpoint is best; null: accuracy if any, else loss. Example: loss"""
+    carry_state: Fraction = 0.0
+    """Probability that a row starts from the memory with which another row ended a step earlier. Example: 0.9"""
     max_skipped: Positive = 5
     """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None

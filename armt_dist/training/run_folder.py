@@ -17,6 +17,8 @@ from .run_config import RunConfig, as_yaml, resolved
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
+# And keys of the others.
+FIXED_KEYS = ("train.carry_state",)
 # Text files that the run has read.
 TEXTS = "texts.json"
 
@@ -44,15 +46,21 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
 
 def check_same(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError where a run that resumes was started with another model, data or curriculum."""
-    before, now = read_yaml(folder / RUN_CONFIG), resolved(config)
-    for section in FIXED:
-        old, new = flat(before.get(section), section), flat(now[section], section)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise ConfigError(
-                    f"{key}={one_line(new.get(key))}: the run in {folder} was started with "
-                    f"{one_line(old.get(key))}; keep that, or give another --out"
-                )
+    old, new = fixed(read_yaml(folder / RUN_CONFIG)), fixed(resolved(config))
+    for key in sorted(old.keys() | new.keys()):
+        # A run of an earlier version lacks the keys that it did not have; they are off.
+        off = key not in old and not new[key]
+        if old.get(key) != new.get(key) and not off:
+            raise ConfigError(
+                f"{key}={one_line(new.get(key))}: the run in {folder} was started with {one_line(old.get(key))}; keep "
+                "that, or give another --out"
+            )
+
+
+def fixed(config: dict) -> dict[str, object]:
+    """Return what may not change when a run resumes, by key."""
+    leaves = (leaf for section, value in config.items() for leaf in flat(value, section).items())
+    return {key: value for key, value in leaves if key.partition(".")[0] in FIXED or key in FIXED_KEYS}
 
 
 def write_texts(folder: Path, task: Task) -> None:

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..data.retrieval import Retrieval
 from ..data.task import Batch
 from ..monitoring.bad_steps import BadRows, find_bad_rows, spiked, weigh
 from ..monitoring.step_metrics import StepMetrics
 from ..runtime.executor import run_backward
+from .carried_states import Carrying
 from .curriculum import Stage, learning_rate
 from .global_batch import Batches, MicroBatch, MicroResult, Sums, add_up
 from .progress import Progress
@@ -26,6 +29,7 @@ class StepParts(NamedTuple):
     engine: Any  # DeepSpeed's
     metrics: StepMetrics
     peak_lr: float
+    carrying: Carrying | None  # of states from step to step
 
     @property
     def counts(self) -> bool:
@@ -41,19 +45,25 @@ class StepResult(NamedTuple):
     bad_rows: BadRows | None  # of a skipped step
     spiked: bool  # whether the loss calls for a rollback
     stop: bool  # whether any rank was told to stop
+    carried: Tensor | None  # what the next step starts from; see `Carrying.entering`
 
 
-def train_step(parts: StepParts, stage: Stage, progress: Progress, told_to_stop: bool) -> StepResult:
+def train_step(
+    parts: StepParts, stage: Stage, progress: Progress, told_to_stop: bool, carried: Tensor | None
+) -> StepResult:
     """Make one optimizer step, or skip it on all ranks. Collective.
 
-    progress: before the step; told_to_stop: whether this rank received a stop signal.
+    progress: before the step; told_to_stop: whether this rank received a stop signal; carried: `StepResult.carried` of
+    the step before, None where all rows start from empty states.
     """
     started = time.perf_counter()
     rate = learning_rate(stage, progress.stage_step, parts.peak_lr)
     for group in parts.engine.optimizer.param_groups:
         group["lr"] = rate
     micro_batches = parts.batches.micro_batches("train", progress.batch, stage.difficulty)
-    results = run_micro_batches(parts, micro_batches, progress.step + 1)
+    carrying = parts.carrying
+    first = carrying.entering(carried, progress.batch) if carrying else None
+    results = run_micro_batches(parts, micro_batches, progress.step + 1, first)
     sums = parts.batches.sum_up(results, told_to_stop)
     seconds = time.perf_counter() - started
     tokens = parts.batches.sizes.global_batch * micro_batches[0].batch.input_ids.shape[1]
@@ -61,9 +71,11 @@ def train_step(parts: StepParts, stage: Stage, progress: Progress, told_to_stop:
     window = stage.until.over if stage.until else 1
     after = progress.after_step(means["accuracy"], tokens, seconds, window)
     loss_spiked = spiked(means["loss"], after.losses, rollback)
-    bad_rows = None
+    bad_rows = carried = None
     if parts.engine.was_step_applied():
         after = after.after_loss(means["loss"], rollback.over if rollback else 0)
+        # After a step that is skipped, what made its numbers bad may be in its states.
+        carried = carrying.leaving([part.totals for part in results]) if carrying else None
     else:
         after = after.after_skip()
         bad_rows = find_bad_rows([(part.rows, part.batch.sample_ids, part.totals.nll) for part in results])
@@ -81,18 +93,24 @@ def train_step(parts: StepParts, stage: Stage, progress: Progress, told_to_stop:
         **guessing(parts.batches, micro_batches[0].batch),
         **parts.metrics.measure(results[-1].grid),
     }
-    return StepResult(after, metrics, bad_rows, loss_spiked, sums.stop)
+    return StepResult(after, metrics, bad_rows, loss_spiked, sums.stop, carried)
 
 
-def run_micro_batches(parts: StepParts, micro_batches: Sequence[MicroBatch], step: int) -> list[MicroResult]:
-    """Run forward and backward of the micro-batches of `step`; after the last one the engine updates. Collective."""
+def run_micro_batches(
+    parts: StepParts, micro_batches: Sequence[MicroBatch], step: int, first: list[list[tuple]] | None
+) -> list[MicroResult]:
+    """Run forward and backward of the micro-batches of `step`; after the last one the engine updates. Collective.
+
+    first: the states that enter each micro-batch; None: empty ones.
+    """
     factor = loss_factor(parts.batches, micro_batches)
     log_step = step % parts.config.log_every == 0
     results = []
-    for rows, batch in micro_batches:
+    for (rows, batch), states in zip(micro_batches, first or repeat(None), strict=False):
         piece = parts.batches.piece(batch)
         observe = parts.metrics.observer(step, rows.start, piece, smallest_read=log_step)
-        totals = parts.engine(piece, count=parts.counts, observe=observe)
+        keep_last = parts.carrying is not None
+        totals = parts.engine(piece, count=parts.counts, observe=observe, first=states, keep_last=keep_last)
         run_backward(parts.engine, weigh(totals.nll, factor))
         parts.engine.step()
         results.append(MicroResult(rows, batch, totals, piece.grid))

@@ -21,7 +21,9 @@ from ..monitoring.step_metrics import StepMetrics
 from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats
 from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
+from .carried_states import carrying_of
 from .curriculum import Stage
+from .global_batch import RowLayout
 from .progress import Progress, stage_over
 from .run_config import RunConfig
 from .run_folder import describe_run
@@ -60,9 +62,13 @@ class Trainer:
         self.engine = start_engine(self.runner, setup.prepared.ds_config, setup.batches.grid, device)
         self.watchdog.at = self.runner.at
         self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
-        self.parts = StepParts(config.train, setup.batches, self.engine, self.metrics, setup.prepared.lr)
+        self.carrying = carrying_of(config, setup.batches, self.runner.model)
+        batches, lr = setup.batches, setup.prepared.lr
+        self.parts = StepParts(config.train, batches, self.engine, self.metrics, lr, self.carrying)
         self.saver = Saver(self.engine, self.root, config.train.save_in_background, self.say)
         self.progress = Progress()
+        # `StepResult.carried` of the last step; None at the start of a stage.
+        self.carried: torch.Tensor | None = None
         self.rollbacks: Counter[str] = Counter()
         self.told_to_stop = False
         # Dropout differs between ranks, but not between runs.
@@ -148,8 +154,16 @@ class Trainer:
             state = load_checkpoint(self.engine, self.root, tag)
             self.progress = Progress.restored(state["progress"])
             self.task.load_state_dict(state["task"])
+            self.carried = self.restore_carried(tag, state.get("carried", {}))
             self.saver.saved = tag
             self.say(f"resumed {self.root / tag} at step {self.progress.step}")
+
+    def restore_carried(self, tag: str, layout: dict) -> torch.Tensor | None:
+        """Return what the next step starts from, which a run of the row layout `layout` saved; {}: nothing."""
+        carrying = self.carrying
+        if carrying is None or not layout:
+            return None
+        return together(lambda: carrying.restored(self.root / tag, RowLayout(**layout)))
 
     def describe(self) -> None:
         """Write the run folder. Rank 0 only."""
@@ -187,8 +201,9 @@ class Trainer:
     def step(self, stage: Stage) -> StepResult:
         """Make or skip one step, and log it."""
         self.watchdog.enter("step", self.progress.step)
-        result = train_step(self.parts, stage, self.progress, self.told_to_stop or self.lease.lost)
-        self.progress = result.progress
+        told_to_stop = self.told_to_stop or self.lease.lost
+        result = train_step(self.parts, stage, self.progress, told_to_stop, self.carried)
+        self.progress, self.carried = result.progress, result.carried
         report = self.progress.step % self.config.train.log_every == 0
         self.log.step(self.progress.step, result.metrics, self.metrics.stragglers.report() if report else None)
         if result.bad_rows:
@@ -212,7 +227,7 @@ class Trainer:
         elif from_best and best and best != tag_of(following.step):
             load_checkpoint(self.engine, self.root, best)
             self.say(f"stage {following.stage} starts from {best}")
-        self.progress = following
+        self.progress, self.carried = following, None
         self.log.enter_stage()
 
     def validate(self, stage: Stage, total: int) -> int:
@@ -247,8 +262,12 @@ class Trainer:
         tag = tag_of(self.progress.step)
         self.watchdog.enter("checkpoint", self.progress.step)
         together(self.lease.check, only=0)
-        state = {"progress": self.progress._asdict(), "task": self.task.state_dict()}
-        self.attempt(lambda: self.saver.save(tag, state, best), final)
+        state = {"progress": self.progress._asdict(), "task": self.task.state_dict(), "carried": {}}
+        tensors = {}
+        if self.carrying and self.carried is not None:
+            state["carried"] = self.carrying.layout._asdict()
+            tensors = self.carrying.saved(self.carried)
+        self.attempt(lambda: self.saver.save(tag, state, best, tensors), final)
         if final:
             self.attempt(self.saver.wait, final)
         if self.ranks.rank == 0:
@@ -283,7 +302,8 @@ class Trainer:
             return False
         self.watchdog.enter("checkpoint", left.step)
         progress = Progress.restored(load_checkpoint(self.engine, self.root, tag)["progress"])
-        # The task's state is kept: it is that of the next batch.
+        # The task's state is kept: it is that of the next batch. Carried states would be those of other rows.
+        self.carried = None
         self.progress = progress._replace(passed_over=left.batch - progress.step)
         self.log.rollback(left.step, tag, progress.step, self.progress.passed_over)
         return True
