@@ -79,20 +79,21 @@ NO_DENOMINATOR = {
     ),
 }
 
-# The mend of the drift: rows start from the memory of others, and the memory fades. LAMBDA and P by themselves, and the
-# one varied around the other's best.
-P, LAMBDA = 0.9, 0.99
+# The mend of the drift: the memory fades, and once keys count, rows start from the memory of others. DECAY_RATE and
+# CARRY by themselves, and each varied beside the other.
+CARRY, DECAY_RATE = 0.9, 0.99
 CARRIED = {
-    "carried_decay": (P, LAMBDA),
-    **{f"p_{p}_decay_{decay}": (p, decay) for p, decay in ((0, 1), (0, LAMBDA), (0.5, LAMBDA), (1, LAMBDA))},
-    **{f"p_{P}_decay_{decay}": (P, decay) for decay in (1, 0.999, 0.98)},
+    "carried_decay": (CARRY, DECAY_RATE),
+    **{f"carry_{p}_decay_{decay}": (p, decay) for p, decay in ((0, 1), *((p, DECAY_RATE) for p in (0, 0.5, 1)))},
+    **{f"carry_{CARRY}_decay_{decay}": (CARRY, decay) for decay in (1, 0.999, 0.98)},
 }
 FAR = (10, 50, 100, 200, 500, 1000, 2000, 10000)
 
 
-def mend(p: float, decay: float) -> tuple[str, ...]:
-    """Return the settings of a row of CARRIED."""
-    return f"train.carry_state={p}", f"model.state_decay={decay}"
+def carried(carry: float, decay: float) -> Experiment:
+    """Return the experiment of a row of CARRIED."""
+    legs = FEW_TO_10, TO_40._replace(settings=(f"train.carry_state={carry}",))
+    return Experiment(REWRITE, legs, FAR, (f"model.state_decay={decay}",), samples=256)
 
 
 # RMT on the same samples: a rate and an initialisation of its own, chosen by trials of 300 steps (ARMT has clicked by
@@ -186,10 +187,7 @@ EXPERIMENTS = {
         f"rewrite_no_denominator{name}": Experiment(REWRITE, legs, PAIRS, ("model.use_denom=false", *settings))
         for name, (legs, settings) in NO_DENOMINATOR.items()
     },
-    **{
-        f"rewrite_{name}": Experiment(REWRITE, (FEW_TO_10, TO_40), FAR, mend(*values), samples=256)
-        for name, values in CARRIED.items()
-    },
+    **{f"rewrite_{name}": carried(*values) for name, values in CARRIED.items()},
     "rewrite_two_symbols": Experiment(REWRITE, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2], TWO),
     "remember_two_symbols": Experiment(REMEMBER, (ALIKE_10, LONG_20, AGAIN_20), PAIRS[:-2]),
     **{

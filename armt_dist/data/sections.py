@@ -163,15 +163,30 @@ class DataConfig(Section):
                 f"data.task={self.task}: no such task; one of {', '.join(SCHEMAS)}, or name the module that registers "
                 "it in extensions"
             )
-        if self.carry_memory and self.task != "text":
-            raise ValueError(
-                f"data.carry_memory=true: samples of data.task={self.task} have no continuation; only those of text do"
-            )
+        if self.carry_memory:
+            self.check_continuation()
         own = field_of(self.task)
         for section in sorted({*FIELDS.values(), "options"}):
             if section != own and getattr(self, section) is not None:
                 raise ValueError(f"{section} does not belong to task={self.task}; remove it or change task")
         return self
+
+    def check_continuation(self) -> None:
+        """Raise ValueError where rows cannot continue those of the step before."""
+        if self.task != "text":
+            raise ValueError(
+                f"data.carry_memory=true: samples of data.task={self.task} have no continuation; only those of text do"
+            )
+        text = self.text
+        if text and text.dataset and text.dataset.streaming:
+            raise ValueError(
+                "data.carry_memory=true: a stream is read in one order, and every row needs texts of its own; set "
+                "text.dataset.streaming=false"
+            )
+        if text and text.min_tokens > TextConfig.model_fields["min_tokens"].default:
+            raise ValueError(
+                f"text.min_tokens={text.min_tokens}: has no effect with data.carry_memory=true, which leaves no text out"
+            )
 
     @property
     def section(self) -> Section:

@@ -42,6 +42,8 @@ class Run(NamedTuple):
     """Tokens of a segment; None: the task's own choice."""
     global_batch: int | None = None
     """Rows of a step over all ranks and accumulation steps; needed by tasks with a finite number of samples."""
+    carry_memory: bool = False
+    """Whether every row continues that of the step before."""
 
 
 class Task(Lengths, Protocol):

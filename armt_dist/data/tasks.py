@@ -53,4 +53,4 @@ def make_task(
             f"vocab_size={vocab_size}: the tokenizer of task={config.task} has {len(tokenizer)} tokens; "
             f"enlarge the embedding to at least {len(tokenizer)} or use another tokenizer"
         )
-    return kind.build(config.section, tokenizer, Run(config.seed, segment_tokens, global_batch))
+    return kind.build(config.section, tokenizer, Run(config.seed, segment_tokens, global_batch, config.carry_memory))

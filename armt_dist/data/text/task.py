@@ -19,8 +19,12 @@ from ..sections import DatasetConfig, TextConfig
 from ..task import Batch, Difficulty, Run, excerpt, real_tokens
 from ..tokenizers import decode, encode, leading_tokens, padding_id
 from .files import TextFacts, TextFile, facts_of, find_files, read_text, split_files
+from .lanes import Lanes
 from .pieces import Corpus, TextPiece, TokenizedText, collate, cut_text
 from .stream import Stream, open_texts
+
+
+Sources = dict[Split, Corpus | Stream | Lanes]
 
 
 class Text:
@@ -32,7 +36,7 @@ class Text:
     def __init__(self, config: TextConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
         assert run.global_batch is not None, "task=text has finite samples: make_task needs global_batch"
         self.config = config
-        self.seed, self.global_batch = run.seed, run.global_batch
+        self.seed, self.global_batch, self.carry_memory = run.seed, run.global_batch, run.carry_memory
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.sequence = config.sequence_tokens
@@ -42,12 +46,12 @@ class Text:
         self.prefix = leading_tokens(tokenizer) if config.leading_tokens else []
         self.sources = self.open_dataset(config.dataset) if config.dataset else self.open_files(config.files or [])
 
-    def open_files(self, files: str | list[str]) -> dict[Split, Corpus | Stream]:
+    def open_files(self, files: str | list[str]) -> Sources:
         """Read and tokenise the training files and, if there are any, the validation files."""
         named = self.config.validation_files
         held_out = None if named is None else find_files(named, "validation_files")
         training, validation = split_files(find_files(files), held_out, self.config.validation_fraction)
-        sources: dict[Split, Corpus | Stream] = {"train": self.corpus("train", self.read("train", training))}
+        sources: Sources = {"train": self.training(self.read("train", training))}
         if validation:
             sources["validation"] = self.corpus("validation", self.read("validation", validation))
         return sources
@@ -59,18 +63,24 @@ class Text:
             self.facts[split].append(facts_of(file.name, text))
             yield text
 
-    def open_dataset(self, config: DatasetConfig) -> dict[Split, Corpus | Stream]:
+    def open_dataset(self, config: DatasetConfig) -> Sources:
         """Open the data set's training split and, if it is named, the validation split."""
-        sources: dict[Split, Corpus | Stream] = {}
+        sources: Sources = {}
         if config.streaming:
             sources["train"] = Stream(config, self.encode_text, self.cut, self.global_batch)
         else:
             texts = open_texts(config, config.split)
-            sources["train"] = self.corpus("train", (row[config.column] for row in texts))
+            sources["train"] = self.training(row[config.column] for row in texts)
         if config.validation_split is not None:
             texts = open_texts(config, config.validation_split).take(config.validation_texts)
             sources["validation"] = self.corpus("validation", (row[config.column] for row in texts))
         return sources
+
+    def training(self, texts: Iterable[str]) -> Corpus | Lanes:
+        """Tokenise the training texts, to be read in pieces or on from step to step."""
+        if not self.carry_memory:
+            return self.corpus("train", texts)
+        return Lanes([self.encode_text(text) for text in texts], self.seed, self.global_batch)
 
     def corpus(self, split: Split, texts: Iterable[str]) -> Corpus:
         """Tokenise texts and cut them into pieces. Raises ConfigError if there is none."""
@@ -102,14 +112,16 @@ class Text:
                 "text.dataset.validation_split"
             )
         tokens = self.sequence_tokens(difficulty.draw(self.seed, split, step))
-        pieces = self.sources[split].take(step, rows)
+        source, apart = self.sources[split], not self.config.cross_documents
+        if isinstance(source, Lanes):
+            return source.batch(step, rows, tokens, apart)
+        pieces = source.take(step, rows)
         words = row_words(self.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
         windows = [text_window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
-        apart = self.config.pack and not self.config.cross_documents
-        return collate(windows, tokens, padding_id(self.tokenizer), apart)
+        return collate(windows, tokens, padding_id(self.tokenizer), apart and self.config.pack)
 
     def size(self, split: Split) -> int | None:
-        """Return the number of pieces; None for a stream."""
+        """Return the number of pieces; None where there are none, as in a stream."""
         source = self.sources.get(split)
         if source is None:
             return 0
@@ -122,6 +134,7 @@ class Text:
             if isinstance(source, Stream)
             else min(len(piece.tokens) for piece in source.pieces) < self.sequence
             for source in self.sources.values()
+            if not isinstance(source, Lanes)
         )
 
     def texts(self) -> dict[Split, list[TextFacts]]:
