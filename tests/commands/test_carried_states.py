@@ -1,4 +1,4 @@
-"""Memory that passes from step to step: the training command against a plain loop, on any number of ranks, and killed."""
+"""Memory that passes from step to step: training against a plain loop, on any number of ranks, and killed."""
 
 import json
 import signal

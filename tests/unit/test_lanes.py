@@ -6,8 +6,8 @@ import torch
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.lengths import Difficulty
-from armt_dist.data.sections import DataConfig
 from armt_dist.data.sampling import permutation
+from armt_dist.data.sections import DataConfig
 from armt_dist.data.tasks import make_task
 from armt_dist.data.text.lanes import Lanes
 
