@@ -1,7 +1,8 @@
 """Checkpoint folders that are complete or absent: staged, hashed, renamed, and only then pointed to.
 
 A checkpoint is a DeepSpeed tag folder `step_00000100` with two additions: `rank_R.safetensors` (random generators of
-each rank, and states that pass on to the next step) and `manifest.json`, written last, with size and SHA-256 of every file. `latest` and `best` hold a tag.
+each rank, and memory states that pass on to the next step) and `manifest.json`, written last, with size and SHA-256 of
+every file. `latest` and `best` hold a tag.
 `save` writes checkpoints, `load` restores them.
 """
 

@@ -185,7 +185,7 @@ class DataConfig(Section):
             )
         if text and text.min_tokens > TextConfig.model_fields["min_tokens"].default:
             raise ValueError(
-                f"text.min_tokens={text.min_tokens}: has no effect with data.carry_memory=true, which leaves no text out"
+                f"text.min_tokens={text.min_tokens}: has no effect with data.carry_memory=true, which reads every text"
             )
 
     @property

@@ -85,7 +85,7 @@ class Stateless:
     """Base of tasks whose unlimited samples depend on (seed, split, step, row) alone."""
 
     carries: ClassVar[bool] = True
-    """Whether a sample may start from the memory of another one (train.carry_state); tasks without this one allow it."""
+    """Whether a sample may start from the memory of another one (train.carry_state); a task that says nothing allows it."""
 
     def size(self, split: Split) -> int | None:
         """Return None: the samples are unlimited."""

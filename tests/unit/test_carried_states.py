@@ -1,4 +1,4 @@
-"""States that pass from one sequence to the next: the scheduled executor against the plain loop that starts from them."""
+"""States that pass from one sequence to the next: the scheduled executor against the plain loop."""
 
 import itertools
 

@@ -23,7 +23,6 @@ from .lanes import Lanes
 from .pieces import Corpus, TextPiece, TokenizedText, collate, cut_text
 from .stream import Stream, open_texts
 
-
 Sources = dict[Split, Corpus | Stream | Lanes]
 
 
