@@ -63,7 +63,8 @@ class Retrieval(Stateless):
         labels = torch.full_like(input_ids, IGNORE)
         scored = self.config.value_length + 1
         labels[:, -scored - 1 : -1] = input_ids[:, -scored:]
-        return Batch(input_ids, labels, None, list(rows))
+        needed = torch.from_numpy(asked[:, 0] * self.segment_tokens + self.segment_tokens - 1)
+        return Batch(input_ids, labels, None, list(rows), needed=needed)
 
     def lay_out(self, keys: np.ndarray, values: np.ndarray, symbols: int | None) -> np.ndarray:
         """Spell key and value numbers [b, n+1] as tokens int64 [b, n+1, T]; the digits of keys have base `symbols`."""

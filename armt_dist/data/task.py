@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     attention_mask  int64 [b, N], 1 at real tokens; None if nothing is padded
     sample_ids      number of the sample in each of the b rows, the same on every rank
     document_starts bool [b, N], true where a document begins that must not see what is before it; None if none does
+    needed          int64 [b], position of the end of the last fact that the answer needs, -1 if unknown; None for
+                    tasks without answers
     """
 
     input_ids: torch.Tensor
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor | None
     sample_ids: list[int]
     document_starts: torch.Tensor | None = None
+    needed: torch.Tensor | None = None
 
 
 class Run(NamedTuple):
@@ -85,7 +88,7 @@ class Stateless:
     """Base of tasks whose unlimited samples depend on (seed, split, step, row) alone."""
 
     carries: ClassVar[bool] = True
-    """Whether a sample may start from the memory of another one (train.carry_state); a task that says nothing allows it."""
+    """Whether a sample may start from the memory of another one (train.carry_state); true where a task does not say."""
 
     def size(self, split: Split) -> int | None:
         """Return None: the samples are unlimited."""

@@ -23,7 +23,7 @@ from .handoff import Local, Wire
 from .loss import IGNORE, hits, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels
 from .sections import ParallelConfig
-from .segment_bptt import CellView, LayerWork, Link, MarkReady, no_engine, segment_bptt
+from .segment_bptt import CellView, GradientView, LayerWork, Link, MarkReady, no_engine, segment_bptt
 from .trace import Trace
 
 
@@ -99,16 +99,18 @@ class ScheduledLM(nn.Module):
         observe: Callable[[CellView], None] | None = None,
         first: list[tuple] | None = None,
         keep_last: bool = False,
+        observe_gradient: Callable[[GradientView], None] | None = None,
     ) -> Totals:
         """Return sums over this rank's scored positions; the backward pass of `nll` runs the reversed schedule.
 
-        `observe` is shown every cell that this rank runs forward. `first`: the states that enter the first segment, as
-        `ARMTForCausalLM.initial_states`, without a gradient to them; only the rank that runs it uses them; None: empty
-        ones. `keep_last`: whether the result has the states after the last segment.
+        `observe` is shown every cell that this rank runs forward, `observe_gradient` the gradient of the state that
+        entered each. `first`: the states that enter the first segment, as `ARMTForCausalLM.initial_states`, without a
+        gradient to them; only the rank that runs it uses them; None: empty ones. `keep_last`: whether the result has the
+        states after the last segment.
         """
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
-        outputs, states = self.run_layers(x, rows, piece, observe, first, keep_last)
+        outputs, states = self.run_layers(x, rows, piece, (observe, observe_gradient), first, keep_last)
         totals = self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
         return totals._replace(states=states)
 
@@ -117,11 +119,11 @@ class ScheduledLM(nn.Module):
         x: Tensor,
         rows: list[list[int]],
         piece: Piece,
-        observe: Callable | None,
+        observers: tuple[Callable | None, Callable | None],
         first: list[tuple] | None,
         keep_last: bool,
     ) -> tuple[list[Tensor], list[tuple] | None]:
-        """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block.
+        """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block; observers: see `forward`.
 
         Returns the hidden states of each block, and `Totals.states`.
         """
@@ -145,7 +147,10 @@ class ScheduledLM(nn.Module):
                 before = blocks[i - 1] if i else MemoryRows(*first[-1]) if first else None
                 blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, piece))
             layer_rows = rows[i], contexts[i], states
-            work = LayerWork(forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observe)
+            work = LayerWork(
+                forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observers[0]
+            )
+            work = work._replace(observe_gradient=observers[1])
             if gather.block == 0 and first:
                 work = work._replace(first=first[gather.layer])
             if gather.block == final and last:

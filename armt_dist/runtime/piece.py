@@ -40,8 +40,8 @@ class Totals(NamedTuple):
     nll: Tensor  # scalar float32
     scored: Tensor  # scalar int64
     wrong: Tensor  # [B] int64, scored tokens that were not the most likely ones; zeros unless counted
-    # after the last segment, as ARMTForCausalLM.initial_states, without a graph; None unless they were asked for, and on
-    # ranks that do not run the last block
+    # after the last segment, as ARMTForCausalLM.initial_states, without a graph; None unless they were asked for, and
+    # on ranks that do not run the last block
     states: list[tuple] | None = None
 
 

@@ -51,6 +51,14 @@ class CellView(NamedTuple):
     after: tuple  # state that left it
 
 
+class GradientView(NamedTuple):
+    """The gradient of the state that entered one cell, as an observer of a backward pass sees it."""
+
+    instruction: Instruction
+    segment: int  # of the block
+    gradient: tuple  # shaped as the state
+
+
 class LayerWork(NamedTuple):
     """What one call of a layer is to do."""
 
@@ -66,6 +74,7 @@ class LayerWork(NamedTuple):
     observe: Callable[[CellView], None] | None = None  # shown every cell of the forward; must not wait for the device
     first: tuple | None = None  # state [B, ...] that enters the sequence's first block; None: the empty one
     last: list[tuple] | None = None  # takes the states after the sequence's last block, chunk by chunk
+    observe_gradient: Callable[[GradientView], None] | None = None  # shown every cell of the backward; must not wait
 
 
 class ForwardTensors(NamedTuple):
@@ -175,10 +184,13 @@ class LayerCall:
             carried = self.layer.memory.initial_state(len(grads_x[0]), grads_x[0].device)
         kind, grad = type(carried), tuple(carried)
         cells = tensors.reruns.pop(chunk)
-        for cell, grad_y, grad_x in zip(cells, reversed(grads_out), reversed(grads_x), strict=True):
+        backwards = zip(cells, reversed(grads_out), reversed(grads_x), strict=True)
+        for segment, (cell, grad_y, grad_x) in zip(reversed(range(len(grads_out))), backwards, strict=True):
             grad_in, *grad_state = tensors.gradients.add(cell, (grad_y, *grad))
             grad_x.copy_(grad_in)
             grad = tuple(grad_state)
+            if self.work.observe_gradient:
+                self.work.observe_gradient(GradientView(instruction, segment, kind(*grad)))
         return kind(*grad)
 
     def reduce(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:

@@ -97,20 +97,22 @@ class Babilong(Stateless):
         input_ids = np.full((len(rows), tokens), padding_id(self.tokenizer), dtype=np.int64)
         labels = np.full((len(rows), tokens), IGNORE, dtype=np.int64)
         mask = np.ones((len(rows), tokens), dtype=np.int64)
-        numbers = []
+        numbers, needed = [], []
         words = row_words(self.run.seed, split, step, rows, 1)[:, 0]
         for i, (row, word) in enumerate(zip(rows, words, strict=True)):
             random = Random(int(word))
             number, story, scored = self.choose(split, step, row, random, tokens)
-            ids, answer = self.lay_out(story, split, random, tokens)
+            ids, answer, fact = self.lay_out(story, split, random, tokens)
             end = len(ids)
             input_ids[i, :end] = ids
             mask[i, end:] = 0
             if scored:
                 labels[i, end - answer - 1 : end - 1] = ids[-answer:]
             numbers.append(number)
+            needed.append(fact)
         attention_mask = None if mask.all() else torch.from_numpy(mask)
-        return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, numbers)
+        parts = torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask
+        return Batch(*parts, numbers, needed=torch.tensor(needed))
 
     def choose(self, split: Split, step: int, row: int, random: Random, tokens: int) -> tuple[int, Story, bool]:
         """Return the sample number of a row, its story, which fits in `tokens`, and whether it is scored."""
@@ -141,8 +143,8 @@ class Babilong(Stateless):
         """Return the token ids of each fact, the question and the answer, without eos."""
         return [self.encode(" " + text) for text in (*story.facts, story.question, story.answer)]
 
-    def lay_out(self, story: Story, split: Split, random: Random, tokens: int) -> tuple[np.ndarray, int]:
-        """Return the token ids of a sample, and the length of the answer with eos at its end."""
+    def lay_out(self, story: Story, split: Split, random: Random, tokens: int) -> tuple[np.ndarray, int, int]:
+        """Return the token ids of a sample, the length of the answer with eos at its end, and `Batch.needed`."""
         *facts, question, answer = self.parts(story)
         answer = np.append(answer, self.tokenizer.eos_token_id)
         fill = tokens - len(self.prefix) - sum(map(len, facts)) - len(question) - len(answer)
@@ -160,7 +162,11 @@ class Babilong(Stateless):
             else scatter
         )
         parts = spread(facts, self.background[split], fill, random)
-        return np.concatenate([self.prefix, *parts, question, answer]), len(answer)
+        needed = -1
+        if story.supporting:
+            # A stretch of the background comes before every fact.
+            needed += len(self.prefix) + sum(map(len, parts[: 2 * max(story.supporting) + 2]))
+        return np.concatenate([self.prefix, *parts, question, answer]), len(answer), needed
 
     def size(self, split: Split) -> int | None:
         """Return the number of published stories; None if they are generated."""
