@@ -93,7 +93,9 @@ FAR = (10, 50, 100, 200, 500, 1000, 2000, 10000)
 def carried(carry: float, decay: float) -> Experiment:
     """Return the experiment of a row of CARRIED."""
     legs = FEW_TO_10, TO_40._replace(settings=(f"train.carry_state={carry}",))
-    return Experiment(REWRITE, legs, FAR, (f"model.state_decay={decay}",), samples=256)
+    lengths = FAR if (carry, decay) == (CARRY, DECAY_RATE) else FAR[:-1]
+    settings = (f"model.state_decay={decay}",)
+    return Experiment(REWRITE, legs, lengths, settings, samples=256, evaluation=("--batch", "256"))
 
 
 # RMT on the same samples: a rate and an initialisation of its own, chosen by trials of 300 steps (ARMT has clicked by

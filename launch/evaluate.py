@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from armt_dist.data.sections import DataConfig
+    from armt_dist.data.task import Task
     from armt_dist.evaluation.evaluate import Row
+    from armt_dist.model.modeling_armt import ARMTForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,6 +31,7 @@ EXAMPLES = """examples:
   python launch/evaluate.py --model model --lengths 1 4 16 64 --data data.text.validation_files=held_out/
   python launch/evaluate.py --model model --task babilong --data 'data.babilong.tasks=[qa1, qa2]' --lengths 4 16 64
   python launch/evaluate.py --model model --zero-memory     # without memory, for comparison
+  python launch/evaluate.py --model model --audit --lengths 500      # which layer's memory fails at this length
 """
 
 
@@ -47,6 +50,8 @@ def arguments() -> argparse.Namespace:
     add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
     add("--extensions", nargs="+", default=[], metavar="MODULE", help="modules that register the task, as in training")
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
+    add("--audit", action="store_true", help="at the longest length, also tell what each layer's memory does with it, "
+        "which layer does harm, and how far back the loss reaches: audit_TASK.json and .png")  # fmt: skip
     add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
     add("--no-self-check", action="store_true", help="skip the comparison of cached with uncached logits")
     add("--strict-versions", action="store_true", help="fail if a package is outside its tested range")
@@ -87,6 +92,22 @@ def write_results(out: Path, facts: dict, found: "dict[str, list[Row]]") -> None
         heat_map(found, picture, "BABILong: exact match")
     else:
         plot_evaluation(found[name], measure, picture, f"{name}: {measure} by length")
+
+
+def write_audit(out: Path, model: "ARMTForCausalLM", name: str, task: "Task", length: int, samples: int) -> None:
+    """Audit a model on a task, print what was found, and write audit_TASK.json and .png. Raises ConfigError."""
+    from armt_dist.evaluation.audit import audit
+    from armt_dist.evaluation.audit_report import audit_table, plot_audit, sentence
+
+    found = audit(model, task, length, samples)
+    print(f"{audit_table(found)}\n{sentence(found)}")
+    layers = [layer._asdict() for layer in found.layers]
+    ages = [age._asdict() for age in found.ages]
+    with writing(out):
+        write_json(
+            out / f"audit_{name}.json", {**found._asdict(), "layers": layers, "ages": ages, "says": sentence(found)}
+        )
+        plot_audit(found, out / f"audit_{name}.png", f"{name}: {length} {task.unit}")
 
 
 def main() -> None:
@@ -131,6 +152,8 @@ def main() -> None:
         if len(parts) > 1:
             print(name)
         print(evaluation_table(found[name], task.measure))
+        if args.audit:
+            write_audit(out, model, name, task, max(lengths), args.samples)
     facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
     facts |= {"measure": task.measure, "zero_memory": args.zero_memory}
     with writing(out):

@@ -105,8 +105,8 @@ class ScheduledLM(nn.Module):
 
         `observe` is shown every cell that this rank runs forward, `observe_gradient` the gradient of the state that
         entered each. `first`: the states that enter the first segment, as `ARMTForCausalLM.initial_states`, without a
-        gradient to them; only the rank that runs it uses them; None: empty ones. `keep_last`: whether the result has the
-        states after the last segment.
+        gradient to them; only the rank that runs it uses them; None: empty ones. `keep_last`: whether the result has
+        the states after the last segment.
         """
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
@@ -123,9 +123,9 @@ class ScheduledLM(nn.Module):
         first: list[tuple] | None,
         keep_last: bool,
     ) -> tuple[list[Tensor], list[tuple] | None]:
-        """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block; observers: see `forward`.
+        """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block.
 
-        Returns the hidden states of each block, and `Totals.states`.
+        observers: of cells and of gradients. Returns the hidden states of each block, and `Totals.states`.
         """
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.layers, Trace(x.device)
