@@ -31,6 +31,8 @@ KEYS = {
     "bptt": ("states",),
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
 }
+# Keys with which the memory of rows passes to the next step.
+CARRYING = (("train", "carry_state"), ("data", "carry_memory"))
 # Defaults of ARMTConfig and of the data sections; tests compare them with the classes.
 MEMORY_COUNTS = {"d_mem": 64, "nu": 3, "n_heads": 1}
 SEGMENT_TOKENS = 512
@@ -175,6 +177,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         accumulation=sizes.accumulation,
         scored_tokens=samples.scored_tokens,
         gradient_bytes=gradient_bytes(trees.ds_config),
+        carried=any(section(trees.run, name, "").get(key) for name, key in CARRYING),
         **{
             name: count(zero, name, "ds_config zero_optimization.", StepWork._field_defaults[name], least=0)
             for name in ("reduce_bucket_size", "stage3_param_persistence_threshold")
