@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 
 class Leg(NamedTuple):
-    """One run: its name, its curriculum (None: the recipe's), its batch, and what else it sets."""
+    """One run: its name, its curriculum (None: the recipe's), its batch, what else it sets, and if it is evaluated."""
 
     name: str
     curriculum: str | None = None
     batch: int = 256
     settings: tuple[str, ...] = ()
+    evaluated: bool = True
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ FAR = (10, 50, 100, 200, 500, 1000, 2000, 10000)
 
 def carried(carry: float, decay: float) -> Experiment:
     """Return the experiment of a row of CARRIED."""
-    legs = FEW_TO_10, TO_40._replace(settings=(f"train.carry_state={carry}",))
+    legs = FEW_TO_10._replace(evaluated=False), TO_40._replace(settings=(f"train.carry_state={carry}",))
     lengths = FAR if (carry, decay) == (CARRY, DECAY_RATE) else FAR[:-1]
     settings = (f"model.state_decay={decay}",)
     return Experiment(REWRITE, legs, lengths, settings, samples=256, evaluation=("--batch", "256"))
