@@ -99,6 +99,21 @@ def carried(carry: float, decay: float) -> Experiment:
     return Experiment(REWRITE, legs, lengths, settings, samples=256, evaluation=("--batch", "256"))
 
 
+# What the mend costs where the oldest facts count: the same legs, the last ones with carried states.
+WITH_CARRY = (f"train.carry_state={CARRY}",)
+WITH_DECAY = (f"model.state_decay={DECAY_RATE}",)
+
+
+def with_carry(leg: Leg) -> Leg:
+    """Return the leg with carried states."""
+    return leg._replace(settings=(*leg.settings, *WITH_CARRY))
+
+
+def unseen(legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """Return the legs, of which only the last is evaluated."""
+    return (*(leg._replace(evaluated=False) for leg in legs[:-1]), legs[-1])
+
+
 # RMT on the same samples: a rate and an initialisation of its own, chosen by trials of 300 steps (ARMT has clicked by
 # then), then as many steps as ARMT's leg 10 needed (773, seed 0), and four times as many.
 RMT = (
@@ -184,7 +199,7 @@ MEMORIES = {
 }
 
 EXPERIMENTS = {
-    "quickstart": Experiment("default.yaml", (Leg("10"),), PAIRS[:4]),
+    "quickstart": Experiment("default.yaml", (Leg("10"),), (*PAIRS, 1000, 2000), samples=256),
     "rewrite": Experiment(REWRITE, (TO_10, TO_40, TO_120), PAIRS),
     **{
         f"rewrite_no_denominator{name}": Experiment(REWRITE, legs, PAIRS, ("model.use_denom=false", *settings))
@@ -208,6 +223,13 @@ EXPERIMENTS = {
         )
         for name, (lr, init) in TRIALS.items()
     },
+    "remember_carried_decay": Experiment(
+        REMEMBER,
+        unseen((ALIKE_10, LONG_20, with_carry(TO_100))),
+        PAIRS[:-1],
+        ("model.d_mem=32", *WITH_DECAY),
+        values=SYMBOLS,
+    ),
     "rmt_two_symbols": Experiment(REWRITE, (AS_MANY, FOUR_TIMES), SHORT, RMT),
     **{
         f"babilong_{task}": Experiment(
@@ -220,6 +242,27 @@ EXPERIMENTS = {
         )
         for task, legs in STORIES.items()
     },
+    **{
+        f"babilong_{task}_{name}": Experiment(
+            "babilong_cpu.yaml",
+            unseen((*legs[:-1], with_carry(legs[-1]))),
+            (8, 16, 32, 64, 128, 256, 512),
+            (f"data.babilong.tasks=[{task}]", *settings),
+            samples=128,
+            unit="segments",
+        )
+        for task, legs in STORIES.items()
+        for name, settings in (("carried", ()), ("carried_decay", WITH_DECAY))
+    },
+    "plays_armt_carried_decay": Experiment(
+        "plays_short_segments_cpu.yaml",
+        (with_carry(EIGHT[0]),),
+        (1, 4, 16),
+        (*TEXT, *WITH_DECAY),
+        samples=1024,
+        unit="segments",
+        metric="bits_per_byte",
+    ),
     **{
         f"plays_{name}": Experiment(
             "plays_short_segments_cpu.yaml",
