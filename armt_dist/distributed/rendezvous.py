@@ -84,7 +84,7 @@ def rendezvous(ranks: Ranks) -> tuple[str, int]:
         # Nobody listens there.
         return "127.0.0.1", 0
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        if not os.environ["MASTER_PORT"].isdigit():
+        if not os.environ["MASTER_PORT"].isdecimal():
             raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']!r}: expected a port number")
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if ranks.launcher == "srun":

@@ -86,7 +86,7 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
         raise ConfigError(
             f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(SCHEMAS)}"
         )
-    name = name or saved.get("task", DataConfig().task)
+    name = name or str(saved.get("task", DataConfig().task))
     if name not in SCHEMAS:
         # Not imported unasked: the folder may be a stranger's.
         hint = f", or give --extensions {' '.join(extensions)}, as in training" if extensions else ""
@@ -110,8 +110,8 @@ def read_settings(folder: Path) -> tuple[dict, list[str]]:
     path = folder / TASK_FILE
     try:
         saved = json.loads(path.read_text()) if path.is_file() else {"data": {}}
-        return saved["data"], [str(name) for name in saved.get("extensions", [])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return dict(saved["data"]), [str(name) for name in saved.get("extensions", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"model={path}: not readable ({one_line(error)}); export the model again") from None
 
 

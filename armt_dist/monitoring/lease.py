@@ -195,7 +195,7 @@ class Lease:
         except FileNotFoundError:
             return 0
         names = (name.removesuffix(".json") for name in files if name.endswith(".json"))
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def read(self, number: int) -> bytes:
         """Return the content of a lease's file; empty if it is gone."""
