@@ -28,7 +28,7 @@ setup(
         "transformers>=5.18,<6",
         # transformers loads a model partitioned through it
         "accelerate>=1.10,<2",
-        "datasets>=4,<6",
+        "datasets>=5.2,<6",
         "safetensors>=0.8",
         "tokenizers>=0.23.1",
         "pydantic>=2.9,<3",
