@@ -91,6 +91,9 @@ def main() -> None:
     found = export(args.run, args.out, args.tag, args.dtype, args.max_shard_size)
     if not args.no_self_check:
         check_code(args.out)
+    if found.left_out:
+        print(f"left out of {found.run}/model: {', '.join(found.left_out)}")
+    print(f"published: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors")) / 1e6
     print(NEXT.format(out=args.out, size=size, checkpoint=found.checkpoint))
 

@@ -5,7 +5,6 @@ its place in a safetensors file.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from ..model.modeling_armt import ARMTForCausalLM
 from ..records import write_json
 from .folder import MANIFEST, STAGING, building, verify_checkpoint
 from .model_card import write_model_card
+from .published import copy_known_files, public, read_object, without_code
 from .zero_shards import StoredParameter, is_checkpoint, open_checkpoint
 
 # The engine wraps ScheduledLM, whose `model` is the one to export.
@@ -36,6 +36,7 @@ class Source(NamedTuple):
 
     run: Path
     checkpoint: Path
+    left_out: tuple[str, ...] = ()  # files in the run's model folder that an export does not publish
 
 
 def export(
@@ -58,20 +59,25 @@ def export(
     parameters = match(model, open_checkpoint(found.checkpoint), found.checkpoint)
     try:
         with building(out) as folder:
-            shutil.copytree(found.run / "model", folder, dirs_exist_ok=True)
+            left_out = copy_known_files(found.run / "model", folder)
             write_weights(parameters, folder, getattr(torch, dtype), max_shard_size)
             write_rest(model, found, parameters, folder)
+            left_out = [name for name in left_out if not (folder / name).exists()]
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({one_line(error)}); give another folder") from None
-    return found
+    return found._replace(left_out=tuple(left_out))
 
 
 def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, StoredParameter], folder: Path) -> None:
     """Write configuration, modelling code, task and model card into `folder`."""
     config: Any = model.config
+    # A run's configuration may name code; what is recorded from here on is ours.
+    config.auto_map = {}
     # Also copies the modelling files, and records them in the configuration as auto_map.
     custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
+    tree = read_object(folder / "config.json")
+    write_json(folder / "config.json", {**without_code(tree), "auto_map": tree["auto_map"]}, sort_keys=True)
     write_task(source.run, folder)
     count = sum(parameter.shape.numel() for parameter in parameters.values())
     write_model_card(folder / "README.md", source.run, source.checkpoint, config, count)
@@ -191,4 +197,5 @@ def write_task(run: Path, folder: Path) -> None:
     """Write TASK_FILE from the configuration of the run, if there is one."""
     if (run / "config.yaml").is_file():
         tree = read_yaml(run / "config.yaml")
-        write_json(folder / TASK_FILE, {"data": tree.get("data", {}), "extensions": tree.get("extensions") or []})
+        facts = {"data": public(tree.get("data", {})), "extensions": tree.get("extensions") or []}
+        write_json(folder / TASK_FILE, facts)

@@ -8,6 +8,7 @@ from ..config import read_yaml
 from ..model.configuration_armt import ARMTConfig
 from ..records import markdown_table, read_json, read_json_lines
 from .folder import MANIFEST
+from .published import public
 
 DATA = ModelCardData(
     library_name="transformers",
@@ -96,7 +97,7 @@ def training_facts(run: Path, checkpoint: Path, progress: dict) -> dict[str, obj
         value = config
         for key in keys:
             value = value.get(key) or {}
-        facts[name] = without_nulls(value)
+        facts[name] = public(without_nulls(value))
     ds = read_json(run / "ds_config.json")
     facts |= {name: ds.get(name) for name in ("train_batch_size", "optimizer", "bf16")}
     facts |= read_json(run / "environment.json")
