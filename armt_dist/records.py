@@ -1,6 +1,7 @@
 """JSON, JSON lines and tables that a run leaves behind: one reader and one writer each."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,19 @@ from .config import ConfigError, one_line
 
 # The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
 RUN_CONFIG = "config.yaml"
+
+
+def check_links(run: Path) -> None:
+    """Raise ConfigError for a link or a FIFO in a run folder, maybe a stranger's, before anything is written into it."""
+    for folder, _, _ in os.walk(run):
+        for entry in os.scandir(folder):
+            if entry.is_symlink():
+                raise ConfigError(
+                    f"out={run}: {Path(entry.path).relative_to(run)} is a link, and what is written there would land "
+                    "elsewhere; remove it, or give another --out"
+                )
+            if not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
+                raise ConfigError(f"out={run}: {Path(entry.path).relative_to(run)} is no regular file; remove it")
 
 
 def read_json(path: Path) -> dict:

@@ -13,7 +13,7 @@ from statistics import fmean
 import yaml
 
 from ..config import ConfigError, one_line, read_yaml
-from ..records import markdown_table, read_json, read_metrics
+from ..records import check_links, markdown_table, read_json, read_metrics
 from .charts import Curve, Panel, draw
 
 # Metrics to draw, if the run has them, and their axis labels.
@@ -24,6 +24,7 @@ POINTS = 200
 
 def write_run_report(run: Path) -> Path:
     """Write the report of the run in folder `run` and return its path. Raises ConfigError without a training step."""
+    check_links(run)
     records = read_metrics(run)
     try:
         training, validation = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation"))

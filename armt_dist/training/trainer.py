@@ -19,6 +19,7 @@ from ..monitoring.lease import Lease
 from ..monitoring.run_log import RunLog
 from ..monitoring.step_metrics import StepMetrics
 from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats
+from ..records import check_links
 from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
 from .carried_states import carrying_of
@@ -45,6 +46,8 @@ class Trainer:
     def __init__(
         self, config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device, lease: Lease
     ) -> None:
+        # Before anything is written.
+        together(lambda: check_links(out), only=0)
         self.config, self.ds_config, self.out, self.ranks = config, ds_config, out, ranks
         self.root = out / "checkpoints"
         self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
