@@ -12,7 +12,7 @@ RUN_CONFIG = "config.yaml"
 
 
 def check_links(run: Path) -> None:
-    """Raise ConfigError for a link or a FIFO in a run folder, maybe a stranger's, before anything is written into it."""
+    """Raise ConfigError for a link or a FIFO in a run folder, maybe a stranger's, before it is written into."""
     for folder, _, _ in os.walk(run):
         for entry in os.scandir(folder):
             if entry.is_symlink():
