@@ -124,3 +124,21 @@ def test_all_files_of_a_rank_may_be_read_by_the_same_people(tmp_path):
         "x.pt": 0o644,
         "rank_0.safetensors": 0o644,
     }
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_warning(root, monkeypatch):
+    from types import SimpleNamespace
+
+    from armt_dist.training import trainer
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "step_00000001")
+
+    said = []
+    monkeypatch.setattr(trainer, "prune", refuse)
+    run = SimpleNamespace(
+        root=root, say=said.append, config=SimpleNamespace(train=SimpleNamespace(keep_last=1, keep_every=None))
+    )
+    trainer.Trainer.prune(run, {"step_00000002"})
+    (line,) = said
+    assert line.startswith("warning: an old checkpoint cannot be deleted") and "the run continues" in line
