@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from . import files
 from .config import ConfigError, one_line
 
 # The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
@@ -13,7 +14,7 @@ RUN_CONFIG = "config.yaml"
 def read_json(path: Path) -> dict:
     """Return a JSON object; empty if the file is missing, damaged or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -29,8 +30,17 @@ def read_json_lines(path: Path) -> list[dict]:
 
     A run that was killed, or is still writing, may have left half a line: it is skipped.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    with files.open_regular(path) as content:
+        lines = iter(lambda: content.readline(files.MIB), b"")
+        return [record_of(line) for line in lines if line.rstrip().endswith(b"}")]
+
+
+def record_of(line: bytes) -> dict:
+    """Return the JSON object in a line. Raises ValueError."""
+    found = files.parse_json(line.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"a line is not an object but {one_line(found)}")
+    return found
 
 
 def read_metrics(run: Path) -> list[dict]:
