@@ -1,6 +1,7 @@
 """JSON, JSON lines and tables that a run leaves behind: one reader and one writer each."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,8 +66,22 @@ def format_cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple | bool) else str(value)
-    return text.replace("|", "\\|")
+    if isinstance(value, dict | list | tuple | bool):
+        return markdown_text(json.dumps(value, ensure_ascii=False), "|<")
+    return markdown_text(str(value))
+
+
+def markdown_text(text: str, marks: str = "\\`|<[$*") -> str:
+    """Return a text on one line that Markdown shows as it is, whatever `marks` a run's name or value contains."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return "".join(f"\\{c}" if c in marks else c for c in line)
+
+
+def code_block(text: str, language: str) -> str:
+    """Return a fenced block of Markdown, with a fence that the text does not contain."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def text_table(lines: Sequence[Sequence[str]]) -> str:

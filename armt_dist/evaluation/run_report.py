@@ -9,11 +9,12 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from urllib.parse import quote
 
 import yaml
 
-from ..config import ConfigError, read_yaml
-from ..records import markdown_table, read_json, read_metrics
+from ..config import ConfigError, one_line, read_yaml
+from ..records import code_block, markdown_table, markdown_text, read_json, read_metrics
 from .charts import Curve, Panel, draw
 
 # Metrics to draw, if the run has them, and their axis labels.
@@ -25,17 +26,19 @@ POINTS = 200
 def write_run_report(run: Path) -> Path:
     """Write the report of the run in folder `run` and return its path. Raises ConfigError without a training step."""
     records = read_metrics(run)
-    training = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation"]
+    training = [r for r in records if r.get("kind") == "train"]
+    validation = [r for r in records if r.get("kind") == "validation"]
     if not training:
         raise ConfigError(f"run={run}: metrics.jsonl has no training step yet; train first")
     config = read_yaml(run / "config.yaml")
-    panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
     try:
+        panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
         draw(panels, run / "report.png", run.name)
         (run / "report.md").write_text("\n\n".join(sections(run, config, training, validation)) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"run={run}: its records are not those of a run ({one_line(repr(error))})") from None
     return run / "report.md"
 
 
@@ -54,16 +57,23 @@ def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequ
     """Yield the sections of the report."""
     last = training[-1]
     facts = read_json(run / "environment.json")
-    yield f"# {run.name}"
+    yield f"# {markdown_text(run.name)}"
     yield (
         f"{last['step']} steps, {last['tokens']:,} tokens, {sum(r['step_s'] for r in training) / 60:.1f} min of "
-        f"training; task {config.get('data', {}).get('task')}, seed {config.get('train', {}).get('seed')}, commit "
-        f"{str(facts.get('commit'))[:12]}, torch {facts.get('torch')}, DeepSpeed {facts.get('deepspeed')}."
+        f"training; task {shown(config.get('data', {}).get('task'))}, seed {shown(config.get('train', {}).get('seed'))}"
+        f", commit {shown(facts.get('commit'))[:12]}, torch {shown(facts.get('torch'))}, DeepSpeed "
+        f"{shown(facts.get('deepspeed'))}."
     )
     yield "![curves](report.png)"
     yield "## Stages\n\n" + markdown_table(stages(config, training, validation))
     yield from evaluations(run)
-    yield "## Configuration\n\n```yaml\n" + yaml.safe_dump({k: config[k] for k in config if k != "curriculum"}) + "```"
+    rest = yaml.safe_dump({k: config[k] for k in config if k != "curriculum"})
+    yield f"## Configuration\n\n{code_block(rest, 'yaml')}"
+
+
+def shown(fact: object) -> str:
+    """Return a fact for the text of the report."""
+    return markdown_text(one_line(fact))
 
 
 def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[dict]:
@@ -86,10 +96,11 @@ def evaluations(run: Path) -> Iterable[str]:
     """Yield the results of launch/evaluate.py below the run folder."""
     for path in sorted(run.rglob("evaluation.json")):
         folder = path.parent.relative_to(run)
-        rows = read_json(path).get("rows", [])
-        shown = [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows]
-        picture = f"![{folder}]({folder}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
-        yield f"## Evaluation {folder}\n\n{picture}{markdown_table(shown)}"
+        rows = [row for row in read_json(path).get("rows", []) if isinstance(row, dict)]
+        table = markdown_table({k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows)
+        name, place = markdown_text(str(folder)), quote(str(folder), errors="replace")
+        picture = f"![{name}]({place}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
+        yield f"## Evaluation {name}\n\n{picture}{table}"
 
 
 def main() -> None:
