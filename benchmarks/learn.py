@@ -55,17 +55,21 @@ def train_command(experiment: Experiment, leg: Leg, base: Path | None, run: Path
 
 
 def legs(experiment: Experiment, work: Path, seed: int, ranks: int) -> Iterator[dict]:
-    """Train, export and evaluate leg after leg."""
+    """Train, export and evaluate leg after leg; yield those that are evaluated."""
     base = None
     for leg in experiment.legs:
         run, hf, scores = (work / f"seed{seed}_{leg.name}{end}" for end in ("", "_hf", "_scores"))
         started_at = work / f"{run.name}.commit"
         command = train_command(experiment, leg, base, run, seed, ranks)
-        if not (scores / "evaluation.json").exists():
+        if not (hf / "config.json").exists():
             work.mkdir(parents=True, exist_ok=True)
             started_at.write_text(commit())
             call(command, work / f"{run.name}.log")
             call([sys.executable, "launch/consolidate.py", str(run), "--out", str(hf)], work / f"{hf.name}.log")
+        base = hf
+        if not leg.evaluated:
+            continue
+        if not (scores / "evaluation.json").exists():
             lengths = ["--lengths", *map(str, experiment.lengths), "--samples", str(experiment.samples)]
             evaluate = [sys.executable, "launch/evaluate.py", "--model", str(hf), "--out", str(scores), *lengths]
             call([*evaluate, *experiment.evaluation], work / f"{scores.name}.log")
@@ -82,7 +86,6 @@ def legs(experiment: Experiment, work: Path, seed: int, ranks: int) -> Iterator[
             "curve": curve(steps),
             "command": " ".join(shlex.quote(word) for word in command[5:]).replace(str(work), "WORK"),
         }
-        base = hf
 
 
 def curve(steps: list[dict]) -> dict[str, list[float]]:

@@ -48,6 +48,8 @@ def arguments() -> argparse.Namespace:
     add("--samples", type=int, default=256, help="samples of each length (default %(default)s)")
     add("--batch", type=int, default=64, help="samples evaluated at a time (default %(default)s)")
     add("--data", nargs="+", action="extend", default=[], metavar="data.KEY=VALUE", help="change the task's settings")
+    add("--trust-data", action="store_true", help="read data wherever the model's folder says, also from other folders "
+        "and the network")  # fmt: skip
     add("--extensions", nargs="+", default=[], metavar="MODULE", help="modules that register the task, as in training")
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
     add("--audit", action="store_true", help="at the longest length, also tell what each layer's memory does with it, "
@@ -136,7 +138,7 @@ def main() -> None:
     if not args.no_self_check:
         self_check(model)
     load_extensions(args.extensions)
-    data = read_task(args.model, args.task, args.data)
+    data = read_task(args.model, args.task, args.data, args.trust_data)
     parts = {name: make_task(part, model.config.segment_tokens, model.config.vocab_size, args.batch)
              for name, part in one_by_one(data).items()}  # fmt: skip
     lengths = args.lengths

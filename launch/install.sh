@@ -49,7 +49,7 @@ if [ -n "$newest" ]; then
 else
     set -- -c "$torch" -c "$constraints"
 fi
-# DeepSpeed compiles its extensions when they are first used, not now.
-pip install -q -c "$torch" setuptools wheel ninja
+# Older ones of the first two have known vulnerabilities. DeepSpeed compiles its extensions when they are first used.
+pip install -q -c "$torch" "pip>=25.3" "setuptools>=78.1.1" wheel ninja
 DS_BUILD_OPS=0 pip install -q --no-build-isolation "$@" -e ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"

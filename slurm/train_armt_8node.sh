@@ -43,9 +43,10 @@ if ((gpus > 0)); then binding=(--numa-binding=node); fi
 # Rank 0 is on the first node. Node names need not resolve on the nodes, so ask Slurm for the address that it uses.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 MASTER_ADDR=$(scontrol show node "$first" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-# By job, so that two jobs on a node differ, and below the ephemeral ports.
-MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
-export MASTER_ADDR MASTER_PORT
+# A secret of this job: nobody else knows its port, which is below the ephemeral ones, or where its ranks meet.
+ARMT_JOB_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+MASTER_PORT=$((15000 + 16#${ARMT_JOB_SECRET:0:8} % 15000))
+export ARMT_JOB_SECRET MASTER_ADDR MASTER_PORT
 
 # Checkpointed, and wants to go on: back into the queue under the same job id.
 requeue() {

@@ -1,9 +1,9 @@
 """Order, time limits and requirements of the tests, and fixtures of several folders.
 
-A folder says what kind of tests it holds: `unit` one process, `ranks` several by `support.ranks.spawn`, `commands` the
-commands and launchers as a user runs them, `cluster` what needs Slurm, MPI or root. They run in this order. A test that
-needs more than Python packages says so by `@pytest.mark.needs(...)` (support/requirements.py) and is skipped without
-it. Any other skip, of a missing package for example, is an error.
+A folder says what kind of tests it holds: `unit` one process, `ranks` several by `support.ranks.spawn`, `hostile`
+attacks, `commands` the commands and launchers as a user runs them, `cluster` what needs Slurm, MPI or root. They run in
+this order. A test that needs more than Python packages says so by `@pytest.mark.needs(...)` (support/requirements.py)
+and is skipped without it. Any other skip, of a missing package for example, is an error.
 """
 
 import os
@@ -17,14 +17,14 @@ from support.requirements import REQUIREMENTS, reason_to_skip
 from armt_dist.distributed.rendezvous import free_port
 
 TESTS = Path(__file__).parent
-FOLDERS = ("unit", "ranks", "commands", "cluster")
-QUICK = ("unit", "ranks")
+FOLDERS = ("unit", "ranks", "hostile", "commands", "cluster")
+QUICK = ("unit", "ranks", "hostile")
 # Of a unit test; pyproject.toml has the limit of the others.
 UNIT_TIMEOUT_S = 300
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help=f"only {' and '.join(QUICK)}, without what is marked slow")
+    parser.addoption("--quick", action="store_true", help=f"only {', '.join(QUICK)}, without what is marked slow")
 
 
 def folder_of(item) -> str:

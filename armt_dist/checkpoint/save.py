@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch.utils._pytree import tree_map
 
 from ..config import ConfigError, one_line
-from ..distributed.collectives import device, gather_objects, together
+from ..distributed.collectives import device, gather_json, together
 from .deepspeed_files import leave_out_recovery_script, writing_through
 from .folder import CheckpointError, hash_files, make_anew, point_to, publish, rank_file, staging
 from .rng_state import generators
@@ -144,7 +144,7 @@ class Saver:
             return
         pending, self.pending = self.pending, None
         try:
-            parts = gather_objects(together(pending.written.result))
+            parts = gather_json(together(pending.written.result))
             together(lambda: publish(self.root, pending.tag, parts, pending.state), only=0)
             if pending.best:
                 together(lambda: point_to(self.root, "best", pending.tag), only=0)

@@ -1,5 +1,6 @@
 """The data section of the run configuration: which task, and its settings. Needs neither torch nor transformers."""
 
+import math
 import string
 from typing import Annotated, Any, Literal
 
@@ -26,18 +27,29 @@ class RetrievalConfig(Section):
     def strings_can_be_numbered(self) -> "RetrievalConfig":
         """Check that there are not too many strings."""
         for name in ("key_length", "value_length"):
-            if self.symbols ** getattr(self, name) > MAX_STRINGS:
+            # Not the power itself, which may have any number of digits.
+            if getattr(self, name) * math.log2(self.symbols) > math.log2(MAX_STRINGS):
                 raise ValueError(
                     f"{name}={getattr(self, name)} of {self.symbols} symbols: more than 2^32 strings; shorten it"
                 )
         return self
 
 
+# Builders of the `datasets` library that read text from plain files, and all others that come with it: pandas unpickles
+# what it reads, and none of the rest is for text. A test compares them with the installed version's.
+BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+OTHER_BUILDERS = (
+    *("audiofolder", "conll", "eval", "fasta", "fastq", "genbank", "harbor", "hdf5", "iceberg", "imagefolder", "lance"),
+    *("meshfolder", "mmcif", "niftifolder", "pandas", "pdb", "pdffolder", "tsfile", "videofolder", "vortex"),
+    *("webdataset", "xml", "cache", "generator", "pickle", "spark", "sql"),
+)
+
+
 class DatasetConfig(Section):
-    """Arguments of `datasets.load_dataset`; `name` json, text or parquet with `data_files` reads local files."""
+    """Arguments of `datasets.load_dataset`; `name` json, text, csv, parquet or arrow with `data_files` reads files."""
 
     name: str
-    """Name of the data set on the Hugging Face Hub, or json, text or parquet. Example: deepmind/pg19"""
+    """Name of the data set on the Hugging Face Hub, or arrow, csv, json, parquet or text. Example: deepmind/pg19"""
     config: str | None = None
     """Configuration of the data set. Example: wikitext-103-raw-v1"""
     data_files: str | list[str] | None = None
@@ -52,6 +64,15 @@ class DatasetConfig(Section):
     """Split to validate on; null: no validation. Example: validation"""
     validation_texts: Annotated[int, Field(ge=1)] = 64
     """Texts read from the beginning of the validation split. Example: 128"""
+
+    @model_validator(mode="after")
+    def reads_plain_files(self) -> "DatasetConfig":
+        """Refuse builders that are not for text, some of which run what they read."""
+        if self.name in OTHER_BUILDERS:
+            raise ValueError(
+                f"dataset.name={self.name}: not for text; use one of {', '.join(BUILDERS)}, or a data set on the Hub"
+            )
+        return self
 
 
 class TextConfig(Section):

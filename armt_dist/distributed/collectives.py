@@ -1,7 +1,8 @@
 """Collectives over all ranks: gather numbers, do work together, turn an error on one rank into the same on all."""
 
+import json
 from collections.abc import Callable, Sequence
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def gather_objects(own: Result) -> list[Result]:
-    """Return the picklable objects of all ranks, in rank order. Collective."""
-    found: list[Result | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found  # type: ignore[return-value]  # all_gather_object has replaced every None
+def gather_json(own: Any) -> list[Any]:
+    """Return what every rank passes, in rank order, as JSON brings it back: tuples as lists. Collective.
+
+    Not torch's all_gather_object, which unpickles what the other ranks send: whoever passed for a rank could run code.
+    Raises ConfigError if a rank sends what is not JSON.
+    """
+    content = json.dumps(own).encode()
+    # [ranks]
+    (sizes,) = gather([len(content)], device())
+    row = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    table = torch.empty(len(sizes) * len(row), dtype=torch.uint8, device=device())
+    all_gather_single(table, row.to(device()))
+    rows = table.cpu().view(len(sizes), -1)
+    try:
+        return [json.loads(bytes(row[: int(size)].numpy())) for row, size in zip(rows, sizes, strict=True)]
+    except ValueError as error:
+        raise ConfigError(f"a rank sent what is not JSON ({one_line(error)}); is a stranger in the job?") from None
 
 
 def agree(error: Exception | None) -> None:
@@ -43,7 +57,7 @@ def agree(error: Exception | None) -> None:
     Without it, the rank that fails leaves and the others wait for it until the timeout.
     """
     kind = "" if error is None or isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    messages = gather_objects(None if error is None else f"{kind}{one_line(error, limit=2000)}")
+    messages = gather_json(None if error is None else f"{kind}{one_line(error, limit=2000)}")
     failed = {rank: message for rank, message in enumerate(messages) if message is not None}
     if failed:
         first = min(failed)

@@ -2,10 +2,11 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 
 
 class Ranks(NamedTuple):
@@ -76,7 +77,7 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 def claimed_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Return the rank that the innermost launcher claims, unchecked: it decides who prints when `discover` fails."""
-    return next((int(environ[row.rank]) for row in LAUNCHERS if environ.get(row.rank, "").isdigit()), 0)
+    return next((int(environ[row.rank]) for row in LAUNCHERS if environ.get(row.rank, "").isdecimal()), 0)
 
 
 def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
@@ -86,7 +87,7 @@ def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
     """
     environ = dict(environ)
     step = environ.get("SLURM_STEP_ID", "")
-    if not step.isdigit() or int(step) >= SLURM_PSEUDO_STEPS:
+    if not step.isdecimal() or int(step) >= SLURM_PSEUDO_STEPS:
         environ.pop("SLURM_PROCID", None)
         environ.pop("SLURM_STEP_NUM_TASKS", None)
         return environ
@@ -97,11 +98,22 @@ def slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
         # srun --mpi=pmi2 sets the variables of PMI itself: there is no mpirun.
         del environ["PMI_RANK"], environ["PMI_SIZE"]
     if "SLURM_STEP_TASKS_PER_NODE" in environ:
-        # "2(x3),1" means 2, 2, 2, 1
-        runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
-        counts = [count for count, repeat in runs for _ in range(int(repeat or 1))]
-        environ["SLURM_TASKS_ON_THIS_NODE"] = counts[int(environ.get("SLURM_NODEID", 0))]
+        environ["SLURM_TASKS_ON_THIS_NODE"] = tasks_on(environ.get("SLURM_NODEID", "0"), environ)
     return environ
+
+
+def tasks_on(node: str, environ: Mapping[str, str]) -> str:
+    """Return the number of the step's tasks on its node number `node`. Raises ConfigError where Slurm does not say."""
+    tasks = environ["SLURM_STEP_TASKS_PER_NODE"]
+    left = int(node) if node.isdecimal() else sys.maxsize
+    # "2(x3),1" means 2, 2, 2, 1
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks, re.ASCII):
+        if left < int(repeat or 1):
+            return count
+        left -= int(repeat or 1)
+    raise ConfigError(
+        f"SLURM_NODEID={one_line(node)}: SLURM_STEP_TASKS_PER_NODE={one_line(tasks)} has no such node; start by srun"
+    )
 
 
 def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
@@ -111,7 +123,7 @@ def read_ranks(row: Launcher, environ: Mapping[str, str]) -> Ranks:
         name = next((name for name in names.split("|") if name in environ), None)
         if name is None:
             raise ConfigError(f"{names} is not set although other variables of launcher {row.name!r} are; set it")
-        if not environ[name].isdigit():
+        if not environ[name].isdecimal():
             raise ConfigError(f"{name}={environ[name]!r}: expected a whole number from launcher {row.name!r}")
         values.append(int(environ[name]))
     rank, world_size, local_rank, local_world_size = values

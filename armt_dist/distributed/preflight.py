@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..versions import installed
-from .collectives import gather_objects
+from .collectives import gather_json
 from .launchers import Ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic")
@@ -70,7 +70,7 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
         reduce_s=best_s(lambda: dist.all_reduce(payload), device),
         send_s=send_s(ranks, payload),
     )
-    return gather_objects(facts)
+    return [Facts(*found) for found in gather_json(facts)]
 
 
 def package_versions() -> dict[str, str]:
@@ -100,7 +100,7 @@ def try_folder(ranks: Ranks, folder: Path) -> tuple[str | None, int]:
         part.rename(own)
     except OSError as error:
         fault = f"cannot write to {folder} ({error.strerror}); make room, or choose a folder that this node can write"
-    faults = gather_objects(fault)
+    faults = gather_json(fault)
     unseen = invisible(folder, [rank for rank in range(ranks.world_size) if faults[rank] is None])
     if fault is None and unseen:
         fault = f"does not see what rank {unseen[0]} wrote to {folder}; choose a folder that all nodes share"

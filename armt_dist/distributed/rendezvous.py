@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..config import ConfigError, one_line
 from .launchers import MPI, Ranks
 from .process import keep_freed_memory
+from .store import digest, open_store
 
 
 def start(ranks: Ranks, timeout_s: float) -> torch.device:
@@ -54,11 +55,20 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     # With its device known, NCCL connects at once and splits later groups off this one. A single rank has no peer.
     own_device = device if cuda and ranks.world_size > 1 else None
+    if ranks.local_world_size == ranks.world_size:
+        # Ranks of one machine need not be reached from others.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        if ranks.rank != 0:
-            wait_for_port(address, port, timeout_s)
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=own_device)
+        store, timeout = open_store(ranks, address, port, timeout_s), timedelta(seconds=timeout_s)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timeout,
+            world_size=ranks.world_size,
+            rank=ranks.rank,
+            store=store,
+            device_id=own_device,
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT={address}:{port}: rank {ranks.rank} of {ranks.world_size} on "
@@ -68,25 +78,13 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     return device
 
 
-def wait_for_port(address: str, port: int, timeout_s: float) -> None:
-    """Return once a process listens there; OSError after `timeout_s`, instead of torch's pages of C++ frames."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return socket.create_connection((address, port), timeout=timeout_s).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
 def rendezvous(ranks: Ranks) -> tuple[str, int]:
     """Find the address and port where rank 0 listens: MASTER_ADDR and MASTER_PORT, else from the launcher."""
     if ranks.launcher == "single":
-        # Port 0 is any free one; no other rank has to find it.
+        # Nobody listens there.
         return "127.0.0.1", 0
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        if not os.environ["MASTER_PORT"].isdigit():
+        if not os.environ["MASTER_PORT"].isdecimal():
             raise ConfigError(f"MASTER_PORT={os.environ['MASTER_PORT']!r}: expected a port number")
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if ranks.launcher == "srun":
@@ -97,7 +95,7 @@ def rendezvous(ranks: Ranks) -> tuple[str, int]:
 
 
 def slurm_rendezvous() -> tuple[str, int]:
-    """Find the address of the step's first node, and a port from job and step id, below Linux's ephemeral range.
+    """Find the address of the step's first node, and a port below Linux's ephemeral range, which the secret decides.
 
     Raises ConfigError where scontrol cannot tell.
     """
@@ -114,8 +112,8 @@ def slurm_rendezvous() -> tuple[str, int]:
         raise ConfigError(
             f"MASTER_ADDR is not set and scontrol cannot tell ({one_line(error)}); set MASTER_ADDR and MASTER_PORT"
         ) from None
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
-    return address, 15000 + (31 * job + step) % 15000
+    job, step = os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"]
+    return address, 15000 + int(digest("port", job, step), 16) % 15000
 
 
 def mpi_rendezvous(ranks: Ranks) -> tuple[str, int]:

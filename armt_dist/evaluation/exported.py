@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import files
 from ..checkpoint.export import TASK_FILE
 from ..config import ConfigError, Section, assign, one_line, validate
-from ..data.sections import SCHEMAS, DataConfig, field_of
+from ..data.sections import BUILDERS, SCHEMAS, DataConfig, field_of
 from ..data.task import Task
 from ..model.configuration_armt import ARMTConfig
 from ..model.fields import ARMTFields
@@ -76,17 +77,18 @@ def choose_device(name: str | None) -> torch.device:
         raise ConfigError(f"device={name}: {one_line(error)}; for example cpu or cuda:0") from None
 
 
-def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataConfig:
+def read_task(folder: Path, name: str | None, overrides: Sequence[str], trusted: bool = False) -> DataConfig:
     """Return the task that the model was trained on, or `name`, changed by ``data.key=value`` overrides.
 
-    Raises ConfigError if no task is known or an override does not fit.
+    trusted: whether to read data wherever the folder says, not only below the working directory. Raises ConfigError if
+    no task is known, an override does not fit, or the folder names data elsewhere.
     """
     saved, extensions = read_settings(folder)
     if not saved and name is None:
         raise ConfigError(
             f"task: {folder} does not say what it was trained on; give --task, one of {', '.join(SCHEMAS)}"
         )
-    name = name or saved.get("task", DataConfig().task)
+    name = name or str(saved.get("task", DataConfig().task))
     if name not in SCHEMAS:
         # Not imported unasked: the folder may be a stranger's.
         hint = f", or give --extensions {' '.join(extensions)}, as in training" if extensions else ""
@@ -99,7 +101,45 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str]) -> DataC
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
     for override in overrides:
         assign(tree, override)
+    if not trusted:
+        given = [override.partition("=")[0] for override in overrides]
+        check_places(folder, tree["data"][section], f"data.{section}", given)
     return validate(EvaluationData, tree).data
+
+
+# Keys of a task's section that say where data are, and those of a data set on the Hub.
+PLACES = ("files", "validation_files", "data_files", "background", "validation_background", "set", "name")
+
+
+def check_places(folder: Path, section: Any, path: str, given: Sequence[str]) -> None:
+    """Raise ConfigError where a section in an exported folder, maybe a stranger's, names data elsewhere.
+
+    given: keys that the user set himself.
+    """
+    for key, value in section.items() if isinstance(section, dict) else ():
+        own = f"{path}.{key}"
+        if any(f"{own}.".startswith(f"{name}.") for name in given):
+            continue
+        check_places(folder, value, own, given)
+        values = value if isinstance(value, list) else [value]
+        for place in values if key in PLACES else ():
+            if isinstance(place, str) and (is_elsewhere(place) or is_remote(key, place, section)):
+                raise ConfigError(
+                    f"{own}={one_line(place)}: {folder} names data outside of the working directory; give your own by "
+                    f"--data {own}=..., or --trust-data if you trust the folder"
+                )
+
+
+def is_remote(key: str, place: str, section: dict) -> bool:
+    """Return whether a key of a section names a data set that may have to be fetched."""
+    if key == "set":
+        return not section.get("files")
+    return key == "name" and place not in BUILDERS and not Path(place).exists()
+
+
+def is_elsewhere(place: str) -> bool:
+    """Return whether a file name leads out of the working directory: a URL, an absolute path, or one with `..`."""
+    return "://" in place or "::" in place or place.startswith(("/", "~")) or ".." in Path(place).parts
 
 
 def read_settings(folder: Path) -> tuple[dict, list[str]]:
@@ -110,8 +150,8 @@ def read_settings(folder: Path) -> tuple[dict, list[str]]:
     path = folder / TASK_FILE
     try:
         saved = files.read_json(path) if path.is_file() else {"data": {}}
-        return saved["data"], [str(name) for name in saved.get("extensions", [])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return dict(saved["data"]), [str(name) for name in saved.get("extensions", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"model={path}: not readable ({one_line(error)}); export the model again") from None
 
 

@@ -26,19 +26,19 @@ POINTS = 200
 def write_run_report(run: Path) -> Path:
     """Write the report of the run in folder `run` and return its path. Raises ConfigError without a training step."""
     records = read_metrics(run)
-    training = [r for r in records if r.get("kind") == "train"]
-    validation = [r for r in records if r.get("kind") == "validation"]
-    if not training:
-        raise ConfigError(f"run={run}: metrics.jsonl has no training step yet; train first")
-    config = read_yaml(run / "config.yaml")
     try:
+        training, validation = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation"))
+        if not training:
+            raise ConfigError(f"run={run}: metrics.jsonl has no training step yet; train first")
+        config = read_yaml(run / "config.yaml")
         panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
         draw(panels, run / "report.png", run.name)
         (run / "report.md").write_text("\n\n".join(sections(run, config, training, validation)) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"run={run}: its records are not those of a run ({one_line(repr(error))})") from None
+    # What a run writes has all that is read here.
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ConfigError(f"run={run}: metrics.jsonl or config.yaml is damaged ({one_line(repr(error))})") from None
     return run / "report.md"
 
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .backbone import family_of
-from .fields import LEAST, ARMTFields
-from .memory import LEARNED, OPTIONS, PlainMemory
+from .fields import LEAST, ARMTFields, check_decay
+from .memory import OPTIONS, PlainMemory
 from .memory_kind import LAST_LAYER, Memory, MemoryKind
 from .rmt import RecurrentMemory, RecurrentWindow
 from .transformer_xl import TransformerXL
@@ -136,7 +136,7 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
         """Raise ValueError for the first field that does not fit."""
         self.check_own_fields()
         self.check_memory_tokens()
-        self.check_decay()
+        check_decay(self.state_decay)
         self.check_base()
         for name, width in (("d_mem", self.d_mem), ("hidden_size", self.hidden_size)):
             if width % self.n_heads:
@@ -182,12 +182,6 @@ class ARMTConfig(ARMTFields, PreTrainedConfig):
             raise ValueError(
                 f"num_mem_tokens=0: memory_kind={self.memory_kind} writes at its memory tokens; set at least 1"
             )
-
-    def check_decay(self) -> None:
-        """Refuse a decay that is no factor between 0 and 1."""
-        decay = self.state_decay
-        if isinstance(decay, str) and decay != LEARNED or isinstance(decay, float) and not 0 < decay <= 1:
-            raise ValueError(f"state_decay={decay}: above 0 and at most 1, or {LEARNED}")
 
     def check_base(self) -> None:
         """Refuse what would fail, or have no effect, only once the base model runs."""

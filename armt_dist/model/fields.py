@@ -5,6 +5,14 @@ from dataclasses import dataclass
 # Least values. None passes, where the field allows it.
 LEAST = {"sink": 0, "num_mem_tokens": 0} | dict.fromkeys(("segment_tokens", "d_mem", "nu", "n_heads"), 1)
 LEAST |= {"sliding_window": 1, "k2": 1}
+# The value of `state_decay` that makes it a parameter.
+LEARNED = "learned"
+
+
+def check_decay(decay: float | str | None, name: str = "state_decay") -> None:
+    """Raise ValueError for a `state_decay` that is no factor above 0 and up to 1."""
+    if isinstance(decay, str) and decay != LEARNED or isinstance(decay, float | int) and not 0 < decay <= 1:
+        raise ValueError(f"{name}={decay}: above 0 and at most 1, or {LEARNED}")
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Context
+from .fields import LEARNED
 from .memory_kind import Memory, MemoryUpdate
 
 EPS = 1e-5
-# The value of `state_decay` that makes it a parameter, and where that starts.
-LEARNED, FIRST_DECAY = "learned", 0.99
+# Where a learned decay starts.
+FIRST_DECAY = 0.99
 
 
 def float32(x: Tensor) -> torch.autocast:

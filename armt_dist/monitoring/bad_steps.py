@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.collectives import gather_json
 from .sections import Rollback
 
 
@@ -37,9 +37,7 @@ def find_bad_rows(parts: Sequence[tuple[range, Sequence[int], Tensor]]) -> BadRo
     parts: rows, sample ids and summed loss of each micro-batch of this rank.
     """
     own = [(list(rows), list(ids), math.isfinite(nll.detach())) for rows, ids, nll in parts]
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    found = [part for parts in everyone for part in parts]
+    found = [part for parts in gather_json(own) for part in parts]
     bad = [part for part in found if not part[2]] or found
     # The ranks of an sp group share their rows.
     samples = {row: sample for rows, ids, _ in bad for row, sample in zip(rows, ids, strict=True)}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..distributed.collectives import gather_json
 from ..runtime.trace import Trace
-from ..schedule.program import COMPUTE
+from ..schedule.program import COMPUTE, Instruction, Op
 from ..schedule.timeline import WAITS, Event, plot_timeline, waits_s
 
 SHOWN = (*COMPUTE, *WAITS)
@@ -37,14 +38,19 @@ def collect(trace: Trace) -> list[Event]:
     """Return the events of all ranks, on every rank and on one clock that starts at 0. Collective."""
     # All ranks leave a barrier at about the same moment: a common origin for hosts without a common clock.
     dist.barrier()
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, trace.events(dist.get_rank()))
+    everyone = [[event_of(*row) for row in rows] for rows in gather_json(trace.events(dist.get_rank()))]
     start_s = min(event.start_s for events in everyone for event in events)
     return [
         event._replace(start_s=event.start_s - start_s, end_s=event.end_s - start_s)
         for events in everyone
         for event in events
     ]
+
+
+def event_of(rank: int, instruction: list, start_s: float, end_s: float) -> Event:
+    """Return an event after its way through JSON."""
+    op, *where = instruction
+    return Event(rank, Instruction(Op(op), *where), start_s, end_s)
 
 
 def write_profile(events: Sequence[Event], folder: str | Path, name: str = "timeline") -> tuple[Path, Path]:

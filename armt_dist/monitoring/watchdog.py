@@ -158,7 +158,7 @@ def remove_heartbeats(out: Path, world_size: int) -> None:
     """Remove the heartbeats of ranks that this start does not have: they would look like ranks that are stuck."""
     for file in (out / "heartbeat").glob("rank_*.json"):
         number = file.stem.removeprefix("rank_")
-        if number.isdigit() and int(number) >= world_size:
+        if number.isdecimal() and int(number) >= world_size:
             file.unlink(missing_ok=True)
 
 

@@ -219,6 +219,8 @@ class StepWork(NamedTuple):
     """Elements, as in the ds_config; 0: derived from the layer."""
     stage3_param_persistence_threshold: int = 100_000
     """Elements, as in the ds_config; its default is DeepSpeed's."""
+    carried: bool = False
+    """Whether the memory of every row passes to the next step (train.carry_state, data.carry_memory)."""
 
 
 def row_tokens(model: ModelSizes, work: StepWork) -> int:

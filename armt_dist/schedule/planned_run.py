@@ -166,6 +166,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         accumulation=sizes.accumulation,
         scored_tokens=samples.scored_tokens,
         gradient_bytes=gradient_bytes(trees.ds_config),
+        carried=carries(trees.run),
         **{
             name: count(zero, name, "ds_config zero_optimization.", StepWork._field_defaults[name], least=0)
             for name in ("reduce_bucket_size", "stage3_param_persistence_threshold")
@@ -253,6 +254,14 @@ def longest_samples(run: Mapping[str, Any]) -> Samples:
             f"{most // tokens} or raise data.text.sequence_tokens"
         )
     return Samples(tokens, length * tokens, 0, BYTE_TOKENS if text.get("tokenizer", "byte") == "byte" else None)
+
+
+def carries(run: Mapping[str, Any]) -> bool:
+    """Whether the memory of rows passes to the next step, in any stage."""
+    stages = [stage.get("carry_state") for stage in run.get("curriculum", ())]
+    return bool(section(run, "data", "").get("carry_memory") or section(run, "train", "").get("carry_state")) or any(
+        stages
+    )
 
 
 def retrieval_samples(retrieval: Mapping[str, Any], run: Mapping[str, Any], asked: Any) -> Samples:

@@ -100,12 +100,19 @@ def resident_bytes(held: Held) -> dict[str, float]:
         "optimizer (shard)": on_device * optimizer_bytes(model) / world,
         "reduction bucket": held.bucket_elements * work.dtype_bytes,
         "states on the wire": wire_bytes(held),
+        "states of the step before": work.carried * step_states_bytes(held),
     }
 
 
 def optimizer_bytes(model: ModelSizes) -> float:
     """AdamW: fp32 master weights, which DeepSpeed copies in fp32 runs too, and two moments."""
     return 3 * FP32_BYTES * model.trainable_parameters
+
+
+def step_states_bytes(held: Held) -> float:
+    """What passes from step to step: as the step before left it, as it enters this one, and as it leaves it."""
+    model, work = held.model, held.work
+    return 3 * work.accumulation * work.micro_batch * (held.grid.layers * model.state_bytes + model.carried_bytes)
 
 
 def wire_bytes(held: Held) -> float:

@@ -23,21 +23,23 @@ from ..distributed.mesh import Mesh
 from ..model.modeling_armt import ARMTForCausalLM
 from ..runtime.piece import Totals
 from ..runtime.row_states import as_rows, from_rows
+from .curriculum import Stage
 from .global_batch import Batches, RowLayout
-from .run_config import RunConfig
+from .run_config import RunConfig, TrainConfig, probability
 
 # Of the tensor in a rank's file in a checkpoint.
 NAME = "carried"
 # The source of a row that starts from empty states.
 EMPTY = -1
-Sources = Callable[[int], np.ndarray]
-"""From a global batch to int64 [G]: for each row, the row of the step before from whose last states it starts."""
+Sources = Callable[[int, float], np.ndarray]
+"""From the number of a global batch and the stage's probability to int64 [G]: for each row, the row of the step before
+from whose last states it starts."""
 
 
-def shuffled_rows(probability: float, seed: int, rows: int) -> Sources:
-    """Return sources in which a row has, with `probability`, another random row of the step before."""
+def shuffled_rows(seed: int, rows: int) -> Sources:
+    """Return sources in which a row has, with the given probability, a random row of the step before."""
 
-    def sources(batch: int) -> np.ndarray:
+    def sources(batch: int, probability: float) -> np.ndarray:
         draw = generator("carry", seed, "train", batch)
         return np.where(draw.random(rows) < probability, draw.permutation(rows), EMPTY)
 
@@ -46,12 +48,13 @@ def shuffled_rows(probability: float, seed: int, rows: int) -> Sources:
 
 def same_rows(rows: int) -> Sources:
     """Return sources in which every row goes on from itself."""
-    return lambda batch: np.arange(rows)
+    return lambda batch, probability: np.arange(rows)
 
 
 class Carrying(NamedTuple):
     """How states pass from step to step; the same throughout a run."""
 
+    config: TrainConfig
     sources: Sources
     layout: RowLayout
     mesh: Mesh
@@ -93,7 +96,7 @@ class Carrying(NamedTuple):
         """Return the states of no row, [0, F]."""
         return torch.zeros(0, as_rows(self.shapes(1)).shape[1], device=self.device)
 
-    def entering(self, held: Tensor | None, batch: int) -> list[list[tuple]] | None:
+    def entering(self, held: Tensor | None, batch: int, stage: Stage) -> list[list[tuple]] | None:
         """Return the states that enter each micro-batch of a global batch. Collective, unless nothing is held.
 
         held: what `leaving` returned after the step before; None: all rows start from empty states. Returns None where
@@ -101,7 +104,7 @@ class Carrying(NamedTuple):
         """
         if held is None:
             return None
-        rows = self.exchange(held, self.sources(batch))
+        rows = self.exchange(held, self.sources(batch, probability(self.config, stage)))
         if self.mesh.sp_rank > 0:
             return None
         micro = self.layout.micro
@@ -131,11 +134,8 @@ class Carrying(NamedTuple):
 def carrying_of(config: RunConfig, batches: Batches, model: ARMTForCausalLM) -> Carrying | None:
     """Return how a run's states pass from step to step; None where every row starts from empty ones."""
     rows = batches.sizes.global_batch
-    if config.data.carry_memory:
-        sources = same_rows(rows)
-    elif config.train.carry_state:
-        sources = shuffled_rows(config.train.carry_state, config.train.seed, rows)
-    else:
+    if not config.data.carry_memory and not any(probability(config.train, stage) for stage in config.curriculum):
         return None
+    sources = same_rows(rows) if config.data.carry_memory else shuffled_rows(config.train.seed, rows)
     shapes = partial(model.initial_states, device="meta")
-    return Carrying(sources, batches.layout, batches.mesh, shapes, batches.device)
+    return Carrying(config.train, sources, batches.layout, batches.mesh, shapes, batches.device)

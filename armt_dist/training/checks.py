@@ -15,7 +15,7 @@ from ..data.text.files import check_files
 from ..distributed.launchers import check_groups
 from ..hub import check_names
 from ..schedule.planned_run import RunTree, batch_sizes, planned_run
-from .run_config import LossConfig, RunConfig, resolved
+from .run_config import LossConfig, RunConfig, probability, resolved
 
 # Tokenizers that the tasks build themselves.
 BUILT_IN = ("byte", "word")
@@ -163,17 +163,19 @@ def check_curriculum(config: RunConfig, lengths: Lengths) -> None:
 
 def check_carried(config: RunConfig, lengths: Lengths) -> None:
     """Check that rows may start from the memory of others, or continue. Raises ConfigError."""
-    probability, memory = config.train.carry_state, config.data.carry_memory
-    if probability and memory:
-        raise ConfigError(
-            f"train.carry_state={probability}: with data.carry_memory=true every row continues its own text; set one"
-        )
-    if probability and not getattr(lengths, "carries", True):
-        raise ConfigError(
-            f"train.carry_state={probability}: data.task={config.data.task} forbids it, as its answers depend on all "
-            "that was read before; set 0"
-        )
+    memory = config.data.carry_memory
     for i, stage in enumerate(config.curriculum):
+        carry = probability(config.train, stage)
+        name = "train.carry_state" if stage.carry_state is None else f"curriculum.{i}.carry_state"
+        if carry and memory:
+            raise ConfigError(
+                f"{name}={carry}: with data.carry_memory=true every row continues its own text; set one of them"
+            )
+        if carry and not getattr(lengths, "carries", True):
+            raise ConfigError(
+                f"{name}={carry}: data.task={config.data.task} forbids it, as its answers depend on all that was read "
+                "before; set 0"
+            )
         if memory and stage.at_least != 1:
             raise ConfigError(
                 f"curriculum.{i}.at_least={stage.at_least}: with data.carry_memory=true all steps of a stage read as "

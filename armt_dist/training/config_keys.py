@@ -207,4 +207,4 @@ def find_key(path: str) -> Key:
 
 def plain_path(path: str) -> str:
     """Return a key's path without the entries of lists."""
-    return ".".join(part for part in path.split(".") if part != ENTRY and not part.isdigit())
+    return ".".join(part for part in path.split(".") if part != ENTRY and not part.isdecimal())

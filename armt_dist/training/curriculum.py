@@ -45,6 +45,8 @@ class Stage(Section):
     """Fraction of the peak learning rate at the last step (linear, cosine). Example: 0.1"""
     until: Until | None = None
     """Condition that ends the stage early; null: none. Example: {accuracy: 0.97, over: 50}"""
+    carry_state: Fraction | None = None
+    """Probability that a row of the stage starts from the memory of another; null: train.carry_state. Example: 0.9"""
     start: Literal["best", "last"] = "best"
     """Checkpoint of the stage before from which this one starts: its best or its last. Example: last"""
 

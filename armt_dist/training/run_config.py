@@ -42,11 +42,17 @@ class TrainConfig(Section):
     best: str | None = None
     """Validation metric that decides which checkpoint is best; null: accuracy if any, else loss. Example: loss"""
     carry_state: Fraction = 0.0
-    """Probability that a row starts from the memory with which another row ended a step earlier. Example: 0.9"""
+    """Probability that a row starts from the memory with which another row ended a step earlier, in stages that do not
+    say another. Example: 0.9"""
     max_skipped: Positive = 5
     """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None
     """Return to the last checkpoint, and other samples, when the loss jumps; null: none. Example: {over: 50}"""
+
+
+def probability(config: TrainConfig, stage: Stage) -> float:
+    """Return the probability that a row of a stage starts from the memory of another one."""
+    return config.carry_state if stage.carry_state is None else stage.carry_state
 
 
 class LossConfig(Section):

@@ -62,7 +62,7 @@ def train_step(
         group["lr"] = rate
     micro_batches = parts.batches.micro_batches("train", progress.batch, stage.difficulty)
     carrying = parts.carrying
-    first = carrying.entering(carried, progress.batch) if carrying else None
+    first = carrying.entering(carried, progress.batch, stage) if carrying else None
     results = run_micro_batches(parts, micro_batches, progress.step + 1, first)
     sums = parts.batches.sum_up(results, told_to_stop)
     seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, create_model, model_validator
 
 from ..config import Section
-from ..model.fields import ARMTFields
+from ..model.fields import ARMTFields, check_decay
 
 Std = Annotated[float, Field(gt=0)]
 
@@ -45,6 +45,7 @@ class BaseSection(Section):
             raise ValueError(f"model.base={self.base}: no such folder; give a model's folder or its Hugging Face name")
         if self.base is not None and self.init is not None:
             raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
+        check_decay(getattr(self, "state_decay", None), "model.state_decay")
         return self
 
 

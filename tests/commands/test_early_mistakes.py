@@ -31,6 +31,17 @@ MISTAKES = {
     "curriculum.0.until: task=text has no accuracy": [
         *PLAYS, "curriculum=[{segments: 2, steps: 2, until: {accuracy: 0.5}}]"
     ],
+    "train.carry_state=1.5: Input should be less than or equal to 1": ["train.carry_state=1.5"],
+    "train.carry_state=-0.1: Input should be greater than or equal to 0": ["train.carry_state=-0.1"],
+    "train.carry_state=0.5: with data.carry_memory=true every row": [
+        *PLAYS, "data.carry_memory=true", "train.carry_state=0.5"
+    ],
+    "data.carry_memory=true: samples of data.task=rewrite have no continuation": ["data.carry_memory=true"],
+    "curriculum.0.at_least=0.0: with data.carry_memory=true all steps of a stage": [
+        *PLAYS, "data.carry_memory=true", "curriculum=[{segments: 4, steps: 2}]"
+    ],
+    "model.state_decay=0.0: above 0 and at most 1": ["model.state_decay=0.0"],
+    "model.state_decay=1.5: above 0 and at most 1": ["model.state_decay=1.5"],
     "parallel.sp=4 x parallel.rounds=1 = 4 blocks: curriculum.0 may draw": ["--check", "4", "parallel.sp=4"],
     "segments=9999 of": [*PLAYS, "curriculum=[{segments: 9999, steps: 2}]"],
     "data.text.files={folder}/none*: no such file": [*PLAYS, "data.text.files={folder}/none*"],

@@ -57,6 +57,11 @@ def test_the_examples_train_validate_and_are_evaluated(folder):
             "data.task=copying: no such task; one of rewrite, remember, text, babilong, or name",
         ),
         (
+            "from copying import Copying\nCopying.carries = False",
+            ["extensions=[copying, mine]", "train.carry_state=0.5"],
+            "train.carry_state=0.5: data.task=copying forbids it, as its answers depend on all that was read before",
+        ),
+        (
             "from armt_dist.data.extensions import metric\n@metric('loss')\ndef f(rows): return 0",
             ["extensions=[mine]"],
             "metric loss: every run measures it; choose another name",

@@ -216,7 +216,7 @@ def test_text_through_the_command(text_settings, tmp_path, monkeypatch, capsys):
     make_task(validate(DataConfig, text_settings), 8, global_batch=8).tokenizer.save_pretrained(folder)
     text_settings["text"]["tokenizer"] = "a/tokenizer/that/is/gone"
     (folder / TASK_FILE).write_text(json.dumps({"data": text_settings}))
-    code, stdout, stderr = call_script("evaluate.py", ["--model", folder], monkeypatch, capsys)
+    code, stdout, stderr = call_script("evaluate.py", ["--model", folder, "--trust-data"], monkeypatch, capsys)
     assert code == 0, stderr
     assert [line.split()[0] for line in stdout.splitlines()[:4]] == ["segments", "1", "2", "4"]
     assert "bits_per_byte" in stdout

@@ -26,17 +26,14 @@ def load_published(config: PublishedConfig, task: str) -> dict[Split, list[Story
     which split it belongs to, so that all questions on one story do.
     """
     where = f"published.set={config.set} ({task})"
-    try:
-        if config.files is None and config.set == "facebook/babi_qa" or "{split}" in (config.files or ""):
-            return {split: stories_of(read_rows(source(config, task, split), where)) for split in SPLITS}
-        rows = read_rows(source(config, task, "train"), where)
-        held_out = [place(json.dumps(row, sort_keys=True)) < config.validation_fraction for row in rows]
-        return {
-            "train": stories_of(row for row, held in zip(rows, held_out, strict=True) if not held),
-            "validation": stories_of(row for row, held in zip(rows, held_out, strict=True) if held),
-        }
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: a row has another format: {error!r}") from None
+    if config.files is None and config.set == "facebook/babi_qa" or "{split}" in (config.files or ""):
+        return {split: stories_of(read_rows(source(config, task, split), where), where) for split in SPLITS}
+    rows = read_rows(source(config, task, "train"), where)
+    held_out = [place(json.dumps(row, sort_keys=True)) < config.validation_fraction for row in rows]
+    return {
+        "train": stories_of((row for row, held in zip(rows, held_out, strict=True) if not held), where),
+        "validation": stories_of((row for row, held in zip(rows, held_out, strict=True) if held), where),
+    }
 
 
 def source(config: PublishedConfig, task: str, split: Split) -> dict[str, str]:
@@ -61,9 +58,12 @@ def read_rows(arguments: dict[str, str], where: str) -> list[dict]:
         raise ConfigError(f"{where}: cannot be read: {one_line(error, limit=300)}") from None
 
 
-def stories_of(rows: Iterable[dict]) -> list[Story]:
-    """Return all stories of some rows. Raises KeyError or TypeError for another format."""
-    return [story for row in rows for story in parse(row)]
+def stories_of(rows: Iterable[dict], where: str) -> list[Story]:
+    """Return all stories of some rows. Raises ConfigError, whose message begins with `where`, for another format."""
+    try:
+        return [story for row in rows for story in parse(row)]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: a row has another format: {one_line(repr(error))}") from None
 
 
 def parse(row: dict) -> Iterator[Story]:
