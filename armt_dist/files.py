@@ -19,7 +19,7 @@ MIB = 2**20
 JSON_BYTES = 64 * MIB
 YAML_BYTES = MIB
 # Values after aliases have been replaced by what they stand for; YAML is read by Python code, ten times as slowly.
-JSON_NODES, YAML_NODES = 1_000_000, 100_000
+JSON_NODES, YAML_NODES = 1_000_000, 50_000
 # A long text counts as one value for each of so many characters, since aliases repeat it.
 TEXT_NODE = 100
 DEPTH = 50
@@ -127,6 +127,8 @@ class Limited(yaml.SafeLoader):
         self.depth += 1
         if self.depth > DEPTH:
             raise ValueError(f"nested more than {DEPTH} deep")
+        if len(self.extents) > YAML_NODES:
+            raise ValueError(f"more than {YAML_NODES} values")
         node = super().compose_node(parent, index)
         self.depth -= 1
         if id(node) not in self.extents:

@@ -66,15 +66,17 @@ def format_cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, dict | list | tuple | bool):
-        return markdown_text(json.dumps(value, ensure_ascii=False), "|<")
-    return markdown_text(str(value))
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple | bool) else str(value)
+    return text.replace("|", "\\|")
 
 
-def markdown_text(text: str, marks: str = "\\`|<[$*") -> str:
-    """Return a text on one line that Markdown shows as it is, whatever `marks` a run's name or value contains."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return "".join(f"\\{c}" if c in marks else c for c in line)
+def markdown_text(value: object) -> str:
+    """Return any value on one line that Markdown shows as it is, for names and values that others have chosen.
+
+    In a cell of a table `format_cell` escapes the bars.
+    """
+    line = one_line("".join(c if c.isprintable() else " " for c in str(value)), limit=1000)
+    return re.sub(r"([\\`<\[$*])", r"\\\1", line)
 
 
 def code_block(text: str, language: str) -> str:

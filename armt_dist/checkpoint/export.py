@@ -97,6 +97,8 @@ def resolve_tag(root: Path, tag: str | None) -> str:
     tags = sorted(path.name for path in root.glob("*/") if is_checkpoint(path) and not path.name.startswith(STAGING))
     if not tags:
         raise ConfigError(f"run={root.parent}: no checkpoint in {root}; train until one is saved")
+    if tag in tags:
+        return tag
     pointers = {name: read_pointer(root, name) for name in ("best", "latest") if (root / name).exists()}
     if tag is None:
         return next((target for target in pointers.values() if target in tags), tags[-1])
