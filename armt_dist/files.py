@@ -9,8 +9,9 @@ import json
 import os
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,7 +27,7 @@ DEPTH = 50
 DIGITS = 100
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read its bytes. Raises OSError, also for what is no regular file, which is never waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode

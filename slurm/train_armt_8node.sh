@@ -112,7 +112,7 @@ wait "$step" || code=$?
 # arithmetic bash carries out what anything else may contain.
 if [[ -f $logs/exit_code ]]; then
     first_code=
-    read -r -n 4 first_code < "$logs/exit_code" || true
+    IFS= read -r -n 4 first_code < "$logs/exit_code" || true
     if [[ $first_code =~ ^[1-9][0-9]{0,2}$ ]]; then code=$first_code; fi
 fi
 # "Checkpointed, start me again". Nothing else is requeued: a failure would fail again.

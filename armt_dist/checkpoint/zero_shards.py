@@ -38,8 +38,10 @@ def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
     """
     first = open_file(folder, OPTIMIZER, 0)["optimizer_state_dict"]
     stage, world = first.get("zero_stage"), first.get("partition_count")
-    if stage != 3 or type(world) is not int:
-        raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {stage}; only stage 3 can be exported")
+    if stage != 3:
+        raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {one_line(stage)}; only stage 3 can be exported")
+    if type(world) is not int or world < 1:
+        raise ConfigError(f"checkpoint={folder}: partition_count={one_line(world)} is no number of ranks")
     ranks = [first, *(open_file(folder, OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
     models = [open_file(folder, MODEL, 0)]
     frozen = models[0].get("frozen_param_shapes") or {}
