@@ -6,19 +6,22 @@ and describes in one line what is wrong with it.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
+
+from . import files
 
 Positive = Annotated[int, Field(ge=1)]
 # Generators take seeds of 64 bits, and a rank's seed is a multiple of the run's.
 Seed = Annotated[int, Field(ge=0, le=2**40)]
 USER_ERROR = 2
 RANK_0_SPEAKS_S = 15.0
+# Of numbers and of texts inside other values in messages.
+LARGEST_BITS, LONGEST = 1000, 20_000
 
 
 class ConfigError(ValueError):
@@ -64,29 +67,13 @@ def validate(schema: type[S], tree: dict) -> S:
         raise ConfigError(describe_errors(error.errors(), schema)) from None
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """Reads YAML as yaml.SafeLoader does, but for keys that are given twice, of which that takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return a mapping. Raises ConstructorError, with the place, for a key that is given twice."""
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and name is not None:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice; remove one", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: str | Path) -> dict:
     """Read a YAML file as a dict (empty file: empty dict). Raises ConfigError naming the file."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
+        tree = files.read_yaml(path)
     except OSError as error:
         raise ConfigError(f"config={path}: {error.strerror}; give a readable YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"config={path}: not valid YAML ({one_line(error)})") from None
     if tree is None:
         return {}
@@ -99,8 +86,8 @@ def assign(tree: dict, override: str) -> None:
     """Set one ``a.b=value`` in a nested dict, in place; the value is parsed as YAML."""
     path, separator, text = override.partition("=")
     keys = path.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override={override!r}: expected key=value, for example train.max_steps=100")
+    if not separator or not all(keys) or len(keys) > files.DEPTH:
+        raise ConfigError(f"override={one_line(repr(override))}: expected key=value, for example train.max_steps=100")
     node: Any = tree
     for i, key in enumerate(keys[:-1]):
         entry = entry_of(node, key, override, keys[:i])
@@ -114,19 +101,19 @@ def entry_of(node: Any, key: str, override: str, above: list[str]) -> str | int:
     """Return `key` as `node` takes it: text for a mapping, an index for a list (``curriculum.0.steps``)."""
     if isinstance(node, list):
         if not key.isdecimal() or int(key) >= len(node):
-            raise ConfigError(f"{override}: {key!r} is not one of the list's 0..{len(node) - 1}")
+            raise ConfigError(f"{one_line(override)}: {key!r} is not one of the list's 0..{len(node) - 1}")
         return int(key)
     if not isinstance(node, dict):
-        raise ConfigError(f"{override}: {above[-1]!r} holds {node!r}, not a section")
+        raise ConfigError(f"{one_line(override)}: {above[-1]!r} holds {one_line(node)}, not a section")
     return key
 
 
 def parse_value(path: str, text: str) -> Any:
     """Parse the value of a ``path=text`` override as YAML. Raises ConfigError."""
     try:
-        value = yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}={text!r}: not a valid YAML value ({one_line(error)})") from None
+        value = files.parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}={one_line(repr(text))}: not a valid YAML value ({one_line(error)})") from None
     return as_number(value) if isinstance(value, str) else value
 
 
@@ -182,9 +169,46 @@ def known_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[s
 
 
 def one_line(value: object, limit: int = 120) -> str:
-    """Return any value as text on a single line of at most `limit` characters."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return any value as text on a single line of at most `limit` characters, without making more text than that."""
+    text, length = list[str](), 0
+    for part in parts_of(value):
+        text.append(part[: 10 * limit])
+        length += len(text[-1])
+        if length > 10 * limit:
+            break
+    line = " ".join("".join(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def parts_of(value: object) -> Iterator[str]:
+    """Yield the text of a value piece by piece, as str() and repr() write it."""
+    if isinstance(value, dict):
+        for i, (key, child) in enumerate(value.items()):
+            yield ", " if i else "{"
+            yield from quoted(key)
+            yield ": "
+            yield from quoted(child)
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield ", " if i else "["
+            yield from quoted(child)
+        yield "]" if value else "[]"
+    elif isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+        # Python refuses to write it.
+        yield f"a number of {value.bit_length()} bits"
+    else:
+        yield str(value)
+
+
+def quoted(value: object) -> Iterator[str]:
+    """Yield the text of a value inside another."""
+    if isinstance(value, str):
+        yield repr(value[:LONGEST])
+    elif isinstance(value, dict | list | int):
+        yield from parts_of(value)
+    else:
+        yield repr(value)
 
 
 def run_main(main: Callable[[], int | None], rank: int) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from . import files
 from .config import ConfigError, one_line
 
 # The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
@@ -27,7 +29,7 @@ def check_links(run: Path) -> None:
 def read_json(path: Path) -> dict:
     """Return a JSON object; empty if the file is missing, damaged or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -43,8 +45,17 @@ def read_json_lines(path: Path) -> list[dict]:
 
     A run that was killed, or is still writing, may have left half a line: it is skipped.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    with files.open_regular(path) as content:
+        lines = iter(lambda: content.readline(files.MIB), b"")
+        return [record_of(line) for line in lines if line.rstrip().endswith(b"}")]
+
+
+def record_of(line: bytes) -> dict:
+    """Return the JSON object in a line. Raises ValueError."""
+    found = files.parse_json(line.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"a line is not an object but {one_line(found)}")
+    return found
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -71,6 +82,22 @@ def format_cell(value: object) -> str:
         return f"{value:.4g}"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple | bool) else str(value)
     return text.replace("|", "\\|")
+
+
+def markdown_text(value: object) -> str:
+    """Return any value on one line that Markdown shows as it is, for names and values that others have chosen.
+
+    In a cell of a table `format_cell` escapes the bars.
+    """
+    line = one_line("".join(c if c.isprintable() else " " for c in str(value)), limit=1000)
+    return re.sub(r"([\\`<\[$*])", r"\\\1", line)
+
+
+def code_block(text: str, language: str) -> str:
+    """Return a fenced block of Markdown, with a fence that the text does not contain."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def text_table(lines: Sequence[Sequence[str]]) -> str:

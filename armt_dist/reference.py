@@ -4,7 +4,6 @@ python -m armt_dist.reference --config CASE/config.json --weights CASE/weights.s
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from . import files
 from .config import ConfigError, one_line, run_main
 from .model.configuration_armt import ARMTConfig
 from .model.modeling_armt import ARMTForCausalLM
@@ -126,7 +126,7 @@ def load_model(config: ARMTConfig, tensors: dict[str, torch.Tensor]) -> ARMTForC
 def read_checkpoint(config_file: Path, weights_file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Read both files. Raises ConfigError naming the one that cannot be read."""
     try:
-        options = json.loads(config_file.read_text())
+        options = files.read_json(config_file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"config={config_file}: not a readable JSON file ({one_line(error)})") from None
     if not isinstance(options, dict):

@@ -83,6 +83,8 @@ if [[ $SRUN_OPTIONS ]]; then check=(srun --quiet --nodes=1 --ntasks=1 "${srun_op
 
 logs=$run/logs/$SLURM_JOB_ID.$restarts
 mkdir -p "$logs"
+# Only the launchers of this start write it.
+rm -rf "$logs/exit_code"
 # Both names: torch renamed the variable.
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
 
@@ -106,8 +108,13 @@ while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done
 code=0
 wait "$step" || code=$?
 
-# The first rank's code that was not 0; srun's own is 143 as soon as it had to end the other nodes.
-if [[ -s $logs/exit_code ]]; then code=$(< "$logs/exit_code"); fi
+# The first rank's code that was not 0; srun's own is 143 as soon as it had to end the other nodes. Digits only: in
+# arithmetic bash carries out what anything else may contain.
+if [[ -f $logs/exit_code ]]; then
+    first_code=
+    IFS= read -r -n 4 first_code < "$logs/exit_code" || true
+    if [[ $first_code =~ ^[1-9][0-9]{0,2}$ ]]; then code=$first_code; fi
+fi
 # "Checkpointed, start me again". Nothing else is requeued: a failure would fail again.
 if ((code == 75)); then requeue; fi
 # Not a mistake: a node may have died. Slurm notices after a while and requeues the job by itself; until then it must

@@ -6,6 +6,9 @@ changes one. DeepSpeed is imported inside the functions: an export needs only `r
 
 import io
 import os
+import pickle
+import pickletools
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..files import open_regular
 
 
 class Inert:
@@ -28,13 +33,75 @@ PICKLED: dict[str, type] = {
 }
 
 
+# What their tensors and plain values are made of. torch's own list is longer: it has bytearray, for example, which
+# makes gigabytes of a number.
+BUILT_FROM = frozenset(
+    (
+        *("collections.OrderedDict", "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter"),
+        *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch._tensor._rebuild_from_type_v2"),
+        *PICKLED,
+    )
+)
+
+
 def read_tensors(path: Path) -> Any:
     """Map a file of tensors and plain values from disk, by torch's restricted unpickler and without DeepSpeed.
 
-    A file with anything else in it, or a damaged one, raises one of many exceptions.
+    A file with anything else in it, one that claims more values than it holds, or a damaged one, raises one of many
+    exceptions, before memory is taken for it.
     """
+    check_archive(path)
     with torch.serialization.safe_globals([(kind, name) for name, kind in PICKLED.items()]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    claimed, held = tensor_bytes(content), path.stat().st_size
+    if claimed > held:
+        raise ValueError(f"its tensors claim {claimed} bytes, and the file has {held}")
+    return content
+
+
+def check_archive(path: Path) -> None:
+    """Check that a file of torch's has its records as they are, once each, and pickles only what tensors need.
+
+    Raises ValueError, UnpicklingError, and many exceptions for a damaged file.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        held = os.fstat(file.fileno()).st_size
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed")
+        if sum(record.file_size for record in records) > held:
+            raise ValueError(f"its records claim more than the {held} bytes of the file")
+        if len({record.filename for record in records}) < len(records):
+            raise ValueError("it has several records of one name")
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                for code, name, _ in pickletools.genops(archive.read(record)):
+                    if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                        check_built_from(str(name).replace(" ", "."))
+
+
+def check_built_from(name: str) -> None:
+    """Raise UnpicklingError unless a pickle may name this class or function."""
+    inside = getattr(torch, name.removeprefix("torch."), None) if name.startswith("torch.") else None
+    if name not in BUILT_FROM and not isinstance(inside, torch.dtype) and not name.endswith("Storage"):
+        raise pickle.UnpicklingError(f"it names {name[:100]}")
+
+
+def tensor_bytes(content: Any) -> int:
+    """Return the bytes that all tensors in nested mappings and lists would take if each were copied."""
+    total, seen, left = 0, set[int](), [content]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            left.extend(value)
+    return total
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..config import ConfigError, one_line, read_yaml
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import write_json
-from .folder import MANIFEST, STAGING, building, verify_checkpoint
+from .folder import STAGING, building, read_pointer, verify_checkpoint
 from .model_card import write_model_card
 from .published import copy_known_files, public, read_object, without_code
 from .zero_shards import StoredParameter, is_checkpoint, open_checkpoint
@@ -53,8 +53,7 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
-    if (found.checkpoint / MANIFEST).exists():
-        verify_checkpoint(found.checkpoint)
+    verify_checkpoint(found.checkpoint)
     model = skeleton(found.run / "model", dtype)
     parameters = match(model, open_checkpoint(found.checkpoint), found.checkpoint)
     try:
@@ -104,7 +103,9 @@ def resolve_tag(root: Path, tag: str | None) -> str:
     tags = sorted(path.name for path in root.glob("*/") if is_checkpoint(path) and not path.name.startswith(STAGING))
     if not tags:
         raise ConfigError(f"run={root.parent}: no checkpoint in {root}; train until one is saved")
-    pointers = {name: (root / name).read_text().strip() for name in ("best", "latest") if (root / name).is_file()}
+    if tag in tags:
+        return tag
+    pointers = {name: read_pointer(root, name) for name in ("best", "latest") if (root / name).exists()}
     if tag is None:
         return next((target for target in pointers.values() if target in tags), tags[-1])
     name = pointers.get(tag, tag)

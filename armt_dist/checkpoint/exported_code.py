@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .. import files
+
 HERE = Path(__file__).parents[1] / "model"
 STARTS = ("configuration_armt.py", "modeling_armt.py")
 AUTO_MAP = {
@@ -45,7 +47,7 @@ def refresh(folder: Path) -> list[str]:
     """
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_text())
+        config = files.read_json(config_file)
     except (OSError, ValueError) as error:
         raise ValueError(f"refresh={folder}: no readable config.json in it ({error})") from None
     if not isinstance(config, dict) or config.get("model_type") != "armt":

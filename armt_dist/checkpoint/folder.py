@@ -9,6 +9,7 @@ every file. `latest` and `best` hold a tag.
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +21,15 @@ from typing import Annotated
 import torch.distributed as dist
 from pydantic import Field
 
+from .. import files
 from ..config import ConfigError, Section, one_line
 from ..distributed.collectives import together
 
 MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
+# What `tag_of` returns, and the only names of checkpoints that are taken from an argument or a file.
+TAG = r"^step_[0-9]{8,12}$"
+# Files that are loaded, and so must be in the manifest.
+LOADED = (".pt", ".safetensors")
 
 
 class CheckpointError(ConfigError):
@@ -46,8 +52,10 @@ def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> 
     parts: `hash_files` of each rank's files.
     """
     staged = staging(root / tag)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    write_manifest(staged, files, {"tag": tag, "world_size": dist.get_world_size(), "state": state})
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    write_manifest(staged, entries, {"tag": tag, "world_size": dist.get_world_size(), "state": state})
+    # One of the same step, of a run that now goes on from an older checkpoint.
+    remove(root / (UNIVERSAL + tag))
     remove(root / tag)
     take_name(staged, root / tag)
     point_to(root, "latest", tag)
@@ -58,9 +66,9 @@ def point_to(root: Path, name: str, tag: str) -> None:
     write_atomically(root / name, tag)
 
 
-def write_manifest(folder: Path, files: dict[str, dict], facts: dict) -> None:
-    """Write the manifest of the `files` in `folder`; facts: the other fields of Manifest."""
-    write_atomically(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+def write_manifest(folder: Path, entries: dict[str, dict], facts: dict) -> None:
+    """Write the manifest of the files in `folder`, by `hash_files`; facts: the other fields of Manifest."""
+    write_atomically(folder / MANIFEST, json.dumps({**facts, "files": entries}, indent=1))
 
 
 def staging(path: Path) -> Path:
@@ -97,17 +105,17 @@ def make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, dict]:
-    """Flush `files` below `folder` to disk and return their sizes and SHA-256, as in a manifest."""
+def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict]:
+    """Flush files below `folder` to disk and return their sizes and SHA-256, as in a manifest."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path, flush=True)}
-        for path in files
+        for path in paths
     }
 
 
 def sha256(path: Path, flush: bool = False) -> str:
     """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         if flush:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -132,7 +140,7 @@ class Manifest(Section):
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a complete checkpoint. Raises CheckpointError if it is missing or damaged."""
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes(), strict=True)
+        manifest = Manifest.model_validate(files.read_json(folder / MANIFEST), strict=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint={folder}: no readable {MANIFEST} ({one_line(error)})") from None
     for name in manifest.files:
@@ -145,10 +153,13 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
     """Compare the files, or a share of them, with the manifest. Raises CheckpointError naming the first difference."""
     manifest = read_manifest(folder)
+    check_listed(folder, manifest)
     for name in sorted(manifest.files)[share]:
         entry, path = manifest.files[name], folder / name
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"checkpoint={folder}: {name} is missing")
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint={folder}: {name} is not a regular file")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}")
         if sha256(path) != entry.sha256:
@@ -156,9 +167,56 @@ def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
     return manifest
 
 
+def check_listed(folder: Path, manifest: Manifest) -> None:
+    """Check that the manifest has every file that is loaded, and that none is a link. Raises CheckpointError."""
+    if not manifest.files:
+        raise CheckpointError(f"checkpoint={folder}: {MANIFEST} lists no files")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise CheckpointError(f"checkpoint={folder}: {name} is a symbolic link; put a copy of the file there")
+        if path.suffix in LOADED and name not in manifest.files and not path.is_dir():
+            raise CheckpointError(f"checkpoint={folder}: {name} is not in {MANIFEST}; remove it")
+
+
+def verify_together(folder: Path) -> None:
+    """Verify a checkpoint; the ranks share the hashing. Collective. Raises CheckpointError on all ranks."""
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    together(partial(verify_checkpoint, folder, share))
+
+
+def is_tag(name: str) -> bool:
+    """Return whether a name is that of a checkpoint in this run, and not a path."""
+    return re.fullmatch(TAG, name) is not None
+
+
+def find_tag(root: Path, name: str) -> str:
+    """Return the checkpoint of this name, or to which `latest` or `best` points. Raises CheckpointError."""
+    tag = read_pointer(root, name) if name in ("latest", "best") else name
+    if not is_tag(tag):
+        raise CheckpointError(f"resume={one_line(name)}: no checkpoint's name; for example step_00000100")
+    if not (root / tag).is_dir():
+        known = ", ".join(tags(root)) or "none"
+        raise CheckpointError(f"resume={name}: there is no {tag} in {root}; there are: {known}")
+    return tag
+
+
+def read_pointer(root: Path, name: str) -> str:
+    """Return the tag in `latest` or `best`. Raises CheckpointError if it holds anything else."""
+    try:
+        tag = files.read_text(root / name, most=100).strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint={root / name}: not readable ({one_line(error)}); name a checkpoint"
+        ) from None
+    if not is_tag(tag):
+        raise CheckpointError(f"checkpoint={root / name}: holds {tag!r}, no checkpoint's name; name a checkpoint")
+    return tag
+
+
 def tags(root: Path) -> list[str]:
     """List the complete checkpoints, oldest first."""
-    return sorted(path.name for path in root.glob("step_*") if path.is_dir())
+    return sorted(path.name for path in root.glob("step_*") if is_tag(path.name) and path.is_dir())
 
 
 def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
@@ -168,9 +226,8 @@ def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
     """
     candidates = together(lambda: tags(root))
     for tag in reversed(candidates):
-        share = slice(dist.get_rank(), None, dist.get_world_size())
         try:
-            together(partial(verify_checkpoint, root / tag, share))
+            verify_together(root / tag)
             return tag
         except ConfigError as error:
             report(f"skipping a damaged checkpoint: {error}")
@@ -185,8 +242,7 @@ def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) ->
     Kept are those in `keep`, the newest `keep_last`, and those of every `keep_every`-th step.
     """
     for tag in tags(root)[:-keep_last]:
-        step = int(tag.removeprefix("step_")) if tag.removeprefix("step_").isdecimal() else 0
-        if tag not in keep and not (keep_every and step % keep_every == 0):
+        if tag not in keep and not (keep_every and int(tag.removeprefix("step_")) % keep_every == 0):
             remove(root / tag)
     for path in root.glob(UNIVERSAL + "step_*"):
         if not (root / path.name.removeprefix(UNIVERSAL)).exists():
@@ -222,7 +278,10 @@ def sync(folder: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a folder if it exists; it is renamed first, so that a half-deleted one never passes for a checkpoint."""
-    if folder.exists():
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        # Not ours, and in the way.
+        folder.unlink()
+    elif folder.exists():
         if not folder.name.startswith(STAGING):
             # Not `staging(folder)`, where its successor may wait for the name.
             folder = folder.rename(f"{staging(folder)}.{uuid.uuid4().hex[:8]}")

@@ -5,6 +5,7 @@ universal format first, one file per parameter and optimizer moment. The result 
 `universal-step_N` and reused. All files are read by torch's restricted unpickler.
 """
 
+import fnmatch
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,30 +20,38 @@ from ..config import one_line
 from ..distributed.collectives import together
 from .deepspeed_files import read_tensors, reading_universal, restricted_unpickling, write_universal
 from .folder import (
+    MANIFEST,
     UNIVERSAL,
     CheckpointError,
+    Manifest,
     building,
     hash_files,
     rank_file,
     read_manifest,
     remove,
     verify_checkpoint,
+    verify_together,
     write_manifest,
 )
 from .rng_state import set_generators
-from .zero_shards import open_checkpoint
+from .zero_shards import MODEL, OPTIMIZER, open_checkpoint
 
 
-def load_checkpoint(engine: Any, root: Path, tag: str) -> dict:
-    """Restore engine and random generators from a verified checkpoint; return the state passed to `save`. Collective.
+def load_checkpoint(engine: Any, root: Path, tag: str, verified: bool = False) -> dict:
+    """Restore engine and random generators from a checkpoint; return the state passed to `save`. Collective.
 
-    Raises CheckpointError on all ranks if it cannot be loaded.
+    verified: whether `find_newest` has just returned it. Raises CheckpointError on all ranks if it is damaged or cannot
+    be loaded.
     """
+    if not verified:
+        verify_together(root / tag)
     manifest = together(lambda: read_manifest(root / tag))
+    together(lambda: check_whole(root / tag, manifest))
     together(lambda: check_trust(root / tag))
     elastic = manifest.world_size != dist.get_world_size()
     if elastic:
         together(lambda: convert(root, tag), only=0)
+        together(lambda: check_trust(root / (UNIVERSAL + tag)))
 
     def restore() -> None:
         with restricted_unpickling(), reading_universal(engine, elastic):
@@ -71,12 +80,27 @@ def read_rows(folder: Path, rank: int, name: str, rows: Sequence[int]) -> torch.
         raise CheckpointError(f"checkpoint={path}: {name} cannot be read ({one_line(error, 200)})") from None
 
 
+def check_whole(folder: Path, manifest: Manifest) -> None:
+    """Check that a checkpoint is the one that its folder says, with files of every rank. Raises CheckpointError."""
+    if manifest.tag != folder.name:
+        raise CheckpointError(f"checkpoint={folder}: its {MANIFEST} is that of {one_line(manifest.tag)}")
+    held = len(manifest.files)
+    if manifest.world_size > held or not all(
+        fnmatch.filter(manifest.files, pattern.format(rank))
+        for rank in range(manifest.world_size)
+        for pattern in (OPTIMIZER, MODEL)
+    ):
+        raise CheckpointError(
+            f"checkpoint={folder}: its {held} files are not those of {manifest.world_size} ranks; use another one"
+        )
+
+
 def check_trust(folder: Path) -> None:
     """Check that this rank's share of the pickled files holds only tensors and plain values; tensors are not read.
 
     To be called before DeepSpeed loads them, where a rank that fails leaves the others waiting. Raises CheckpointError.
     """
-    for path in sorted(folder.glob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
+    for path in sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
         try:
             read_tensors(path)
         except Exception as error:
@@ -93,15 +117,15 @@ def convert(root: Path, tag: str) -> None:
     """
     done = root / (UNIVERSAL + tag)
     with suppress(CheckpointError):
-        verify_checkpoint(done)
-        return
+        if verify_checkpoint(done).tag == tag:
+            return
     print(f"converting {root / tag} to a universal checkpoint for another number of ranks", flush=True)
     try:
         remove(done)
         with building(done) as staged:
             write_universal(root / tag, staged)
-            files = [path for path in staged.rglob("*") if path.is_file()]
-            write_manifest(staged, hash_files(staged, files), {"tag": tag, "world_size": 0, "state": {}})
+            paths = [path for path in staged.rglob("*") if path.is_file()]
+            write_manifest(staged, hash_files(staged, paths), {"tag": tag, "world_size": 0, "state": {}})
     except Exception as error:
         raise CheckpointError(
             f"checkpoint={root / tag}: cannot be converted to a universal checkpoint for {dist.get_world_size()} ranks "

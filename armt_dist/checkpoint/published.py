@@ -3,7 +3,6 @@
 Whoever loads the export with trust_remote_code runs the Python files in it: they are ours alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..config import ConfigError, one_line
+from ..files import read_json
 from ..records import write_json
 
 # What transformers writes for a configuration and a tokenizer, and is no code.
@@ -50,8 +50,8 @@ def copy_known_files(source: Path, target: Path) -> list[str]:
 def read_object(path: Path) -> dict:
     """Return the JSON object in a file. Raises ConfigError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"run={path}: not readable ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise ConfigError(f"run={path}: expected a JSON object")

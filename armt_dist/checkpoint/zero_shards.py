@@ -39,18 +39,20 @@ def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
     first = open_file(folder, OPTIMIZER, 0)["optimizer_state_dict"]
     stage, world = first.get("zero_stage"), first.get("partition_count")
     if stage != 3:
-        raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {stage}; only stage 3 can be exported")
+        raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {one_line(stage)}; only stage 3 can be exported")
+    if type(world) is not int or world < 1:
+        raise ConfigError(f"checkpoint={folder}: partition_count={one_line(world)} is no number of ranks")
     ranks = [first, *(open_file(folder, OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
     models = [open_file(folder, MODEL, 0)]
-    trained = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
     frozen = models[0].get("frozen_param_shapes") or {}
     if frozen:
         models += [open_file(folder, MODEL, rank) for rank in range(1, world)]
     try:
+        trained = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
         parameters = dict(trained_parameters(trained, [rank["fp32_flat_groups"] for rank in ranks]))
         for name, shape in frozen.items():
             parameters[name] = join(shape, [[model["frozen_param_fragments"][name]] for model in models])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"checkpoint={folder}: its files do not fit together ({one_line(error)})") from None
     return parameters
 
@@ -66,8 +68,10 @@ def open_file(folder: Path, pattern: str, rank: int) -> dict:
     try:
         content = read_tensors(path)
         required = "optimizer_state_dict" if pattern is OPTIMIZER else "param_shapes"
-        if required not in content:
+        if not isinstance(content, dict) or required not in content:
             raise ValueError(f"no {required} in it")
+        if required == "optimizer_state_dict" and not isinstance(content[required], dict):
+            raise ValueError(f"{required} is no mapping")
         return content
     # The restricted unpickler raises many exceptions for damaged files.
     except Exception as error:

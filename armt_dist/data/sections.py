@@ -1,6 +1,7 @@
 """The data section of the run configuration: which task, and its settings. Needs neither torch nor transformers."""
 
 import math
+import re
 import string
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,8 @@ from ..config import Section, Seed, validate
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 # Strings are drawn as one 64-bit number modulo their count. Up to this count the bias is below 2^-32.
 MAX_STRINGS = 2**32
+# Of a vocabulary of words; each is a row of the embedding.
+MAX_WORDS = 10**6
 
 
 class RetrievalConfig(Section):
@@ -125,6 +128,14 @@ class PublishedConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of the rows held out for validation where the set has no split of its own; 1: evaluation only."""
 
+    @model_validator(mode="after")
+    def names_in_braces_are_known(self) -> "PublishedConfig":
+        """Check that files have no other name in braces, which would be taken for a part of the file's name."""
+        for name in re.findall(r"\{(.*?)\}", self.files or ""):
+            if name not in ("task", "split"):
+                raise ValueError(f"files={self.files}: {{{name}}} stands for nothing; write {{task}} or {{split}}")
+        return self
+
 
 class BabilongConfig(Section):
     """Stories of the given `tasks`, hidden in text. Evaluate one task at a time."""
@@ -141,7 +152,7 @@ class BabilongConfig(Section):
     """Text files around the facts in validation; null: those of training. Example: books/held_out"""
     tokenizer: str = "word"
     """Tokenizer: word (words of bAbI and the background), byte, or a Hugging Face name or folder. Example: gpt2"""
-    vocabulary: Annotated[int, Field(ge=0)] = 1000
+    vocabulary: Annotated[int, Field(ge=0, le=MAX_WORDS)] = 1000
     """Most frequent words of the background that tokenizer=word knows. Example: 5000"""
     leading_tokens: bool = True
     """Whether a sample begins with the tokens that the tokenizer puts before a text, for example the BOS of Llama."""

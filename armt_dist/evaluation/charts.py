@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..config import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Curve(NamedTuple):
@@ -24,16 +29,32 @@ class Panel(NamedTuple):
     """Limits of y; None: those of the data."""
 
 
-def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Draw the panels side by side into a PNG at `path`. Raises OSError."""
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this many inches."""
     # Slow to import. pyplot is avoided: it looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(title: str) -> str:
+    """Return a title, for example a folder's name, without characters that cannot be drawn.
+
+    To be passed with parse_math=False: matplotlib fails where a dollar sign begins no formula.
+    """
+    return one_line("".join(c if c.isprintable() else "?" for c in title))
+
+
+def draw(panels: Sequence[Panel], path: Path, title: str) -> None:
+    """Draw the panels side by side into a PNG at `path`. Raises OSError."""
+    # Slow to import.
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure = new_figure(6 * len(panels), 4)
+    figure.suptitle(plain(title), parse_math=False)
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for curve in panel.curves:
             axes.plot(curve.x, curve.y, marker="o" if len(curve.x) < 40 else None, label=curve.label)

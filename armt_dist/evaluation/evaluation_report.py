@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..records import text_table
-from .charts import Curve, Panel, draw
+from .charts import Curve, Panel, draw, new_figure, plain
 from .evaluate import Row
 
 # Columns of the table for each measure, besides length and speed.
@@ -16,12 +16,8 @@ SHOWN = {
 
 def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None:
     """Draw accuracy by task (rows) and length (columns) as a PNG. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = next(iter(found.values()))
-    figure = Figure(figsize=(2 + 0.9 * len(rows), 1.6 + 0.6 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2 + 0.9 * len(rows), 1.6 + 0.6 * len(found))
     axes = figure.subplots()
     values = [[row.accuracy for row in part] for part in found.values()]
     axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -29,8 +25,9 @@ def heat_map(found: Mapping[str, Sequence[Row]], path: Path, title: str) -> None
         for x, value in enumerate(line):
             axes.text(x, y, f"{value:.0%}", ha="center", va="center")
     axes.set_xticks(range(len(rows)), [f"{row.length}\n{row.tokens:,}" for row in rows])
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set(xlabel=f"{rows[0].unit} and tokens", title=title)
+    axes.set_yticks(range(len(found)), [plain(name) for name in found], parse_math=False)
+    axes.set(xlabel=f"{rows[0].unit} and tokens")
+    axes.set_title(plain(title), parse_math=False)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -1,12 +1,12 @@
 """Loads an exported model, and the task that it was trained on, from its folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import files
 from ..checkpoint.export import TASK_FILE
 from ..config import ConfigError, Section, assign, one_line, validate
 from ..data.sections import BUILDERS, SCHEMAS, DataConfig, field_of
@@ -32,7 +32,7 @@ def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
         hint = "export it with launch/consolidate.py" if (folder / "checkpoints").is_dir() else "give an exported model"
         raise ConfigError(f"model={folder}: no config.json in it; {hint}")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = files.read_json(folder / "config.json").get("model_type")
         if kind != ARMTConfig.model_type:
             raise ConfigError(f"model={folder}: its model_type is {kind}; give an ARMT from launch/consolidate.py")
         model, loading = ARMTForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -149,7 +149,7 @@ def read_settings(folder: Path) -> tuple[dict, list[str]]:
     """
     path = folder / TASK_FILE
     try:
-        saved = json.loads(path.read_text()) if path.is_file() else {"data": {}}
+        saved = files.read_json(path) if path.is_file() else {"data": {}}
         return dict(saved["data"]), [str(name) for name in saved.get("extensions", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"model={path}: not readable ({one_line(error)}); export the model again") from None

@@ -9,15 +9,18 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from urllib.parse import quote
 
 import yaml
 
 from ..config import ConfigError, one_line, read_yaml
-from ..records import check_links, markdown_table, read_json, read_metrics
+from ..records import check_links, code_block, markdown_table, markdown_text, read_json, read_metrics
 from .charts import Curve, Panel, draw
 
 # Metrics to draw, if the run has them, and their axis labels.
 DRAWN = {"loss": "loss, nats per token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
+# Of the facts in environment.json, those that the report names.
+VERSIONS = ("commit", "torch", "deepspeed")
 # Points of a curve, each a mean over steps.
 POINTS = 200
 
@@ -36,8 +39,10 @@ def write_run_report(run: Path) -> Path:
         (run / "report.md").write_text("\n\n".join(sections(run, config, training, validation)) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
+    except ConfigError:
+        raise
     # What a run writes has all that is read here.
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ConfigError(f"run={run}: metrics.jsonl or config.yaml is damaged ({one_line(repr(error))})") from None
     return run / "report.md"
 
@@ -57,16 +62,18 @@ def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequ
     """Yield the sections of the report."""
     last = training[-1]
     facts = read_json(run / "environment.json")
-    yield f"# {run.name}"
+    chosen = config.get("data", {}).get("task"), config.get("train", {}).get("seed")
+    task, seed, commit, torch, deepspeed = map(markdown_text, (*chosen, *map(facts.get, VERSIONS)))
+    yield f"# {markdown_text(run.name)}"
     yield (
         f"{last['step']} steps, {last['tokens']:,} tokens, {sum(r['step_s'] for r in training) / 60:.1f} min of "
-        f"training; task {config.get('data', {}).get('task')}, seed {config.get('train', {}).get('seed')}, commit "
-        f"{str(facts.get('commit'))[:12]}, torch {facts.get('torch')}, DeepSpeed {facts.get('deepspeed')}."
+        f"training; task {task}, seed {seed}, commit {commit[:12]}, torch {torch}, DeepSpeed {deepspeed}."
     )
     yield "![curves](report.png)"
     yield "## Stages\n\n" + markdown_table(stages(config, training, validation))
     yield from evaluations(run)
-    yield "## Configuration\n\n```yaml\n" + yaml.safe_dump({k: config[k] for k in config if k != "curriculum"}) + "```"
+    rest = yaml.safe_dump({k: config[k] for k in config if k != "curriculum"})
+    yield f"## Configuration\n\n{code_block(rest, 'yaml')}"
 
 
 def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[dict]:
@@ -89,10 +96,19 @@ def evaluations(run: Path) -> Iterable[str]:
     """Yield the results of launch/evaluate.py below the run folder."""
     for path in sorted(run.rglob("evaluation.json")):
         folder = path.parent.relative_to(run)
-        rows = read_json(path).get("rows", [])
-        shown = [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in rows]
-        picture = f"![{folder}]({folder}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
-        yield f"## Evaluation {folder}\n\n{picture}{markdown_table(shown)}"
+        rows = [row for row in read_json(path).get("rows", []) if isinstance(row, dict)]
+        table = markdown_table(
+            {markdown_text(k): markdown_text(v) if isinstance(v, str) else v for k, v in row.items() if is_shown(v)}
+            for row in rows
+        )
+        name, place = markdown_text(str(folder)), quote(str(folder), errors="replace")
+        picture = f"![{name}]({place}/evaluation.png)\n\n" if path.with_suffix(".png").exists() else ""
+        yield f"## Evaluation {name}\n\n{picture}{table}"
+
+
+def is_shown(value: object) -> bool:
+    """Return whether a result of an evaluation fits into a cell."""
+    return isinstance(value, int | float | str)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import files
 from ..config import ConfigError
 from ..records import RUN_CONFIG
 from .lease_owner import Owner
@@ -44,7 +45,7 @@ class Held(NamedTuple):
     def decode(cls, content: bytes) -> "Held":
         """Read a file; one that is still empty, or damaged, has an unknown owner."""
         try:
-            found = json.loads(content)
+            found = files.parse_json(content.decode())
             return cls(**(found | {"owner": Owner(**found["owner"])}))
         except (ValueError, TypeError, KeyError):
             return cls(Owner())
@@ -191,16 +192,16 @@ class Lease:
     def newest(self) -> int:
         """Return the highest number of a lease; 0 if there is none."""
         try:
-            files = os.listdir(self.folder)
+            found = os.listdir(self.folder)
         except FileNotFoundError:
             return 0
-        names = (name.removesuffix(".json") for name in files if name.endswith(".json"))
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        names = (name.removesuffix(".json") for name in found if name.endswith(".json"))
+        return max((int(name) for name in names if name.isdecimal() and name.isascii()), default=0)
 
     def read(self, number: int) -> bytes:
         """Return the content of a lease's file; empty if it is gone."""
         try:
-            return self.file(number).read_bytes()
+            return files.read_bytes(self.file(number))
         except FileNotFoundError:
             return b""
 

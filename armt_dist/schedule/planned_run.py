@@ -6,11 +6,11 @@ so that a misspelled one is not planned as its default. The longest stage of the
 samples, because it decides whether a run fits.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import files
 from ..config import ConfigError, one_line
 from .model_sizes import KINDS, ModelSizes, StepWork, memory_fields, model_sizes
 from .planner import STATES, Layout
@@ -56,22 +56,13 @@ class RunTree(NamedTuple):
 def read_object(path: Path, field: str, remedy: str = "give a readable JSON file") -> dict:
     """Read a JSON object. Raises ConfigError naming `field`, with `remedy` where the file cannot be opened."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        found = files.read_json(path)
     except OSError as error:
         raise ConfigError(f"{field}={path}: {error.strerror}; {remedy}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{field}={path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{field}={path}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict:
-    """Return a JSON object. Raises ValueError for a key that is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
     return found
 
 

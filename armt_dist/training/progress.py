@@ -1,37 +1,44 @@
 """The progress of a run: its steps, stage, batches, and best checkpoint so far."""
 
-from typing import Any, NamedTuple
+import json
+from typing import Annotated, NamedTuple
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..checkpoint.folder import TAG
 from ..config import ConfigError, one_line
 from .curriculum import Stage
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Progress(NamedTuple):
     """Everything besides tensors that a resumed run needs. Saved with every checkpoint."""
 
-    step: int = 0  # optimizer steps made or skipped
-    stage: int = 0
-    stage_step: int = 0  # steps of this stage
-    tokens: int = 0
+    step: Count = 0  # optimizer steps made or skipped
+    stage: Count = 0
+    stage_step: Count = 0  # steps of this stage
+    tokens: Count = 0
     seconds: float = 0.0  # training time over all restarts
     recent: tuple[float, ...] = ()  # training accuracies of the stage's last steps, for `until`
     best: float | None = None  # this stage's best validation score, larger is better
-    best_tag: str | None = None  # its checkpoint
-    stale: int = 0  # validations since then
-    skipped: int = 0  # steps skipped for non-finite numbers; they count in `step`
-    skipped_in_a_row: int = 0
+    best_tag: Annotated[str, Field(pattern=TAG)] | None = None  # its checkpoint
+    stale: Count = 0  # validations since then
+    skipped: Count = 0  # steps skipped for non-finite numbers; they count in `step`
+    skipped_in_a_row: Count = 0
     losses: tuple[float, ...] = ()  # losses of the stage's last steps, for a rollback
-    passed_over: int = 0  # global batches that rollbacks left out
+    passed_over: Count = 0  # global batches that rollbacks left out
     validation_due: bool = False  # a stop signal came before the validation of this step
 
     @classmethod
     def restored(cls, saved: dict) -> "Progress":
-        """Restore what `_asdict` gave, after its way through JSON. Raises ConfigError for an unknown field."""
-        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in saved.items()}
+        """Restore what `_asdict` gave, after its way through JSON. Raises ConfigError for what does not fit."""
         try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ConfigError(f"checkpoint: its progress is of another version ({one_line(error)})") from None
+            # Strict, and by way of JSON: there a list is a tuple, and a text is no number.
+            return TypeAdapter(cls).validate_json(json.dumps(saved), strict=True)
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ConfigError(f"checkpoint: its progress.{field}: {one_line(error.errors()[0]['msg'])}") from None
 
     @property
     def batch(self) -> int:

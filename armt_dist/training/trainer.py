@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folder import CheckpointError, clean, find_newest, prune, tag_of
+from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, prune, tag_of
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..distributed.collectives import together
 from ..distributed.launchers import Ranks
 from ..evaluation.run_report import write_run_report
@@ -138,7 +138,7 @@ class Trainer:
         self.restore(resume)
         together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), self.config.train.max_steps or 10**12)
-        self.log.start(self.progress.step, total)
+        together(lambda: self.log.start(self.progress.step, total))
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop_signal)
         if self.config.digests:
@@ -151,15 +151,31 @@ class Trainer:
             if self.resuming:
                 raise ConfigError(f"resume=never: {self.out} already holds a run; give another --out")
             return
-        tag = find_newest(self.root, self.say) if resume == "auto" else resume
+        auto = resume == "auto"
+        tag = find_newest(self.root, self.say) if auto else together(lambda: find_tag(self.root, resume))
         together(lambda: clean(self.root), only=0)
         if tag is not None:
-            state = load_checkpoint(self.engine, self.root, tag)
-            self.progress = Progress.restored(state["progress"])
-            self.task.load_state_dict(state["task"])
-            self.carried = self.restore_carried(tag, state.get("carried", {}))
+            state = load_checkpoint(self.engine, self.root, tag, verified=auto)
+            self.restore_state(tag, state)
             self.saver.saved = tag
             self.say(f"resumed {self.root / tag} at step {self.progress.step}")
+
+    def restore_state(self, tag: str, state: dict) -> None:
+        """Restore what `save` passed with the tensors. Raises CheckpointError if it does not fit this run."""
+        try:
+            self.progress = Progress.restored(state.get("progress", {}))
+            if tag_of(self.progress.step) != tag or self.progress.stage >= len(self.config.curriculum):
+                raise ValueError(f"its progress is step {self.progress.step} of stage {self.progress.stage}")
+            self.task.load_state_dict(state["task"])
+            self.carried = self.restore_carried(tag, state.get("carried", {}))
+        except CheckpointError:
+            raise
+        # A state of another version, or of a stranger, raises many exceptions.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint={self.root / tag}: its state does not fit this run ({one_line(error, 300)}); use another "
+                "checkpoint"
+            ) from None
 
     def restore_carried(self, tag: str, layout: dict) -> torch.Tensor | None:
         """Return what the next step starts from, which a run of the row layout `layout` saved; {}: nothing."""
@@ -274,7 +290,8 @@ class Trainer:
         if final:
             self.attempt(self.saver.wait, final)
         if self.ranks.rank == 0:
-            self.prune({self.progress.best_tag or tag})
+            # The newest by number may be those of an abandoned end, after `--resume` of an older one.
+            self.prune({self.progress.best_tag or tag, tag})
 
     def prune(self, keep: set[str]) -> None:
         """Delete old checkpoints but those in `keep`; warn if that fails. Rank 0 only."""

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a model: limits that follow from model and schedule, and the hooks of segment BPTT."""
 
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..config import ConfigError, one_line
 from ..model.memory_kind import ARMTLayer
 from ..runtime.executor import ScheduledLM
 from ..schedule.grid import Grid, prefetch_window
-from .private import mark_gradients_ready, release_after_next_backward, whole_numel
+from .private import mark_gradients_ready, operators, release_after_next_backward, whole_numel
 
 STALE_LOCK_S = 900
 
@@ -70,12 +71,17 @@ def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) ->
 def clear_stale_locks() -> None:
     """Remove the locks that interrupted builds of DeepSpeed's operators left: torch would wait for them forever.
 
-    A run that is preempted while `cpu_adam` compiles, which takes about a minute, leaves one.
+    A run that is preempted while `cpu_adam` compiles, which takes about a minute, leaves one. Locks of other extensions
+    and of other users are not touched.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.rglob("lock"):
+    names = operators()
+    # torch puts a folder for Python and CUDA between them, unless the variable is set.
+    for lock in (path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)):
         with suppress(OSError):
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+            found = lock.lstat()
+            ours = lock.parent.name in names and stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+            if ours and time.time() - found.st_mtime > STALE_LOCK_S:
                 lock.unlink(missing_ok=True)
                 print(f"removed {lock}, left over from an interrupted build", flush=True)
 

@@ -35,6 +35,16 @@ COUNTED = {
 """Methods of the backend through which ZeRO-3 gathers parameters and reduces gradients. Seen in DeepSpeed 0.19.8."""
 
 
+def operators() -> frozenset[str]:
+    """Return the names of the operators that DeepSpeed may compile, which are those of their build folders.
+
+    `deepspeed.ops.op_builder.all_ops.ALL_OPS`, seen in DeepSpeed 0.19.8.
+    """
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    return frozenset(ALL_OPS)
+
+
 def skip_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce when its communication starts on CPU.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import call_script
+from support.hostile import make_hashes_fit
 from support.ranks import spawn
 
 from armt_dist.checkpoint.export import PREFIX, export
@@ -166,8 +167,9 @@ def test_tags(trained, tmp_path):
         export(run, tmp_path / "out", "step_3")
 
 
-OPTIMIZER_1 = "checkpoints/step_00000002/zero_pp_rank_1_mp_rank_00_optim_states.pt"
-MANIFEST = "checkpoints/step_00000002/manifest.json"
+STEP_2 = "checkpoints/step_00000002"
+OPTIMIZER_1 = f"{STEP_2}/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+MANIFEST = f"{STEP_2}/manifest.json"
 
 
 def truncate(path):
@@ -195,9 +197,10 @@ def change_width(path):
 
 # What the error says -> damage done to a run: [(file, what is done to it)].
 DAMAGE = {
-    "optim_states.pt of rank 1 is missing": [(MANIFEST, Path.unlink), (OPTIMIZER_1, Path.unlink)],
-    "truncated or not a DeepSpeed file": [(MANIFEST, Path.unlink), (OPTIMIZER_1, truncate)],
-    "do not fit together": [(MANIFEST, Path.unlink), (OPTIMIZER_1, shorten_groups)],
+    "no readable manifest.json": [(MANIFEST, Path.unlink)],
+    "optim_states.pt of rank 1 is missing": [(OPTIMIZER_1, Path.unlink), (STEP_2, make_hashes_fit)],
+    "truncated or not a DeepSpeed file": [(OPTIMIZER_1, truncate), (STEP_2, make_hashes_fit)],
+    "do not fit together": [(OPTIMIZER_1, shorten_groups), (STEP_2, make_hashes_fit)],
     "_optim_states.pt is missing": [(OPTIMIZER_1, Path.unlink)],
     "_optim_states.pt has [0-9]+ bytes, not": [(OPTIMIZER_1, truncate)],
     "is damaged": [(OPTIMIZER_1, flip_a_bit)],

@@ -54,8 +54,9 @@ def read_rows(arguments: dict[str, str], where: str) -> list[dict]:
 
     try:
         return list(datasets.load_dataset(**arguments, streaming=True))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{where}: cannot be read: {one_line(error, limit=300)}") from None
+    # StopIteration: the library's answer to a name that is no pattern.
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{where}: cannot be read: {one_line(str(error) or repr(error), limit=300)}") from None
 
 
 def stories_of(rows: Iterable[dict], where: str) -> list[Story]:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...config import ConfigError
+from ...files import open_regular
 from ..sampling import place
+
+# Bytes that are read at once.
+PIECE = 2**24
 
 
 class TextFile(NamedTuple):
@@ -61,7 +65,7 @@ def matching(path: Path) -> Iterator[Path]:
 def read_text(path: Path, field: str = "files") -> str:
     """Read a UTF-8 text file, with its line ends. Raises ConfigError if it is empty, binary or unreadable."""
     try:
-        content = path.read_bytes()
+        content = read_until_nul(path)
     except OSError as error:
         raise ConfigError(f"{field}={path}: {error.strerror}; restore the file or leave it out") from None
     if not content.strip():
@@ -73,6 +77,17 @@ def read_text(path: Path, field: str = "files") -> str:
     if "\0" in text:
         raise ConfigError(f"{field}={path}: a binary file (contains NUL bytes); leave it out")
     return text
+
+
+def read_until_nul(path: Path) -> bytes:
+    """Read a regular file, but no further than the first piece with a NUL byte: a hole of a file holds any number."""
+    pieces = list[bytes]()
+    with open_regular(path) as file:
+        while piece := file.read(PIECE):
+            pieces.append(piece)
+            if b"\0" in piece:
+                break
+    return b"".join(pieces)
 
 
 def facts_of(name: str, text: str) -> TextFacts:
