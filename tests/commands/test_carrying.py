@@ -31,7 +31,6 @@ COMMON = [
     "train.save_every=2",
     "model.base_config=null",
     "model.init=null",
-    "model.state_decay=null",
 ]
 SEGMENTED = ["model.segment_tokens=16", "data.text.sequence_tokens=256"]
 # What carries memory, the curriculum of two stages, and the sources of the rows.
