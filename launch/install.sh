@@ -51,5 +51,6 @@ else
 fi
 # Older ones of the first two have known vulnerabilities. DeepSpeed compiles its extensions when they are first used.
 pip install -q -c "$torch" "pip>=25.3" "setuptools>=78.1.1" wheel ninja
-DS_BUILD_OPS=0 pip install -q --no-build-isolation "$@" -e ".${extras:+[$extras]}"
+# setuptools warns of every editable installation.
+DS_BUILD_OPS=0 PYTHONWARNINGS=ignore pip install -q --no-build-isolation "$@" -e ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"
