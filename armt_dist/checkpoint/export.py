@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
+from .. import files
 from ..config import ConfigError, one_line, read_yaml
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
@@ -27,6 +28,8 @@ from .zero_shards import StoredParameter, is_checkpoint, open_checkpoint
 PREFIX = "model."
 # Weight types and their names in safetensors.
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+# Of a model: each takes memory even without values.
+LAYERS = 10_000
 # The data section of the run, from which launch/evaluate.py makes the task.
 TASK_FILE = "armt_task.json"
 
@@ -119,18 +122,29 @@ def skeleton(folder: Path, dtype: str) -> ARMTForCausalLM:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: one of {', '.join(DTYPES)}")
     try:
-        config = ARMTConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = ARMTForCausalLM(config)
-    except (OSError, ValueError, TypeError) as error:
+        model = on_meta(folder)
+    # A configuration of a stranger, or a damaged one, raises many exceptions.
+    except Exception as error:
         raise ConfigError(
             f"run={folder}: no readable model configuration ({one_line(error)}); give an undamaged run"
         ) from None
     # As PreTrainedModel.save_pretrained does.
+    config = model.config
     base: Any = config.base_config
     config.dtype = base.dtype = dtype
     config.architectures = [type(model).__name__]
     return model
+
+
+def on_meta(folder: Path) -> ARMTForCausalLM:
+    """Build the model that config.json in `folder` describes, without values. Raises many exceptions."""
+    files.read_json(folder / "config.json")
+    config = ARMTConfig.from_pretrained(folder)
+    layers = max(config.num_hidden_layers, config.base.num_hidden_layers)
+    if layers > LAYERS:
+        raise ValueError(f"num_hidden_layers={layers}: more than {LAYERS}")
+    with torch.device("meta"):
+        return ARMTForCausalLM(config)
 
 
 def match(model: ARMTForCausalLM, stored: dict[str, StoredParameter], folder: Path) -> dict[str, StoredParameter]:

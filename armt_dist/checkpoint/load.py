@@ -54,14 +54,20 @@ def load_checkpoint(engine: Any, root: Path, tag: str, verified: bool = False) -
         together(lambda: check_trust(root / (UNIVERSAL + tag)))
 
     def restore() -> None:
-        with restricted_unpickling(), reading_universal(engine, elastic):
-            path, _ = engine.load_checkpoint(str(root), tag=UNIVERSAL + tag if elastic else tag)
+        try:
+            with restricted_unpickling(), reading_universal(engine, elastic):
+                path, _ = engine.load_checkpoint(str(root), tag=UNIVERSAL + tag if elastic else tag)
+            # Ranks beyond those of the checkpoint keep the generators of a fresh start.
+            own = rank_file(root / tag, dist.get_rank())
+            if own.exists():
+                set_generators(load_file(own))
+        # Tensors that do not fit the model raise many exceptions.
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint={root / tag}: does not fit this run ({one_line(repr(error), 300)}); use another one"
+            ) from None
         if path is None:
             raise CheckpointError(f"checkpoint={root / tag}: DeepSpeed found nothing to load in it")
-        # Ranks beyond those of the checkpoint keep the generators of a fresh start.
-        own = rank_file(root / tag, dist.get_rank())
-        if own.exists():
-            set_generators(load_file(own))
 
     together(restore)
     if elastic:

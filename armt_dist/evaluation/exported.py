@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import files
-from ..checkpoint.export import TASK_FILE
+from ..checkpoint.export import TASK_FILE, on_meta
 from ..config import ConfigError, Section, assign, one_line, validate
 from ..data.sections import BUILDERS, SCHEMAS, DataConfig, field_of
 from ..data.task import Task
@@ -17,6 +17,10 @@ from ..model.modeling_armt import ARMTForCausalLM
 
 # Default lengths; those that the task cannot make are left out.
 LENGTHS = {"pairs": (5, 10, 20, 50), "segments": (1, 2, 4, 8, 16, 32, 64)}
+
+
+# Of the model for a self-check, at most.
+WIDTH = 2**14
 
 
 class EvaluationData(Section):
@@ -35,6 +39,7 @@ def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
         kind = files.read_json(folder / "config.json").get("model_type")
         if kind != ARMTConfig.model_type:
             raise ConfigError(f"model={folder}: its model_type is {kind}; give an ARMT from launch/consolidate.py")
+        check_claims(folder)
         model, loading = ARMTForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except ConfigError:
         raise
@@ -45,6 +50,17 @@ def load_model(folder: Path, device: str | None = None) -> ARMTForCausalLM:
     for name in (*loading["missing_keys"], *loading["unexpected_keys"]):
         raise ConfigError(f"model={folder}: config.json and the weights do not agree about {name}; export it again")
     return model.to(where).eval()
+
+
+def check_claims(folder: Path) -> None:
+    """Check that config.json claims no more parameters than the weights have bytes, before memory is taken for them.
+
+    Raises ValueError, and many exceptions for a damaged configuration.
+    """
+    claimed = sum(parameter.numel() for parameter in on_meta(folder).parameters())
+    held = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    if claimed > held:
+        raise ValueError(f"config.json claims {claimed} parameters, the weights have {held} bytes")
 
 
 def self_check(model: ARMTForCausalLM) -> None:
@@ -59,6 +75,10 @@ def small_twin(config: ARMTConfig) -> ARMTForCausalLM:
     """Build a tiny random model of the same family and memory, for a self-check of the code."""
     base = config.base
     width = 8 * base.num_attention_heads * config.n_heads
+    if width > WIDTH:
+        raise ConfigError(
+            f"config.json: {base.num_attention_heads} and {config.n_heads} heads are not those of a model"
+        )
     names = type(base).attribute_map
     small = {"hidden_size": width, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 16}
     fields = base.to_dict() | {names.get(name, name): value for name, value in small.items()}

@@ -122,7 +122,7 @@ class Engine:
     """DeepSpeed's, which may not be asked."""
 
     def load_checkpoint(self, *_, **__):
-        raise AssertionError("DeepSpeed loads")
+        pytest.exit("DeepSpeed loads")
 
 
 def load_all(ranks, root: Path) -> dict[str, str]:

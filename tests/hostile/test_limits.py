@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.commands import run_script
 from support.hostile import LIMITED, anonymous_growth_mb, repacked
+from support.models import small_model
 from support.paths import ROOT
 
 from armt_dist import files
@@ -17,6 +18,7 @@ from armt_dist.checkpoint.deepspeed_files import read_tensors
 from armt_dist.config import ConfigError, assign, one_line, read_yaml, validate
 from armt_dist.data.sections import BabilongConfig, PublishedConfig
 from armt_dist.data.text.files import read_text
+from armt_dist.evaluation.exported import load_model, small_twin
 from armt_dist.records import read_json, read_json_lines
 from armt_dist.schedule.planned_run import read_object
 from armt_dist.training.run_config import RunConfig
@@ -283,3 +285,34 @@ def test_little_memory_is_enough_to_refuse_them_all(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and done.stdout.split() == ["refused"] * len(YAML), done.stderr[-2000:]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "layers without end": ({"n_layer": 10**9}, "num_hidden_layers=1000000000: more than 10000"),
+    "a vocabulary without end": ({"vocab_size": 10**10}, "config.json claims [0-9]+ parameters, the weights have"),
+    "a width without end": ({"n_embd": 2**20}, "config.json claims [0-9]+ parameters, the weights have"),
+    "a width that is no number": ({"n_embd": "x"}, ""),
+    "nested": ({"n_embd": json.loads("[" * 300 + "]" * 300)}, "nested more than 50 deep"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_configuration_of_an_export(name, tmp_path):
+    change, says = MODELS[name]
+    small_model("gpt2", segment_tokens=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["base_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    began = time.monotonic()
+    with anonymous_growth_mb() as growth, pytest.raises(ConfigError, match=rf"^model=.*cannot be loaded \(.*{says}"):
+        load_model(tmp_path, "cpu")
+    assert growth() < 100 and time.monotonic() - began < 10
+
+
+def test_heads_without_end():
+    config = small_model("gpt2", segment_tokens=4).config
+    config.base.n_head = 10**7
+    with pytest.raises(ConfigError, match="10000000 and 1 heads are not those of a model"):
+        small_twin(config)
