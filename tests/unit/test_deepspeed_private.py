@@ -86,6 +86,13 @@ def test_the_shared_memory_operator_is_not_built(monkeypatch):
     assert len(built) == 1
 
 
+def test_operators_are_named_as_their_build_folders():
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    assert CPUAdamBuilder().name == CPUAdamBuilder.NAME == "cpu_adam" and "cpu_adam" in private.operators()
+    assert "name=self.name" in inspect.getsource(CPUAdamBuilder.jit_load)
+
+
 def test_a_partitioned_parameter_has_its_whole_size():
     parameter = nn.Parameter(torch.empty(0))
     assert private.whole_numel(nn.Parameter(torch.empty(3, 4))) == 12
