@@ -206,7 +206,9 @@ def deep(path):
 
 
 def sparse_tensor(path):
-    torch.save({"a": torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (2**20, 2**20))}, path)
+    with torch.sparse.check_sparse_tensor_invariants():
+        value = torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (2**20, 2**20))
+        torch.save({"a": value}, path)
 
 
 def legacy(path):
