@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import read_yaml
 from ..model.configuration_armt import ARMTConfig
-from ..records import markdown_table, read_json, read_json_lines
+from ..records import markdown_table, markdown_text, read_json, read_json_lines
 from .folder import MANIFEST
 from .published import public
 
@@ -68,7 +68,7 @@ def write_model_card(path: Path, run: Path, checkpoint: Path, config: ARMTConfig
     metrics = last_validation(run, progress.get("step"))
     kind, memory = KINDS.get(config.memory_kind, (f"A transformer with memory_kind={config.memory_kind}", "a memory"))
     text = TEXT.format(
-        name=run.name,
+        name=markdown_text(run.name),
         kind=kind,
         memory=memory,
         family=config.base.model_type,

@@ -59,9 +59,9 @@ def read_object(path: Path) -> dict:
 
 
 def without_code(value: Any) -> Any:
-    """Return nested mappings without the keys that make transformers import code, and without places."""
+    """Return nested mappings without the keys that make transformers import code, and with empty places."""
     if isinstance(value, dict):
-        return {key: without_code(child) for key, child in value.items() if key not in (*CODE, *PLACE)}
+        return {key: "" if key in PLACE else without_code(child) for key, child in value.items() if key not in CODE}
     return [without_code(child) for child in value] if isinstance(value, list) else value
 
 

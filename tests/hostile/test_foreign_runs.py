@@ -132,4 +132,4 @@ def test_names(text, shown):
 
 def test_keys_of_code_at_any_depth():
     tree = {"a": [{"auto_map": 1, "b": 2}], "custom_generate": "x", "_name_or_path": "/x"}
-    assert without_code(tree) == {"a": [{"b": 2}]}
+    assert without_code(tree) == {"a": [{"b": 2}], "_name_or_path": ""}
