@@ -82,6 +82,19 @@ def read_yaml(path: str | Path) -> dict:
     return tree
 
 
+def read_object(path: Path, field: str, remedy: str = "give a readable JSON file") -> dict:
+    """Read a JSON object. Raises ConfigError naming `field`, with `remedy` where the file cannot be opened."""
+    try:
+        found = files.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{field}={path}: {error.strerror}; {remedy}") from None
+    except ValueError as error:
+        raise ConfigError(f"{field}={path}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{field}={path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 def assign(tree: dict, override: str) -> None:
     """Set one ``a.b=value`` in a nested dict, in place; the value is parsed as YAML."""
     path, separator, text = override.partition("=")

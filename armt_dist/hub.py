@@ -2,13 +2,13 @@
 
 import os
 import socket
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .config import ConfigError
+from .deadline import within
 
 # Longest wait for a connection; resolvers and firewalls may take minutes to say no.
 LIMIT_S = 3.0
@@ -64,18 +64,15 @@ def unreachable(url: str) -> str | None:
     proxy = getproxies().get(target.scheme)
     if proxy and not proxy_bypass(target.hostname or ""):
         target = urlsplit(proxy if "://" in proxy else f"//{proxy}")
-    found: list[str | None] = [f"no answer in {LIMIT_S:g} s"]
 
     def connect() -> None:
-        try:
-            port = target.port or (80 if target.scheme == "http" else 443)
-            socket.create_connection((target.hostname or "", port), timeout=LIMIT_S).close()
-            found[0] = None
-        except (OSError, ValueError) as error:
-            found[0] = getattr(error, "strerror", None) or str(error)
+        """Resolve the name, and open and close a connection."""
+        port = target.port or (80 if target.scheme == "http" else 443)
+        socket.create_connection((target.hostname or "", port), timeout=LIMIT_S).close()
 
-    # In a thread, because resolving a name has no time limit.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(LIMIT_S)
-    return found[0]
+    try:
+        # Resolving a name has no time limit.
+        within(LIMIT_S, connect)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,15 +16,16 @@ RUN_CONFIG = "config.yaml"
 
 def check_links(run: Path) -> None:
     """Raise ConfigError for a link or a FIFO in a run folder, maybe a stranger's, before it is written into."""
-    for folder, _, _ in os.walk(run):
-        for entry in os.scandir(folder):
-            if entry.is_symlink():
+    for folder, folders, names in os.walk(run):
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            mode, shown = path.lstat().st_mode, path.relative_to(run)
+            if stat.S_ISLNK(mode):
                 raise ConfigError(
-                    f"out={run}: {Path(entry.path).relative_to(run)} is a link, and what is written there would land "
-                    "elsewhere; remove it, or give another --out"
+                    f"out={run}: {shown} is a link, and what is written there would land elsewhere; remove it, or give "
+                    "another --out"
                 )
-            if not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
-                raise ConfigError(f"out={run}: {Path(entry.path).relative_to(run)} is no regular file; remove it")
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise ConfigError(f"out={run}: {shown} is no regular file; remove it")
 
 
 def read_json(path: Path) -> dict:

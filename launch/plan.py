@@ -11,12 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import ConfigError, run_main
+from armt_dist.config import ConfigError, read_object, run_main
 from armt_dist.schedule.calibration import calibrated
 from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import HARDWARE, Hardware
 from armt_dist.schedule.model_sizes import KINDS, MODELS, ModelSizes, StepWork, memory_fields, model_sizes
-from armt_dist.schedule.planned_run import PlannedRun, planned_run, read_object
+from armt_dist.schedule.planned_run import PlannedRun, planned_run
 from armt_dist.schedule.planner import STATES, Layout, Plan, choose, fits, plan, schedule_name
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show

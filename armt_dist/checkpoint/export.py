@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import files
-from ..config import ConfigError, one_line, read_yaml
+from ..config import ConfigError, one_line, read_object, read_yaml
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import write_json
 from .folder import STAGING, building, read_pointer, verify_checkpoint
 from .model_card import write_model_card
-from .published import copy_known_files, public, read_object, without_code
+from .published import copy_known_files, public, without_code
 from .zero_shards import StoredParameter, is_checkpoint, open_checkpoint
 
 # The engine wraps ScheduledLM, whose `model` is the one to export.
@@ -78,7 +78,7 @@ def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, Sto
     # Also copies the modelling files, and records them in the configuration as auto_map.
     custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    tree = read_object(folder / "config.json")
+    tree = read_object(folder / "config.json", "out")
     write_json(folder / "config.json", {**without_code(tree), "auto_map": tree["auto_map"]}, sort_keys=True)
     write_task(source.run, folder)
     count = sum(parameter.shape.numel() for parameter in parameters.values())

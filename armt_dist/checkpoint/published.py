@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..config import ConfigError, one_line
-from ..files import read_json
+from ..config import ConfigError, read_object
 from ..records import write_json
 
 # What transformers writes for a configuration and a tokenizer, and is no code.
@@ -41,21 +40,10 @@ def copy_known_files(source: Path, target: Path) -> list[str]:
                 f"run={source}: {entry.name} is no regular file of at most {MOST_BYTES >> 20} MB; put a copy there"
             )
         if entry.name.endswith("_config.json"):
-            write_json(target / entry.name, without_code(read_object(Path(entry.path))))
+            write_json(target / entry.name, without_code(read_object(Path(entry.path), "run")))
         else:
             shutil.copyfile(entry.path, target / entry.name, follow_symlinks=False)
     return left_out
-
-
-def read_object(path: Path) -> dict:
-    """Return the JSON object in a file. Raises ConfigError."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run={path}: not readable ({one_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"run={path}: expected a JSON object")
-    return found
 
 
 def without_code(value: Any) -> Any:

@@ -8,18 +8,15 @@ where a stranger, or another job on the same port, does not meet them by acciden
 import hashlib
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_address
-from typing import TypeVar
 
 import torch.distributed as dist
 
+from ..deadline import within
 from .launchers import Ranks
 
-Result = TypeVar("Result")
 # The environment variable with the job's secret; slurm/*.sh make one for each job.
 SECRET = "ARMT_JOB_SECRET"
 # Connections that wait to be accepted.
@@ -32,34 +29,11 @@ class Meeting:
     """The time that is left for all ranks to come."""
 
     def __init__(self, timeout_s: float):
-        self.timeout_s, self.end = timeout_s, time.monotonic() + timeout_s
+        self.end = time.monotonic() + timeout_s
 
     def left_s(self) -> float:
         """Return the seconds that are left, at least a tenth."""
         return max(0.1, self.end - time.monotonic())
-
-    def within(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns. Raises TimeoutError if it takes longer than is left; it then goes on unheeded.
-
-        torch's own timeout counts from every answer of the other side anew.
-        """
-        results: list[Result] = []
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(self.left_s())
-        if errors:
-            raise errors[0]
-        if not results:
-            raise TimeoutError(f"no answer within {self.timeout_s:g} s")
-        return results[0]
 
 
 def open_store(ranks: Ranks, address: str, port: int, timeout_s: float) -> dist.Store:
@@ -77,7 +51,9 @@ def open_store(ranks: Ranks, address: str, port: int, timeout_s: float) -> dist.
         wait_for_port(address, port, meeting)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
     descriptor = listen(address, port) if hosts else None
-    store = meeting.within(
+    # torch's own timeout counts from every answer of the other side anew.
+    store = within(
+        meeting.left_s(),
         lambda: dist.TCPStore(
             address,
             port,
@@ -87,10 +63,10 @@ def open_store(ranks: Ranks, address: str, port: int, timeout_s: float) -> dist.
             # They are waited for below.
             wait_for_workers=False,
             master_listen_fd=descriptor,
-        )
+        ),
     )
     own = dist.PrefixStore(f"armt/{attempt}/{digest('keys')}", store)
-    meeting.within(lambda: await_all(own, ranks, meeting))
+    within(meeting.left_s(), lambda: await_all(own, ranks, meeting))
     return own
 
 

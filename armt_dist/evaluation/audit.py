@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from ..data.task import IGNORE, Batch, Difficulty, Task
 from ..model.memory import EPS, AssociativeMemory, State, faded
 from ..model.modeling_armt import ARMTForCausalLM
 from ..model.segment_rows import segment_lengths
-from ..runtime.loss import hits, token_nll
 from .credit import credit
+from .evaluate import Positions, score_positions, segments_of
 
 # Upper ends of the gate sizes that writes are counted by.
 GATES = (0.02, 0.1, 0.3, 0.6, 1.0)
@@ -41,9 +42,7 @@ class LayerAudit(NamedTuple):
     signal: float | None  # norm of what the question reads of the last needed write, mean over samples; None: unknown
     residual: float | None  # of everything else
     with_recent: float  # the task's measure with this layer's state of the last `Audit.recent` segments alone
-    credit: list[
-        float
-    ]  # by lag in segments, from 1: norm of the gradient of the last loss to the state, mean over rows
+    credit: list[float]  # by lag in segments, from 1: norm of the last loss's gradient to the state, mean over rows
 
 
 class Age(NamedTuple):
@@ -69,8 +68,7 @@ class Audit(NamedTuple):
 class Question(NamedTuple):
     """The end of a batch, which is scored again with other states."""
 
-    ids: Tensor  # [B, tokens from the first scored segment on]
-    labels: Tensor  # [B, the same]
+    segments: list[tuple[Tensor, Tensor, Tensor | None]]  # from the first scored one on, as `segments_of`
     kept: Tensor  # [B] bool, rows that count
 
 
@@ -91,25 +89,31 @@ def audit(model: ARMTForCausalLM, task: Task, length: int, samples: int) -> Audi
     recent = max(1, count // RECENT)
     if border < 2 * RECENT:
         raise ConfigError(f"audit length={length}: too short to tell; give --lengths with at least {3 * RECENT}")
-    needed = None if batch.needed is None else batch.needed.to(model.device) // model.config.segment_tokens
+    needed = needed_segments(batch, lengths)
     with torch.inference_mode():
-        seen = watch(model, batch, lengths[:border], needed)
+        seen = watch(model, batch, lengths, border, needed)
         states, short = seen.states, read(model, batch, lengths, range(border - recent, border))
-        kept = torch.ones(rows, dtype=torch.bool) if needed is None else (needed >= border - recent).cpu()
-        tokens = sum(lengths[:border])
-        question = Question(batch.input_ids[:, tokens:], batch.labels[:, tokens:], kept)
+        kept = torch.ones(rows, dtype=torch.bool) if needed is None else needed >= border - recent
+        question = Question(list(islice(segments_of(batch, lengths, model.device), border, None)), kept)
         mixed = [[*states[:i], short[i], *states[i + 1 :]] for i in range(len(memories))]
         value, *with_recent = (score(model, question, each, task.measure) for each in (states, *mixed))
-        right = answered(model, question._replace(kept=torch.ones(rows, dtype=torch.bool)), states)
+        right = answered(model, question, states)
         reads: Sequence[tuple[float | None, float | None]] = [(None, None)] * len(memories)
         if seen.signals:
             reads = found_at(model, question, states, seen.signals)
     parts = zip(seen.norms, seen.gates, reads, with_recent, credit(model, batch, lengths), strict=True)
     layers = [LayerAudit(*norms, gates, *read, recent_value, lags) for norms, gates, read, recent_value, lags in parts]
-    ages = by_age(right, border - needed.cpu()) if needed is not None and task.measure == "accuracy" else []
+    ages = [] if needed is None else by_age(right, border - needed)
     return Audit(
         "accuracy" if task.measure == "accuracy" else "loss", count, int(kept.sum()), recent, value, layers, ages
     )
+
+
+def needed_segments(batch: Batch, lengths: Sequence[int]) -> Tensor | None:
+    """Return the segment of each row's last needed fact, int64 [B] on the host; None where one is not known."""
+    if batch.needed is None or (batch.needed < 0).any():
+        return None
+    return torch.bucketize(batch.needed, torch.tensor(list(accumulate(lengths))), right=True)
 
 
 def first_scored(batch: Batch, lengths: Sequence[int]) -> int:
@@ -129,8 +133,8 @@ class Seen(NamedTuple):
     signals: list[State]  # what is left of the last needed write; empty where it is not known
 
 
-def watch(model: ARMTForCausalLM, batch: Batch, lengths: Sequence[int], needed: Tensor | None) -> Seen:
-    """Read the segments of `lengths` from empty states; needed [B]: the segment of each row's last needed fact."""
+def watch(model: ARMTForCausalLM, batch: Batch, lengths: Sequence[int], count: int, needed: Tensor | None) -> Seen:
+    """Read the first `count` segments from empty states; needed [B]: the segment of each row's last needed fact."""
     memories: list[Any] = [layer.memory for layer in model.layers]
     rows, device = len(batch.input_ids), model.device
     states = model.initial_states(rows)
@@ -140,13 +144,13 @@ def watch(model: ARMTForCausalLM, batch: Batch, lengths: Sequence[int], needed: 
     with ExitStack() as hooks:
         for memory, counts in zip(memories, counted, strict=True):
             hooks.enter_context(watching(memory.W_mb, partial(count_gates, counts)))
-        for s, ids in enumerate(batch.input_ids[:, : sum(lengths)].split(list(lengths), dim=1)):
-            _, following = model.segment(ids.to(device), states)
+        for s, (ids, _, borders) in enumerate(islice(segments_of(batch, lengths, device), count)):
+            _, following = model.segment(ids, states, None, borders)
             for i, memory in enumerate(memories):
                 decay, after = memory.decay(associations(states[i])), associations(following[i])
                 if needed is not None:
                     before = faded(associations(states[i]), decay)
-                    signals[i] = latest(signals[i], before, after, needed == s, decay)
+                    signals[i] = latest(signals[i], before, after, (needed == s).to(device), decay)
                 mean = after.A.mean(0)
                 norms[i][0].append(mean.norm().item())
                 norms[i][1].append((after.A - mean).square().flatten(1).sum(1).mean().sqrt().item())
@@ -187,30 +191,24 @@ def watching(module: nn.Module, see: Any) -> Iterator[None]:
 def read(model: ARMTForCausalLM, batch: Batch, lengths: Sequence[int], segments: range) -> list[tuple]:
     """Return the states after some consecutive segments that are read from empty states."""
     states = model.initial_states(len(batch.input_ids))
-    parts = batch.input_ids.split(list(lengths), dim=1)
-    for s in segments:
-        _, states = model.segment(parts[s].to(model.device), states)
+    for ids, _, borders in islice(segments_of(batch, lengths, model.device), segments.start, segments.stop):
+        _, states = model.segment(ids, states, None, borders)
     return states
 
 
-def answer(model: ARMTForCausalLM, question: Question, states: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the question from `states`. Return nll float32 [n], hit bool [n] and row int64 [n] of the scored tokens."""
-    size = model.config.segment_tokens
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for ids, labels in zip(question.ids.split(size, 1), question.labels.split(size, 1), strict=True):
-        hidden, states = model.segment(ids.to(model.device), states)
-        where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
-        picked, targets = hidden.flatten(0, 1)[where.to(model.device)], labels.flatten()[where].to(model.device)
-        head: Any = model.backbone.head
-        found.append((token_nll(picked, head, targets), hits(picked, head, targets), where // labels.shape[1]))
-    nll, hit, row = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    return nll, hit, row
+def answer(model: ARMTForCausalLM, question: Question, states: list[tuple]) -> Positions:
+    """Read the question from `states`, and return the scores of its tokens, on the host."""
+    found = []
+    for ids, labels, borders in question.segments:
+        hidden, states = model.segment(ids, states, None, borders)
+        found.append(score_positions(model, hidden, labels))
+    return Positions(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
 
 def answered(model: ARMTForCausalLM, question: Question, states: list[tuple]) -> Tensor:
     """Return whether each row's scored tokens are all right. bool [B]."""
-    _, hit, row = answer(model, question, states)
-    return torch.ones(len(question.ids)).scatter_reduce(0, row, hit.float(), "amin") > 0
+    scores = answer(model, question, states)
+    return torch.ones(len(question.kept)).scatter_reduce(0, scores.row, scores.hit.float(), "amin") > 0
 
 
 def score(model: ARMTForCausalLM, question: Question, states: list[tuple], measure: str) -> float:
@@ -219,8 +217,8 @@ def score(model: ARMTForCausalLM, question: Question, states: list[tuple], measu
         return math.nan
     if measure == "accuracy":
         return answered(model, question, states)[question.kept].float().mean().item()
-    nll, _, row = answer(model, question, states)
-    return nll[question.kept[row]].mean().item()
+    scores = answer(model, question, states)
+    return scores.nll[question.kept[scores.row]].mean().item()
 
 
 def found_at(
@@ -235,8 +233,9 @@ def found_at(
     with ExitStack() as hooks:
         for memory in memories:
             hooks.enter_context(watching(memory.W_mq, projected.append))
-        model.segment(question.ids[:, : model.config.segment_tokens].to(model.device), states)
-    scored = question.labels[:, : model.config.segment_tokens].ne(IGNORE).int().argmax(1).to(model.device)
+        ids, labels, borders = question.segments[0]
+        model.segment(ids, states, None, borders)
+    scored = labels.ne(IGNORE).int().argmax(1).to(model.device)
     found = []
     for memory, x, state, signal in zip(memories, projected, states, signals, strict=False):
         q, decay = memory.features(x), memory.decay(associations(state))

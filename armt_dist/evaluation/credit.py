@@ -36,7 +36,9 @@ def credit(model: ARMTForCausalLM, batch: Batch, lengths: Sequence[int]) -> list
         norms = (A.flatten(1).square().sum(1) + z.flatten(1).square().sum(1)).sqrt()
         found[view.instruction.layer].append(norms.mean().item())
 
-    piece = cut_piece(ids.to(model.device), labels, None, model.config, Grid(1, len(found)))
+    starts = None if batch.document_starts is None else batch.document_starts[:ROWS, -tokens:]
+    grid = Grid(1, len(found))
+    piece = cut_piece(ids.to(model.device), labels, None, model.config, grid, document_starts=starts)
     ScheduledLM(model, states="rebuild")(piece, observe_gradient=see).nll.backward()
     model.zero_grad(set_to_none=True)
     # The first is that of the state which enters the last segment; the state before the first segment is empty.

@@ -6,7 +6,7 @@ Shapes: B batch rows, S segments, T tokens of a segment, D model width, n scored
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -179,28 +179,51 @@ def score_segments(model: ARMTForCausalLM, batch: Batch, zero_memory: bool) -> S
     config, device = model.config, model.device
     count, tokens = batch.input_ids.shape
     lengths = segment_lengths(tokens, config.segment_tokens, config.segment_alignment)
-    documents = itertools.repeat(None) if batch.document_starts is None else batch.document_starts.split(lengths, dim=1)
-    parts = zip(batch.input_ids.split(lengths, dim=1), batch.labels.split(lengths, dim=1), documents, strict=False)
     nll = torch.zeros(count, len(lengths), dtype=torch.float64, device=device)
     right = torch.zeros(count, len(lengths), dtype=torch.int64, device=device)
     states, peak = model.initial_states(count), 0
-    for s, (ids, labels, starts) in enumerate(parts):
-        borders = starts.to(device) if starts is not None and starts.any() else None
+    for s, (ids, labels, borders) in enumerate(segments_of(batch, lengths, device)):
         # No mask is needed: padding is on the right, so no scored position comes after it.
-        hidden, following = model.segment(ids.to(device), states, None, borders)
+        hidden, following = model.segment(ids, states, None, borders)
         states = model.initial_states(count) if zero_memory else following
-        # The labels are on the host, so picking positions does not wait for the device.
-        where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
-        if len(where):
-            row = (where // labels.shape[1]).to(device)
-            targets = labels.flatten()[where].to(device)
-            picked = hidden.flatten(0, 1)[where.to(device)]
-            head: Any = model.backbone.head
-            nll[:, s].index_add_(0, row, token_nll(picked, head, targets).double())
-            right[:, s].index_add_(0, row, hits(picked, head, targets).long())
+        if labels.ne(IGNORE).any():
+            scores = score_positions(model, hidden, labels)
+            nll[:, s].index_add_(0, scores.row, scores.nll.double())
+            right[:, s].index_add_(0, scores.row, scores.hit.long())
         peak = max(peak, used_bytes(device))
     scored = torch.stack([part.ne(IGNORE).sum(1) for part in batch.labels.split(lengths, dim=1)], dim=1)
     return Score(nll.cpu(), scored, right.cpu(), peak)
+
+
+def segments_of(
+    batch: Batch, lengths: Sequence[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield tokens [B, T], labels and, where a document begins, its borders, both [B, T]; the labels on the host."""
+    sizes = list(lengths)
+    documents = itertools.repeat(None) if batch.document_starts is None else batch.document_starts.split(sizes, dim=1)
+    for ids, labels, starts in zip(
+        batch.input_ids.split(sizes, 1), batch.labels.split(sizes, 1), documents, strict=False
+    ):
+        yield ids.to(device), labels, starts.to(device) if starts is not None and starts.any() else None
+
+
+class Positions(NamedTuple):
+    """The n scored positions of one segment."""
+
+    row: Tensor  # [n] int64, of the batch
+    nll: Tensor  # [n] float32
+    hit: Tensor  # [n] bool
+
+
+def score_positions(model: ARMTForCausalLM, hidden: Tensor, labels: Tensor) -> Positions:
+    """Score a segment, with logits at its scored positions only. hidden [B, T, D]; labels [B, T] on the host."""
+    # As the labels are, so picking positions does not wait for the device.
+    where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
+    targets = labels.flatten()[where].to(hidden.device)
+    picked = hidden.flatten(0, 1)[where.to(hidden.device)]
+    head: Any = model.backbone.head
+    row = (where // labels.shape[1]).to(hidden.device)
+    return Positions(row, token_nll(picked, head, targets), hits(picked, head, targets))
 
 
 def used_bytes(device: torch.device) -> int:

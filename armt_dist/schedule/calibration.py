@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import ConfigError, read_yaml
+from ..config import ConfigError, read_object, read_yaml
 from ..records import read_metrics
 from .grid import Grid
 from .hardware import Hardware, estimate_s, unit_costs, update_s
 from .model_sizes import cell_flops
-from .planned_run import PlannedRun, RunTree, planned_run, read_object
+from .planned_run import PlannedRun, RunTree, planned_run
 from .planner import output_flops, validate
 
 WARM_UP_STEPS = 2

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files
-from ..config import ConfigError, one_line
+from ..config import ConfigError, one_line, read_object
 from .model_sizes import KINDS, ModelSizes, StepWork, memory_fields, model_sizes
 from .planner import STATES, Layout
 from .program import SCHEDULES
@@ -51,19 +50,6 @@ class RunTree(NamedTuple):
 
     run: dict
     ds_config: dict
-
-
-def read_object(path: Path, field: str, remedy: str = "give a readable JSON file") -> dict:
-    """Read a JSON object. Raises ConfigError naming `field`, with `remedy` where the file cannot be opened."""
-    try:
-        found = files.read_json(path)
-    except OSError as error:
-        raise ConfigError(f"{field}={path}: {error.strerror}; {remedy}") from None
-    except ValueError as error:
-        raise ConfigError(f"{field}={path}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{field}={path}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def check_keys(run: Mapping) -> None:

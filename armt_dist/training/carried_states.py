@@ -25,7 +25,7 @@ from ..runtime.piece import Totals
 from ..runtime.row_states import as_rows, from_rows
 from .curriculum import Stage
 from .global_batch import Batches, RowLayout
-from .run_config import RunConfig, TrainConfig, probability
+from .run_config import RunConfig, TrainConfig, carry_probability
 
 # Of the tensor in a rank's file in a checkpoint.
 NAME = "carried"
@@ -104,7 +104,7 @@ class Carrying(NamedTuple):
         """
         if held is None:
             return None
-        rows = self.exchange(held, self.sources(batch, probability(self.config, stage)))
+        rows = self.exchange(held, self.sources(batch, carry_probability(self.config, stage)))
         if self.mesh.sp_rank > 0:
             return None
         micro = self.layout.micro
@@ -134,7 +134,7 @@ class Carrying(NamedTuple):
 def carrying_of(config: RunConfig, batches: Batches, model: ARMTForCausalLM) -> Carrying | None:
     """Return how a run's states pass from step to step; None where every row starts from empty ones."""
     rows = batches.sizes.global_batch
-    if not config.data.carry_memory and not any(probability(config.train, stage) for stage in config.curriculum):
+    if not config.data.carry_memory and not any(carry_probability(config.train, stage) for stage in config.curriculum):
         return None
     sources = same_rows(rows) if config.data.carry_memory else shuffled_rows(config.train.seed, rows)
     shapes = partial(model.initial_states, device="meta")

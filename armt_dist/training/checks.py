@@ -15,7 +15,7 @@ from ..data.text.files import check_files
 from ..distributed.launchers import check_groups
 from ..hub import check_names
 from ..schedule.planned_run import RunTree, batch_sizes, planned_run
-from .run_config import LossConfig, RunConfig, probability, resolved
+from .run_config import LossConfig, RunConfig, carry_probability, resolved
 
 # Tokenizers that the tasks build themselves.
 BUILT_IN = ("byte", "word")
@@ -165,7 +165,7 @@ def check_carried(config: RunConfig, lengths: Lengths) -> None:
     """Check that rows may start from the memory of others, or continue. Raises ConfigError."""
     memory = config.data.carry_memory
     for i, stage in enumerate(config.curriculum):
-        carry = probability(config.train, stage)
+        carry = carry_probability(config.train, stage)
         name = "train.carry_state" if stage.carry_state is None else f"curriculum.{i}.carry_state"
         if carry and memory:
             raise ConfigError(

@@ -50,7 +50,7 @@ class TrainConfig(Section):
     """Return to the last checkpoint, and other samples, when the loss jumps; null: none. Example: {over: 50}"""
 
 
-def probability(config: TrainConfig, stage: Stage) -> float:
+def carry_probability(config: TrainConfig, stage: Stage) -> float:
     """Return the probability that a row of a stage starts from the memory of another one."""
     return config.carry_state if stage.carry_state is None else stage.carry_state
 

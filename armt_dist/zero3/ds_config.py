@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from ..config import ConfigError, as_number, assign, describe_errors, one_line
-from ..schedule.planned_run import BatchSizes, batch_sizes, read_object
+from ..config import ConfigError, as_number, assign, describe_errors, one_line, read_object
+from ..schedule.planned_run import BatchSizes, batch_sizes
 from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED, DsConfigKeys
 
 if TYPE_CHECKING:

@@ -15,12 +15,11 @@ from support.paths import ROOT
 
 from armt_dist import files
 from armt_dist.checkpoint.deepspeed_files import read_tensors
-from armt_dist.config import ConfigError, assign, one_line, read_yaml, validate
+from armt_dist.config import ConfigError, assign, one_line, read_object, read_yaml, validate
 from armt_dist.data.sections import BabilongConfig, PublishedConfig
 from armt_dist.data.text.files import read_text
 from armt_dist.evaluation.exported import load_model, small_twin
 from armt_dist.records import read_json, read_json_lines
-from armt_dist.schedule.planned_run import read_object
 from armt_dist.training.run_config import RunConfig
 
 MB = 2**20

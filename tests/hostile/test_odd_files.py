@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 import time
 
 import pytest
@@ -12,30 +11,23 @@ from support.ranks import spawn
 
 from armt_dist.checkpoint import folder as checkpoint
 from armt_dist.checkpoint.export import resolve_tag
-from armt_dist.config import ConfigError, read_yaml
+from armt_dist.config import ConfigError, read_object, read_yaml
+from armt_dist.deadline import within
 from armt_dist.evaluation import run_report
 from armt_dist.evaluation.charts import Curve, Panel, draw
 from armt_dist.monitoring.lease import Lease
 from armt_dist.records import markdown_text, read_json, read_metrics
-from armt_dist.schedule.planned_run import read_object
 from armt_dist.zero3 import engine
 
 
 def in_time(work, seconds=5):
     """What `work` returns or raises, within `seconds`: it must not wait for a file."""
-    found = []
-
-    def call():
-        try:
-            found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it waits"
-    return found[0]
+    try:
+        return within(seconds, work)
+    except TimeoutError as error:
+        raise AssertionError("it waits") from error
+    except Exception as error:
+        return error
 
 
 READERS = {

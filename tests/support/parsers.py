@@ -10,14 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from armt_dist.checkpoint.folder import read_manifest
-from armt_dist.config import ConfigError, assign, read_yaml, validate
+from armt_dist.config import ConfigError, assign, read_object, read_yaml, validate
 from armt_dist.data.babilong.published import stories_of
 from armt_dist.data.text.files import read_text
 from armt_dist.distributed.launchers import discover
 from armt_dist.evaluation.exported import read_task
 from armt_dist.evaluation.run_report import write_run_report
 from armt_dist.monitoring.lease import Held
-from armt_dist.schedule.planned_run import RunTree, planned_run, read_object
+from armt_dist.schedule.planned_run import RunTree, planned_run
 from armt_dist.training.progress import Progress
 from armt_dist.training.run_config import RunConfig, load_run
 from armt_dist.zero3.ds_config import read_ds_config

@@ -13,7 +13,7 @@ from armt_dist.data.lengths import Difficulty
 from armt_dist.data.sections import DataConfig
 from armt_dist.data.tasks import make_task
 from armt_dist.evaluation import credit as credit_audit
-from armt_dist.evaluation.audit import Audit, LayerAudit, audit, by_age, watch
+from armt_dist.evaluation.audit import Audit, LayerAudit, audit, by_age, read, watch
 from armt_dist.evaluation.audit_report import sentence
 
 PAIRS, SAMPLES, T = 20, 6, 4
@@ -54,7 +54,7 @@ def test_the_needed_write(name):
     batch = batch_of(task)
     needed = batch.needed // T
     with torch.inference_mode():
-        seen = watch(model, batch, [T] * PAIRS, needed)
+        seen = watch(model, batch, [T] * (PAIRS + 1), PAIRS, needed)
     decay = model.config.state_decay or 1.0
     states, written = model.initial_states(SAMPLES), []
     with torch.no_grad():
@@ -90,6 +90,31 @@ def test_credit_is_the_gradient_of_the_state(name):
             expected = (A.flatten(1).square().sum(1) + z.flatten(1).square().sum(1)).sqrt().mean().item()
             assert found[i][lag - 1] == pytest.approx(expected, rel=1e-3, abs=1e-9), (i, lag)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_documents_of_a_packed_batch_do_not_see_each_other():
+    """Norms, the question and the gradients are those after the document's own beginning."""
+    model, task = model_and_task("decay")
+    lengths, batch = [T] * (PAIRS + 1), batch_of(task)
+    starts = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    starts[:, 12 * T] = True
+    packed = batch._replace(document_starts=starts)
+    with torch.inference_mode():
+        seen = watch(model, packed, lengths, PAIRS, None)
+        alone = read(model, batch, lengths, range(12, PAIRS))
+    for state, expected in zip(seen.states[:2], alone, strict=False):
+        assert torch.allclose(state.A, expected.A, atol=1e-5)
+    found = credit_audit.credit(model, packed, lengths)
+    assert all(norms[PAIRS - 12] == 0 and norms[0] > 0 for norms in found), found
+
+
+def test_where_a_needed_fact_is_not_known(monkeypatch):
+    model, task = model_and_task("armt")
+    batch = batch_of(task)
+    unknown = batch._replace(needed=torch.full_like(batch.needed, -1))
+    monkeypatch.setattr(task, "batch", lambda *_: unknown)
+    found = audit(model, task, PAIRS, SAMPLES)
+    assert found.samples == SAMPLES and not found.ages and found.layers[0].signal is None
 
 
 def test_accuracy_by_age():

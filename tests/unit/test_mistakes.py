@@ -6,9 +6,8 @@ import pytest
 from support.models import small_model
 from support.paths import FP32
 
-from armt_dist.config import ConfigError, assign, read_yaml, validate
+from armt_dist.config import ConfigError, assign, read_object, read_yaml, validate
 from armt_dist.data.tasks import make_task
-from armt_dist.schedule.planned_run import read_object
 from armt_dist.training.run_config import RunConfig
 from armt_dist.training.setup import check_task
 from armt_dist.zero3.ds_config import read_ds_config
