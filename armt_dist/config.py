@@ -4,9 +4,12 @@ Each room declares its sections of the run configuration in its `sections.py`, w
 and describes in one line what is wrong with it.
 """
 
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -224,17 +227,40 @@ def quoted(value: object) -> Iterator[str]:
         yield repr(value)
 
 
-def run_main(main: Callable[[], int | None], rank: int) -> None:
+def run_main(main: Callable[[], int | None], rank: int, leave: Callable[[], bool] = lambda: True) -> None:
     """Run a command's `main` and exit: a ConfigError is one line on stderr and exit code 2.
 
     Rank 0 prints at once. The others wait, because a launcher ends all ranks as soon as one has exited, and print only
-    if they are still alive then: the error was theirs alone.
+    if they are still alive then: the error was theirs alone. Whatever is wrong is printed before this process leaves
+    the others, which may be waiting. `leave` returns whether it has left; if not, the process ends without clean-up.
     """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
     except ConfigError as error:
+        code, line = USER_ERROR, f"error{f' (rank {rank})' if rank else ''}: {one_line(error, limit=2000)}"
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
+        left = leave()
         if rank != 0:
             time.sleep(RANK_0_SPEAKS_S)
-        where = f" (rank {rank})" if rank != 0 else ""
-        print(f"error{where}: {one_line(error, limit=2000)}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+            print(line, file=sys.stderr, flush=True)
+    else:
+        left = leave()
+    if not left:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextmanager
+def ended_by_error() -> Iterator[None]:
+    """Print any error but a user's mistake, and end the process at once, without clean-up: other ranks may wait."""
+    try:
+        yield
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

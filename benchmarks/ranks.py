@@ -28,18 +28,8 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
     `layout`: ParallelConfig. The ds_config leaves windows and buckets to be derived, as a user's would, apart from
     those in `zero`. `wrap` may put another module in the runner's place.
     """
-    from armt_dist.config import validate as section
-    from armt_dist.distributed.mesh import make_mesh, ring
-    from armt_dist.runtime import executor, handoff
-    from armt_dist.schedule.grid import Grid
-    from armt_dist.zero3 import partitioned_model
-    from armt_dist.zero3.ds_config import prepare
-    from armt_dist.zero3.engine import start_engine
-
-    mesh = make_mesh(ranks, layout.sp)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **(zero or {})}
     ds = {"train_micro_batch_size_per_gpu": layout.chunks, "zero_optimization": zero}
-    prepared = prepare(ds, mesh.dp, ranks.world_size, CPU)
     base = {
         "model_type": "llama",
         "hidden_size": width,
@@ -49,15 +39,31 @@ def tiny_engine(ranks, layout, layers: int, segment_tokens: int, *, width: int =
         "num_key_value_heads": 4,
         "vocab_size": 64,
     }
-    config = section(partitioned_model.ModelConfig, {"base_config": base, "num_mem_tokens": 2, "d_mem": 8})
-    armt = partitioned_model.armt_config(config, {}, segment_tokens)
+    memory = {"num_mem_tokens": 2, "d_mem": 8, "segment_tokens": segment_tokens}
+    return real_engine(ranks, layout, base, memory, ds, CPU, wrap)
+
+
+def real_engine(ranks, layout, base: dict, memory: dict, ds: dict, device: torch.device, wrap=None):
+    """A random model behind the engine as the trainer builds it: runner, engine, config, grid, mesh."""
+    from armt_dist.config import validate as section
+    from armt_dist.distributed.mesh import make_mesh, ring
+    from armt_dist.runtime import executor, handoff
+    from armt_dist.schedule.grid import Grid
+    from armt_dist.zero3 import partitioned_model
+    from armt_dist.zero3.ds_config import prepare
+    from armt_dist.zero3.engine import start_engine
+
+    mesh = make_mesh(ranks, layout.sp)
+    prepared = prepare(ds, mesh.dp, ranks.world_size, device)
+    config = section(partitioned_model.ModelConfig, {"base_config": base, **memory})
+    armt = partitioned_model.armt_config(config, {}, memory["segment_tokens"])
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
-    link = handoff.Wire(*ring(mesh, layout.timeout_s), CPU) if layout.sp > 1 else None
-    runner = executor.ScheduledLM(model, states="recompute", link=link)
+    link = handoff.Wire(*ring(mesh, layout.timeout_s), device) if layout.sp > 1 else None
+    runner = executor.ScheduledLM(model, states="recompute", offload=prepared.offload_activations, link=link)
     if wrap is not None:
         runner = wrap(runner)
-    grid = Grid(1, layers, layout.sp, layout.rounds, layout.chunks)
-    return runner, start_engine(runner, prepared.ds_config, grid, CPU), armt, grid, mesh
+    grid = Grid(1, base["num_hidden_layers"], layout.sp, layout.rounds, layout.chunks)
+    return runner, start_engine(runner, prepared.ds_config, grid, device), armt, grid, mesh
 
 
 def model_bytes(runner) -> int:

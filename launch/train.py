@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from armt_dist.config import ConfigError, run_main
+from armt_dist.config import ConfigError, ended_by_error, run_main
 from armt_dist.distributed.launchers import claimed_rank, discover
 from armt_dist.distributed.placeholders import fill
 from armt_dist.training.checks import check_run
@@ -92,12 +92,18 @@ def main() -> int:
     from armt_dist.monitoring.lease import hold
     from armt_dist.training.trainer import Trainer
 
-    try:
-        with hold(out) as lease:
-            return Trainer(config, config.ds_config, out, ranks, device, lease).run(args.resume)
-    finally:
-        parallel.stop()
+    with ended_by_error(), hold(out) as lease:
+        return Trainer(config, config.ds_config, out, ranks, device, lease).run(args.resume)
+
+
+def leave() -> bool:
+    """Leave the other ranks, if this process has met them; see `rendezvous.leave`."""
+    if "torch.distributed" not in sys.modules:
+        return True
+    from armt_dist.distributed.rendezvous import leave
+
+    return leave()
 
 
 if __name__ == "__main__":
-    run_main(main, claimed_rank())
+    run_main(main, claimed_rank(), leave)

@@ -16,9 +16,13 @@ import torch
 import torch.distributed as dist
 
 from ..config import ConfigError, one_line
+from ..deadline import within
 from .launchers import MPI, Ranks
 from .process import keep_freed_memory
 from .store import digest, open_store
+
+# Longest wait for ranks that may not come, after the last step or an error on which all ranks should have agreed.
+LEAVE_S = 30.0
 
 
 def start(ranks: Ranks, timeout_s: float) -> torch.device:
@@ -152,8 +156,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def leave() -> bool:
+    """Destroy all process groups, but wait at most LEAVE_S for other ranks. Returns whether that was enough."""
+    try:
+        within(LEAVE_S, stop)
+    except TimeoutError:
+        return False
+    return True
+
+
 def stop() -> None:
-    """Destroy all process groups, if there are any."""
+    """Destroy all process groups, if there are any. Waits for the other ranks under NCCL."""
     if not dist.is_initialized():
         return
     # DeepSpeed, if it has joined, drops its own references to the groups as well.

@@ -20,6 +20,7 @@ from ..config import ConfigError
 from ..data.task import IGNORE, Batch, Difficulty, Task
 from ..data.tokenizers import decode
 from ..model.modeling_armt import ARMTForCausalLM, segment_lengths
+from ..runtime.host_copy import copied
 from ..runtime.loss import hits, token_nll
 
 # Tokens decoded at a time: a long text is never in memory as a whole list or string.
@@ -204,7 +205,7 @@ def segments_of(
     for ids, labels, starts in zip(
         batch.input_ids.split(sizes, 1), batch.labels.split(sizes, 1), documents, strict=False
     ):
-        yield ids.to(device), labels, starts.to(device) if starts is not None and starts.any() else None
+        yield copied(ids, device), labels, copied(starts, device) if starts is not None and starts.any() else None
 
 
 class Positions(NamedTuple):
@@ -219,10 +220,10 @@ def score_positions(model: ARMTForCausalLM, hidden: Tensor, labels: Tensor) -> P
     """Score a segment, with logits at its scored positions only. hidden [B, T, D]; labels [B, T] on the host."""
     # As the labels are, so picking positions does not wait for the device.
     where = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
-    targets = labels.flatten()[where].to(hidden.device)
-    picked = hidden.flatten(0, 1)[where.to(hidden.device)]
+    targets = copied(labels.flatten()[where], hidden.device)
+    picked = hidden.flatten(0, 1)[copied(where, hidden.device)]
     head: Any = model.backbone.head
-    row = (where // labels.shape[1]).to(hidden.device)
+    row = copied(where // labels.shape[1], hidden.device)
     return Positions(row, token_nll(picked, head, targets), hits(picked, head, targets))
 
 

@@ -139,8 +139,8 @@ def with_window(context: Context) -> tuple[Tensor, Border]:
 def reach(rows: tuple[int, int, int], window: int, device: torch.device) -> Tensor:
     """Compute `Border.reach` of a row from its counts of sinks, tokens and memory tokens. [N] int64."""
     sink, tokens, memory = rows
-    parts = torch.full((sink,), window), torch.arange(tokens), torch.full((memory,), EVERYTHING)
-    return torch.cat(parts).to(device)
+    before, behind = torch.full((sink,), window, device=device), torch.full((memory,), EVERYTHING, device=device)
+    return torch.cat([before, torch.arange(tokens, device=device), behind])
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

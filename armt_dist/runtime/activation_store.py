@@ -11,7 +11,7 @@ from torch import Tensor
 class DeviceStore:
     """Keeps each tensor where it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self.kept: dict[tuple[int, int], Tensor] = {}
 
     def put(self, key: tuple[int, int], x: Tensor) -> None:
@@ -24,12 +24,12 @@ class DeviceStore:
 
 
 class HostStore:
-    """Keeps each tensor in pinned host memory; copies run on a separate stream."""
+    """Keeps each tensor in pinned host memory; copies run on a stream of their own (None: there is no GPU)."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.kept: dict[tuple[int, int], tuple[Tensor, torch.device, torch.Event | None]] = {}
         self.fetched: dict[tuple[int, int], tuple[Tensor, torch.Event | None]] = {}
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.stream = stream
 
     def put(self, key: tuple[int, int], x: Tensor) -> None:
         """Start the copy of x to host memory."""

@@ -20,6 +20,7 @@ from ..schedule.grid import Arrow, Grid, rank_blocks
 from ..schedule.program import Call, Instruction, Op, layer_calls
 from .activation_store import STORES
 from .handoff import Local, Wire
+from .host_copy import copied
 from .loss import IGNORE, hits, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels
 from .sections import ParallelConfig
@@ -83,6 +84,8 @@ class ScheduledLM(nn.Module):
         self.arrows = model.config.memory_class.arrows
         self.states, self.offload = states, offload
         self.link = Local() if link is None else link
+        # One for all passes: torch takes new ones from a pool of 32, in which NCCL's and DeepSpeed's are soon reached.
+        self.copy_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         # Set by the code that puts an engine around this module.
         self.mark_gradients_ready: MarkReady = no_engine
         # Of the last pass; empty before the first.
@@ -134,7 +137,7 @@ class ScheduledLM(nn.Module):
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
-        store, link = STORES[self.offload](), self.open_link(calls, len(x), piece.grid.chunks)
+        store, link = STORES[self.offload](self.copy_stream), self.open_link(calls, len(x), piece.grid.chunks)
         self.trace, learned = trace, None
         final = piece.grid.sp * piece.grid.rounds - 1
         last: list[list[tuple]] | None = [[] for _ in layers] if keep_last and final in own else None
@@ -177,7 +180,7 @@ class ScheduledLM(nn.Module):
                 carried = self.model.backbone.norm(before[:, -config.memory_rows :])
         else:
             carried = before.entering(learned)
-        return entering(carried, learned, None if starts is None else starts.to(carried.device))
+        return entering(carried, learned, None if starts is None else copied(starts, carried.device))
 
     @torch.no_grad()
     def leaving_rows(self, hidden: Tensor) -> MemoryRows | Nothing:
@@ -209,7 +212,7 @@ class ScheduledLM(nn.Module):
                 )
                 # The starts are on the host: most segments have none, and need no mask.
                 if own_starts is not None:
-                    own_starts = own_starts.to(x.device, non_blocking=True) if own_starts.any() else None
+                    own_starts = copied(own_starts, x.device) if own_starts.any() else None
                 if own_mask is not None or own_starts is not None:
                     row.append(self.model.context(x_s, own_mask, own_starts))
                     continue
@@ -226,9 +229,9 @@ class ScheduledLM(nn.Module):
         if not len(scored):
             # Norm and head must have a gradient on every rank; a position that is not scored gives zeros.
             scored = torch.zeros(1, dtype=torch.int64)
-        row = (scored // targets.shape[1]).to(hidden.device, non_blocking=True)
-        targets = targets.flatten()[scored].to(hidden.device, non_blocking=True)
-        scored = scored.to(hidden.device, non_blocking=True)
+        row = copied(scored // targets.shape[1], hidden.device)
+        targets = copied(targets.flatten()[scored], hidden.device)
+        scored = copied(scored, hidden.device)
         nll, wrong = self.loss_head(hidden.flatten(0, 1)[scored], targets, count)
         per_row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_add_(0, row, wrong.long())
         return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)

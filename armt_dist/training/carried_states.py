@@ -21,6 +21,7 @@ from ..checkpoint.load import read_rows
 from ..data.sampling import generator
 from ..distributed.mesh import Mesh
 from ..model.modeling_armt import ARMTForCausalLM
+from ..runtime.host_copy import copied
 from ..runtime.piece import Totals
 from ..runtime.row_states import as_rows, from_rows
 from .curriculum import Stage
@@ -84,7 +85,7 @@ class Carrying(NamedTuple):
         for holder in np.unique(holders):
             of_it = holders == holder
             own[torch.from_numpy(known[of_it])] = read_rows(folder, int(holder), NAME, places[of_it].tolist())
-        return own.to(self.device)
+        return copied(own, self.device)
 
     def leaving(self, results: Sequence[Totals]) -> Tensor:
         """Return the last states of this rank's rows, float32 [g, F]; [0, F] where it does not run the last segment."""
@@ -121,13 +122,13 @@ class Carrying(NamedTuple):
         # Both ends of a message have its rows in their order.
         sent = rows[holders == rank][np.argsort(users[holders == rank], kind="stable")]
         received = rows[users == rank][np.argsort(holders[users == rank], kind="stable")]
-        outbox = held[torch.from_numpy(self.layout.places(sources[sent])).to(held.device)]
+        outbox = held[copied(torch.from_numpy(self.layout.places(sources[sent])), held.device)]
         inbox = held.new_empty(len(received), held.shape[1])
         world = mesh.dp * mesh.sp
         incoming = np.bincount(holders[users == rank], minlength=world).tolist()
         dist.all_to_all_single(inbox, outbox, incoming, np.bincount(users[holders == rank], minlength=world).tolist())
         own = held.new_zeros(len(self.layout.rows(mesh.dp_rank)) if mesh.sp_rank == 0 else 0, held.shape[1])
-        own[torch.from_numpy(self.layout.places(received)).to(held.device)] = inbox
+        own[copied(torch.from_numpy(self.layout.places(received)), held.device)] = inbox
         return own
 
 

@@ -15,6 +15,7 @@ from ..data.sampling import Split
 from ..data.task import Batch, Difficulty, Task
 from ..distributed.mesh import Mesh
 from ..model.configuration_armt import ARMTConfig
+from ..runtime.host_copy import copied
 from ..runtime.piece import Piece, Totals, cut_piece
 from ..schedule.grid import Grid
 from ..zero3.ds_config import BatchSizes
@@ -120,8 +121,8 @@ class Batches(NamedTuple):
         piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule, batch.document_starts)
         mask = piece.attention_mask
         return piece._replace(
-            input_ids=piece.input_ids.to(self.device, non_blocking=True),
-            attention_mask=None if mask is None else mask.to(self.device, non_blocking=True),
+            input_ids=copied(piece.input_ids, self.device),
+            attention_mask=None if mask is None else copied(mask, self.device),
         )
 
     def sum_up(self, results: Sequence[MicroResult], told_to_stop: bool) -> Sums:
@@ -135,7 +136,7 @@ class Batches(NamedTuple):
             sums[nll] += part.totals.nll.detach()
             sums[wrong][own] += part.totals.wrong
             # Every rank of an sp group counts the labels of whole rows.
-            sums[scored][own] += part.batch.labels.ge(0).sum(1).to(self.device) / self.mesh.sp
+            sums[scored][own] += copied(part.batch.labels.ge(0).sum(1), self.device) / self.mesh.sp
         dist.all_reduce(sums)
         sums = sums.cpu()
         scored_rows = sums[scored].round() > 0

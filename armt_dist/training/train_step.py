@@ -14,6 +14,7 @@ from ..data.task import Batch
 from ..monitoring.bad_steps import BadRows, find_bad_rows, spiked, weigh
 from ..monitoring.step_metrics import StepMetrics
 from ..runtime.executor import run_backward
+from ..runtime.host_copy import copied
 from .carried_states import Carrying
 from .curriculum import Stage, learning_rate
 from .global_batch import Batches, MicroBatch, MicroResult, Sums, add_up
@@ -123,7 +124,7 @@ def loss_factor(batches: Batches, micro_batches: Sequence[MicroBatch]) -> torch.
     DeepSpeed takes the mean over ranks and accumulation steps, however the tokens are spread.
     """
     own = sum(int(batch.labels.ge(0).sum()) for _, batch in micro_batches)
-    scored = torch.tensor(own, dtype=torch.float32).to(batches.device, non_blocking=True)
+    scored = copied(torch.tensor(own, dtype=torch.float32), batches.device)
     dist.all_reduce(scored)
     # Every rank of an sp group has counted the labels of their common rows. A batch in which nothing is scored, such as
     # texts of one segment without the loss of the first, gives zeros.

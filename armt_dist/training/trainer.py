@@ -1,10 +1,13 @@
 """The training run: steps, stages, validations, checkpoints, rollbacks and resumption."""
 
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import torch
 
 from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, prune, tag_of
@@ -18,13 +21,14 @@ from ..monitoring import profile
 from ..monitoring.lease import Lease
 from ..monitoring.run_log import RunLog
 from ..monitoring.step_metrics import StepMetrics
-from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats
+from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats, report
 from ..records import check_links
 from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
 from .carried_states import carrying_of
 from .curriculum import Stage
 from .global_batch import RowLayout
+from .out_of_memory import Need, describe, is_out_of_memory
 from .progress import Progress, stage_over
 from .run_config import RunConfig
 from .run_folder import describe_run
@@ -61,6 +65,7 @@ class Trainer:
         warning = pipeline_warning(setup.batches.grid)
         if warning:
             self.say(f"warning: {warning}")
+        self.say(f"optimizer: {setup.prepared.optimizer}")
         self.runner = build_runner(config, setup)
         self.engine = start_engine(self.runner, setup.prepared.ds_config, setup.batches.grid, device)
         self.watchdog.at = self.runner.at
@@ -89,6 +94,10 @@ class Trainer:
             # Restore the default handlers so that the launcher's SIGTERM ends this process.
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                self.end_out_of_memory(error)
             raise
         finally:
             self.watchdog.close()
@@ -214,6 +223,19 @@ class Trainer:
         if self.ranks.rank == 0:
             self.say(f"report: {write_run_report(self.out)}")
         return 0
+
+    def end_out_of_memory(self, error: Exception) -> NoReturn:
+        """End this process with one line, without clean-up: the other ranks wait for it. Not collective."""
+        device, ranks = self.parts.batches.device, self.ranks
+        if device.type == "cuda":
+            free, capacity = torch.cuda.mem_get_info(device)
+            need = Need(capacity - free, capacity)
+        else:
+            memory = psutil.virtual_memory()
+            need = Need(psutil.Process().memory_info().rss, memory.total // ranks.local_world_size)
+        said = describe(error, self.config, self.ds_config, ranks.world_size, self.runner.at(), need, device.type)
+        report(f"error: rank {ranks.rank}: {said}\n")
+        os._exit(GAVE_UP)
 
     # --- steps and stages --------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..config import ConfigError, as_number, assign, describe_errors, one_line, read_object
 from ..schedule.planned_run import BatchSizes, batch_sizes
 from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED, DsConfigKeys
+from .optimizer import choose
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     sizes: BatchSizes
     lr: float
     offload_activations: bool
+    optimizer: str  # its implementation, for people
 
 
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -199,10 +201,8 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
     params = optimizer.setdefault("params", {})
     lr = params.setdefault("lr", DEFAULT_LR)
-    offloaded = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    if device.type == "cpu" and not offloaded and optimizer.get("type") in ("Adam", "AdamW"):
-        # DeepSpeed's fused CPU Adam is compiled at first use, for about a minute; torch's is ready.
-        params.setdefault("torch_adam", True)
+    chosen = choose(ds, device.type)
+    optimizer["params"], ds["zero_force_ds_cpu_optimizer"] = chosen.params, chosen.forced
     # DeepSpeed counts every rank as data-parallel. Its sizes only feed its own arithmetic; ours are in `sizes`.
     ds["train_micro_batch_size_per_gpu"] = sizes.micro
     ds["gradient_accumulation_steps"] = sizes.accumulation
@@ -211,4 +211,4 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     # DeepSpeed's own default, made explicit: without the key it clips all the same. 0 turns clipping off.
     ds.setdefault("gradient_clipping", 1.0)
     offload = ds.pop("activation_checkpointing", {}).get("cpu_checkpointing", False)
-    return Prepared(ds, sizes, float(lr), bool(offload))
+    return Prepared(ds, sizes, float(lr), bool(offload), chosen.name)

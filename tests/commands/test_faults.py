@@ -203,3 +203,20 @@ def test_runs_without_a_difference(bad_numbers, tmp_path):
     assert len(a) == 6 * len(segments) * 2 * 2 and first_difference(a, b) is None
     with pytest.raises(ConfigError, match="digests=true"):
         digest.read_digests(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["memory", "defect"])
+def test_the_cause_is_what_is_shown_first(what, tmp_path):
+    """One rank of two fails; nothing that it would wait for comes before its words, and the other ends as well."""
+    began = time.monotonic()
+    settings = ["train.max_steps=4", "parallel.timeout_s=300", "ds_config.train_batch_size=8"]
+    ended = run(tmp_path / "run", 2, *settings, plants=[Plant(what, step=2, rank=1)])
+    assert ended.codes == [1, 1] and time.monotonic() - began < 60
+    first = ended.err[1].splitlines()
+    if what == "defect":
+        assert "Traceback" in ended.err[1] and first[-1] == "KeyError: 'a planted defect'"
+        return
+    (line,) = [line for line in first if line.startswith("error")]
+    assert line.startswith("error: rank 1: out of memory in BACK") and "2.00 GiB more were wanted" in line
+    assert "planned were" in line and "Traceback" not in ended.err[1]
+    assert all(setting in line for setting in ("bptt.states=rebuild", "train_micro_batch_size_per_gpu=2", "GB)"))

@@ -105,6 +105,38 @@ def loss(plant: Plant) -> None:
     patch(ScheduledLM, "sum_up", make)
 
 
+def memory(plant: Plant) -> None:
+    """Fail an allocation of the rank in the backward pass, with torch's own error and words."""
+    from armt_dist.runtime.rerun import Gradients
+
+    def make(original):
+        def add(*args):
+            if plant.here():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+            return original(*args)
+
+        return add
+
+    patch(Gradients, "add", make)
+
+
+def defect(plant: Plant) -> None:
+    """Raise an error of our own on the rank, and let leaving the group wait for the others."""
+    from armt_dist.distributed import rendezvous
+    from armt_dist.training import train_step
+
+    def make(original):
+        def run_micro_batches(*args):
+            if plant.here():
+                raise KeyError("a planted defect")
+            return original(*args)
+
+        return run_micro_batches
+
+    patch(train_step, "run_micro_batches", make)
+    patch(rendezvous, "stop", lambda original: lambda: time.sleep(600))
+
+
 def slow(plant: Plant) -> None:
     """Delay every cell of the rank by `size` seconds."""
     from armt_dist.model.modeling_armt import ARMTLayer
@@ -169,7 +201,7 @@ def stop(plant: Plant) -> None:
     patch(train_step, "run_micro_batches", make)
 
 
-PLANTS = {"nan": nan, "loss": loss, "slow": slow, "write": write, "without": without, "stop": stop}
+PLANTS = {"nan": nan, "loss": loss, "memory": memory, "defect": defect, "slow": slow, "write": write, "without": without, "stop": stop}
 
 
 def start(world: int, arguments: Sequence, plants: Sequence[Plant] = (), **environ: str) -> list[subprocess.Popen]:

@@ -7,6 +7,7 @@ from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
 from armt_dist.zero3 import engine as engines
 from armt_dist.zero3.ds_config import batch_sizes, prepare
+from armt_dist.zero3.optimizer import choose
 
 CPU = torch.device("cpu")
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -66,3 +67,52 @@ def test_tuples_of_a_caller_are_the_lists_of_json():
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": (0.9, 0.95)}}
     prepared = prepare({"train_batch_size": 4, "optimizer": optimizer, "zero_optimization": ZERO}, 2, 2, CPU)
     assert prepared.ds_config["optimizer"]["params"]["betas"] == [0.9, 0.95] and prepared.lr == 1e-3
+
+
+OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    "device, compilers, given, zero, expected",
+    [
+        # params beside what was given, zero_force_ds_cpu_optimizer, what is said
+        ("cuda", "", {}, ZERO, ({"torch_adam": True, "fused": True}, True, "torch's fused AdamW")),
+        ("cuda", "nvcc c++", {}, ZERO, ({"torch_adam": True, "fused": True}, True, "torch's fused AdamW")),
+        ("cuda", "", {"foreach": True}, ZERO, ({"torch_adam": True}, True, "torch's AdamW")),
+        ("cuda", "nvcc", {"torch_adam": False}, ZERO, ({}, True, "DeepSpeed's AdamW")),
+        ("cpu", "", {}, ZERO, ({"torch_adam": True}, True, "torch's AdamW")),
+        ("cuda", "c++", {}, OFFLOAD, ({}, True, "DeepSpeed's CPU AdamW")),
+        ("cuda", "", {}, OFFLOAD, ({"torch_adam": True, "fused": True}, False, "no C++ compiler")),
+        ("cpu", "", {}, OFFLOAD, ({"torch_adam": True}, False, "no C++ compiler")),
+    ],
+)
+def test_the_optimizer_needs_no_compiler(device, compilers, given, zero, expected, tmp_path, monkeypatch):
+    installed(compilers, tmp_path, monkeypatch)
+    ds = {"optimizer": {"type": "AdamW", "params": given}, "zero_optimization": zero}
+    params, forced, name = choose(ds, device)
+    assert (params, forced) == (given | expected[0], expected[1]) and expected[2] in name
+    assert ds["optimizer"]["params"] is given and "fused" not in given
+
+
+def test_what_only_nvcc_can_build_is_refused_without_it(tmp_path, monkeypatch):
+    for optimizer in ({"type": "Lamb"}, {"type": "AdamW", "params": {"torch_adam": False}}):
+        ds = {"optimizer": optimizer, "zero_optimization": ZERO}
+        installed("", tmp_path, monkeypatch)
+        with pytest.raises(ConfigError, match="nvcc"):
+            choose(ds, "cuda")
+        choose(ds, "cpu")
+        installed("nvcc", tmp_path, monkeypatch)
+        choose(ds, "cuda")
+
+
+def installed(compilers, folder, monkeypatch):
+    """Let only these compilers be found."""
+    for name in ("nvcc", "c++"):
+        file = folder / "bin" / name
+        file.unlink(missing_ok=True)
+        if name in compilers.split():
+            file.parent.mkdir(exist_ok=True)
+            file.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(folder) if "nvcc" in compilers else None)
