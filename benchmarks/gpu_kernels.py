@@ -22,6 +22,7 @@ from armt_dist.runtime.piece import cut_piece
 from armt_dist.schedule.grid import Grid
 
 VARIANTS = {
+    "without graphs": {"graphs": False},
     "as it is": {},
     "window": {"sliding_window": 0.5},
     "transformer_xl": {"memory_kind": "transformer_xl", "num_mem_tokens": None, "d_mem": 64},
@@ -35,9 +36,10 @@ SHOWN = 8
 def runner_of(shape: str, layers: int, options: dict, device: torch.device) -> ScheduledLM:
     """The fast path over a model of so many layers."""
     given = dict(options)
+    graphs = given.pop("graphs", True)
     if isinstance(given.get("sliding_window"), float):
         given["sliding_window"] = int(given["sliding_window"] * SHAPES[shape][1]["segment_tokens"])
-    return ScheduledLM(build(shape, device, torch.bfloat16, {"num_hidden_layers": layers}, **given), states="store")
+    return ScheduledLM(build(shape, device, torch.bfloat16, {"num_hidden_layers": layers}, **given), graphs=graphs)
 
 
 def measure(shape: str, layers: int, segments: int, options: dict, device: torch.device) -> dict:
@@ -74,7 +76,7 @@ def measure(shape: str, layers: int, segments: int, options: dict, device: torch
         if cuda:
             torch.cuda.set_sync_debug_mode("default")
     waits = Counter(f"{w.filename.rsplit('/', 2)[-2]}/{w.filename.rsplit('/', 1)[-1]}:{w.lineno}" for w in caught
-                    if "synchron" in str(w.message))  # fmt: skip
+                    if "called a synchronizing" in str(w.message))  # fmt: skip
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
         step()
     averages = profiler.key_averages()
@@ -103,10 +105,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--segments", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     device, result = torch.device(args.device), {}
-    for name, options in VARIANTS.items():
-        found = result[name] = measure(args.shape, args.layers, args.segments, options, device)
+    for name in args.variants:
+        found = result[name] = measure(args.shape, args.layers, args.segments, VARIANTS[name], device)
         print(f"== {name}: a cell takes {found['forward']:.3f} ms forward, {found['backward']:.3f} ms backward; "
               f"{found['launches_per_cell']:.0f} launches, {found['device_ms_per_cell']:.3f} ms of the device")  # fmt: skip
         print(f"   waits inside: {found['waits_inside'] or 'none'}; runtime: {found['waits_of_the_runtime']}")

@@ -23,6 +23,7 @@ from shapes import SHAPES, build, plain_loss, random_ids
 from armt_dist.config import validate
 from armt_dist.distributed import rendezvous
 from armt_dist.distributed.launchers import Ranks
+from armt_dist.runtime.cell_graphs import CellGraphs
 from armt_dist.runtime.piece import cut_piece
 from armt_dist.runtime.sections import ParallelConfig
 from armt_dist.schedule.hardware import HARDWARE
@@ -30,8 +31,13 @@ from armt_dist.schedule.model_sizes import StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planner import Layout, plan
 
 PLAIN = {"plain": False, "plain, checkpointed": True}
-# states, offload
-FAST = {"store": ("store", False), "rebuild": ("rebuild", False), "rebuild, offload": ("rebuild", True)}
+# states, offload, graphs
+FAST = {
+    "store, no graphs": ("store", False, False),
+    "store": ("store", False, True),
+    "rebuild": ("rebuild", False, True),
+    "rebuild, offload": ("rebuild", True, True),
+}
 
 
 def waited(device: torch.device) -> float:
@@ -111,10 +117,11 @@ def fast_points(shape: str, lengths: list[int], variants: list[str], longest: li
     ranks = Ranks(0, 1, 0, 1, "single")
     runner, engine, config, grid, _ = real_engine(ranks, validate(ParallelConfig, {}), base, memory, ds, device)
     print(f"engine: {waited(device) - started:.1f} s, {used_gb(device)}", flush=True)
-    found = {}
+    found, graphs = {}, CellGraphs()
     work = [(tokens, name, tokens == lengths[0]) for name in variants for tokens in lengths]
     for tokens, name, warm_up in [*work, *((tokens, "rebuild, offload", False) for tokens in longest)]:
-        runner.states, runner.offload = FAST[name]
+        runner.states, runner.offload, graphed = FAST[name]
+        runner.graphs = graphs if graphed else None
         ids, labels = random_ids(runner.model, 1, tokens)
         piece = cut_piece(ids.to(device), labels, None, config, grid)
 
@@ -123,7 +130,7 @@ def fast_points(shape: str, lengths: list[int], variants: list[str], longest: li
             engine.backward(totals.nll / totals.scored)
             engine.step()
 
-        said = predicted(shape, tokens, *FAST[name], "cpu" if device.type == "cpu" else "h100")
+        said = predicted(shape, tokens, *FAST[name][:2], "cpu" if device.type == "cpu" else "h100")
         found[f"{name} {tokens}"] = {"measured": point(step, tokens, device, warm_up), "predicted": said}
         show(name, tokens, found[f"{name} {tokens}"]["measured"], said)
     return found

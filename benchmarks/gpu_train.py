@@ -45,7 +45,9 @@ def losses(out: Path) -> list[tuple[float, float]]:
 def run(command: list[str], environment: dict) -> float:
     """Seconds of a command. Raises RuntimeError with the end of its output."""
     started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
     said = [line for line in done.stdout.splitlines() if line.startswith(("optimizer:", "resumed", "done:", "warning"))]
@@ -96,7 +98,16 @@ def main() -> int:
     found["same bits after the kill"] = again == records[: args.until] and len(again) == args.until
     model = str(work / "hf")
     found["export_s"] = run([sys.executable, "launch/consolidate.py", str(work / "whole"), "--out", model], environment)
-    evaluate = ["--model", model, "--lengths", *LENGTHS, "--samples", str(args.samples), "--out", str(work / "evaluation")]
+    evaluate = [
+        "--model",
+        model,
+        "--lengths",
+        *LENGTHS,
+        "--samples",
+        str(args.samples),
+        "--out",
+        str(work / "evaluation"),
+    ]
     found["evaluate_s"] = run([sys.executable, "launch/evaluate.py", *evaluate, "--device", args.device], environment)
     rows = json.loads((work / "evaluation/evaluation.json").read_text())["rows"]
     found["accuracy"] = {row["length"]: row["accuracy"] for row in rows}

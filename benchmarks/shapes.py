@@ -30,9 +30,7 @@ SHAPES = {
 }
 
 
-def build(
-    shape: str, device: torch.device, dtype: torch.dtype, base: dict | None = None, **options
-) -> ARMTForCausalLM:
+def build(shape: str, device: torch.device, dtype: torch.dtype, base: dict | None = None, **options) -> ARMTForCausalLM:
     """A model in which W_mv is not zero, so that the memory is in use. `base`, `options`: fields to replace."""
     base_config, memory = SHAPES[shape]
     torch.manual_seed(0)

@@ -19,6 +19,8 @@ from ..schedule import program as schedule
 from ..schedule.grid import Arrow, Grid, rank_blocks
 from ..schedule.program import Call, Instruction, Op, layer_calls
 from .activation_store import STORES
+from .cell_graphs import CellGraphs
+from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
 from .loss import IGNORE, hits, token_nll
@@ -67,6 +69,11 @@ def joined(chunks: Sequence[tuple]) -> tuple:
     return type(chunks[0])(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
+def eager_cells(layer: Any, trains: bool) -> EagerCells:
+    """Return the cells of a layer, run operation by operation."""
+    return EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
+
+
 class ScheduledLM(nn.Module):
     """The model as the engine wraps it: run layer by layer over this rank's blocks, as the schedule says."""
 
@@ -76,6 +83,7 @@ class ScheduledLM(nn.Module):
         *,
         states: str = "store",
         offload: bool = False,
+        graphs: bool = False,
         link: Local | Wire | None = None,
     ):
         super().__init__()
@@ -83,6 +91,7 @@ class ScheduledLM(nn.Module):
         self.loss_head = LossHead(model)
         self.arrows = model.config.memory_class.arrows
         self.states, self.offload = states, offload
+        self.graphs = CellGraphs() if graphs else None
         self.link = Local() if link is None else link
         # One for all passes: torch takes new ones from a pool of 32, in which NCCL's and DeepSpeed's are soon reached.
         self.copy_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
@@ -136,6 +145,7 @@ class ScheduledLM(nn.Module):
         contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
+        cells = self.graphs.cells if self.graphs else eager_cells
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
         store, link = STORES[self.offload](self.copy_stream), self.open_link(calls, len(x), piece.grid.chunks)
         self.trace, learned = trace, None
@@ -151,7 +161,7 @@ class ScheduledLM(nn.Module):
                 blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, piece))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(
-                forward, backward, *layer_rows, store, link, self.mark_gradients_ready, trace, observers[0]
+                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, observers[0]
             )
             work = work._replace(observe_gradient=observers[1])
             if gather.block == 0 and first:

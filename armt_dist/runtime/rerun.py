@@ -16,42 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..model.backbone import Context
-from ..model.memory_kind import ARMTLayer, MemoryUpdate, StateT, apply
-
-
-class Cell(NamedTuple):
-    """One cell that was run again, with its graph."""
-
-    inputs: tuple[Tensor, ...]  # x, then the incoming state
-    outputs: tuple[Tensor, ...]  # y, then the outgoing state
-
-
-class Gradients:
-    """The layer's parameter gradients, summed over segments in float32: K bfloat16 additions would lose digits."""
-
-    def __init__(self, parameters: Sequence[Tensor]):
-        self.parameters = tuple(parameters)
-        self.sums: list[Tensor] = []
-
-    def add(self, cell: Cell, grad_outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Add the parameter gradients of one cell, and return the gradients of the cell's inputs."""
-        sources = (*cell.inputs, *self.parameters)
-        # The outgoing state need not depend on anything: a detached window does not.
-        pairs = [pair for pair in zip(cell.outputs, grad_outputs, strict=True) if pair[0].requires_grad]
-        outputs, grad_outputs = zip(*pairs, strict=True)
-        # An input that a cell does not depend on (z without denominators) gets zeros, never None.
-        grads = torch.autograd.grad(outputs, sources, grad_outputs, allow_unused=True, materialize_grads=True)
-        inputs, own = grads[: len(cell.inputs)], grads[len(cell.inputs) :]
-        if self.sums:
-            for total, grad in zip(self.sums, own, strict=True):
-                total.add_(grad)
-        else:
-            self.sums = [grad.float() for grad in own]
-        return inputs
-
-    def result(self) -> tuple[Tensor, ...]:
-        """Return one gradient per parameter, in the parameter's dtype."""
-        return tuple(total.to(p.dtype) for p, total in zip(self.parameters, self.sums, strict=True))
+from ..model.memory_kind import MemoryUpdate, StateT, apply
+from .cells import Cell, Cells
 
 
 class Generators(NamedTuple):
@@ -75,8 +41,8 @@ class Generators(NamedTuple):
 class ChunkReplay:
     """The segments of one chunk through the layer; between forward and backward, what backward needs of them."""
 
-    def __init__(self, layer: ARMTLayer, lengths: Sequence[int], contexts: Sequence[Context], states: str):
-        self.layer, self.lengths, self.contexts, self.mode = layer, lengths, contexts, states
+    def __init__(self, cells: Cells, lengths: Sequence[int], contexts: Sequence[Context], states: str):
+        self.cells, self.lengths, self.contexts, self.mode = cells, lengths, contexts, states
         self.states: list[tuple] = []
         self.updates: list[MemoryUpdate] = []
         self.generators: list[Generators] = []
@@ -88,14 +54,15 @@ class ChunkReplay:
         """
         self.states.append(state)
         for s, (x_s, out_s) in enumerate(zip(x.split(self.lengths, 1), out.split(self.lengths, 1), strict=True)):
-            if self.layer.training:
+            if self.cells.draws:
                 self.generators.append(Generators.of(x))
-            y, update = self.layer.cell(x_s, state, self.contexts[s])
+            rebuilt = self.mode == "rebuild"
+            y, update, after = self.cells.forward(x_s, state, self.contexts[s], keep=rebuilt)
             out_s.copy_(y)
-            before, state = state, apply(state, update)
+            before, state = state, after
             if observe:
                 observe(s, x_s, before, state)
-            if self.mode == "rebuild":
+            if rebuilt:
                 self.updates.append(update)
             elif self.mode == "store":
                 self.states.append(state)
@@ -104,17 +71,12 @@ class ChunkReplay:
             self.states.pop()
         return state
 
-    def cells(self, x: Tensor) -> Iterator[Cell]:
+    def reruns(self, x: Tensor) -> Iterator[Cell]:
         """Run every cell again with its graph, last segment first."""
         rows = x.split(self.lengths, 1)
         for s, state in zip(reversed(range(len(rows))), self.incoming(rows), strict=True):
-            leaf = rows[s].detach().requires_grad_()
-            state = type(state)(*(t.detach().requires_grad_() for t in state))
             self.replay(s, x.device)
-            with torch.enable_grad():
-                y, update = self.layer.cell(leaf, state, self.contexts[s])
-                following = apply(state, update)
-            yield Cell((leaf, *state), (y, *following))
+            yield self.cells.rerun(rows[s], state, self.contexts[s])
 
     def incoming(self, rows: Sequence[Tensor]) -> Iterator[tuple]:
         """Yield the incoming state of every segment, last first, and drop each after its use."""
@@ -126,8 +88,8 @@ class ChunkReplay:
             with torch.no_grad():
                 for s, x_s in enumerate(rows[:-1]):
                     self.replay(s, x_s.device)
-                    _, update = self.layer.cell(x_s, self.states[-1], self.contexts[s])
-                    self.states.append(apply(self.states[-1], update))
+                    *_, after = self.cells.forward(x_s, self.states[-1], self.contexts[s], keep=False)
+                    self.states.append(after)
         while self.states:
             yield self.states.pop()
 

@@ -19,7 +19,8 @@ from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer
 from ..schedule.program import Instruction, Op
 from .activation_store import DeviceStore, HostStore
-from .rerun import Cell, ChunkReplay, Gradients
+from .cells import Cell, Cells
+from .rerun import ChunkReplay
 
 MarkReady = Callable[[Sequence[Tensor], bool], None]
 """Tells the engine whether it may reduce the next gradients of these parameters, or more are to be added first."""
@@ -67,6 +68,7 @@ class LayerWork(NamedTuple):
     lengths: Sequence[int]  # N of each segment
     contexts: Sequence[Sequence[Context]]  # [chunk][segment]
     states: str  # BPTTConfig.states
+    cells: Callable[[ARMTLayer, bool], Cells]  # of a layer, and whether they are trained
     store: DeviceStore | HostStore  # where the layer's input waits for the backward pass
     link: Link
     mark_ready: MarkReady
@@ -90,7 +92,6 @@ class BackwardTensors(NamedTuple):
     x: tuple[Tensor, ...]
     grad_out: tuple[Tensor, ...]
     grad_x: tuple[Tensor, ...]
-    gradients: Gradients  # of the layer's parameters
     reruns: dict[int, Iterator[Cell]]  # by chunk, from RERUN until BACK
 
 
@@ -98,8 +99,8 @@ class LayerCall:
     """One call of a layer over a block: the instructions of one (layer, block), forward and later backward."""
 
     def __init__(self, layer: ARMTLayer, work: LayerWork):
-        self.layer, self.work = layer, work
-        self.replays = [ChunkReplay(layer, work.lengths, contexts, work.states) for contexts in work.contexts]
+        self.layer, self.work, self.cells = layer, work, work.cells(layer, torch.is_grad_enabled())
+        self.replays = [ChunkReplay(self.cells, work.lengths, contexts, work.states) for contexts in work.contexts]
         self.parameters = tuple(p for p in layer.parameters() if p.requires_grad)
 
     @property
@@ -114,6 +115,7 @@ class LayerCall:
     def forward(self, x: Tensor) -> Tensor:
         """Run the block. [B, sum of N, D] -> the same shape."""
         out = torch.empty_like(x)
+        self.cells.begin()
         self.dispatch(FORWARD, self.work.forward, ForwardTensors(self.chunks(x), self.chunks(out)))
         return out
 
@@ -121,13 +123,14 @@ class LayerCall:
         """Return the gradient of x, from that of forward's result, and one gradient per parameter."""
         # DeepSpeed must not reduce them unless this call carries out REDUCE.
         self.work.mark_ready(self.parameters, False)
-        grad_x, gradients = torch.empty_like(grad_out), Gradients(self.parameters)
-        tensors = BackwardTensors(self.chunks(x), self.chunks(grad_out), self.chunks(grad_x), gradients, {})
+        grad_x = torch.empty_like(grad_out)
+        tensors = BackwardTensors(self.chunks(x), self.chunks(grad_out), self.chunks(grad_x), {})
+        self.cells.begin()
         # The re-run sets the generators back; what is drawn after this call must not notice.
         devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices, enabled=self.layer.training):
+        with torch.random.fork_rng(devices, enabled=self.cells.draws):
             self.dispatch(BACKWARD, self.work.backward, tensors)
-        return grad_x, gradients.result()
+        return grad_x, self.cells.gradients()
 
     def dispatch(self, table: Mapping[Op, Callable], program: Sequence[Instruction], tensors: tuple) -> None:
         """Carry out the instructions chunk by chunk; each gets the state, or its gradient, from the one before it."""
@@ -172,7 +175,7 @@ class LayerCall:
     def rerun(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
         """Run only the block's last cell again: it needs no gradient yet, so it fills the wait for one."""
         chunk = instruction.chunk
-        cells = self.replays[chunk].cells(tensors.x[chunk])
+        cells = self.replays[chunk].reruns(tensors.x[chunk])
         tensors.reruns[chunk] = chain([next(cells)], cells)
 
     def back(self, instruction: Instruction, carried: tuple | None, tensors: BackwardTensors) -> tuple:
@@ -186,7 +189,7 @@ class LayerCall:
         cells = tensors.reruns.pop(chunk)
         backwards = zip(cells, reversed(grads_out), reversed(grads_x), strict=True)
         for segment, (cell, grad_y, grad_x) in zip(reversed(range(len(grads_out))), backwards, strict=True):
-            grad_in, *grad_state = tensors.gradients.add(cell, (grad_y, *grad))
+            grad_in, *grad_state = self.cells.back(cell, (grad_y, *grad))
             grad_x.copy_(grad_in)
             grad = tuple(grad_state)
             if self.work.observe_gradient:

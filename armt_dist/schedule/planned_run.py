@@ -27,7 +27,7 @@ KEYS = {
         *("d_mem", "nu", "n_heads", "maths", "use_denom", "correction", "gating", "freeze_mem", "wrap_pos"),
         *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
-    "bptt": ("states",),
+    "bptt": ("states", "graphs"),
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
 }
 # Defaults of ARMTConfig and of the data sections; tests compare them with the classes.

@@ -106,4 +106,5 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     link: Local | Wire = Local()
     if batches.mesh.sp > 1:
         link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)
-    return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, link=link)
+    graphs = batches.device.type == "cuda" if config.bptt.graphs is None else config.bptt.graphs
+    return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, graphs=graphs, link=link)

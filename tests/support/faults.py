@@ -107,17 +107,17 @@ def loss(plant: Plant) -> None:
 
 def memory(plant: Plant) -> None:
     """Fail an allocation of the rank in the backward pass, with torch's own error and words."""
-    from armt_dist.runtime.rerun import Gradients
+    from armt_dist.runtime.cells import EagerCells
 
     def make(original):
-        def add(*args):
+        def back(*args):
             if plant.here():
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
             return original(*args)
 
-        return add
+        return back
 
-    patch(Gradients, "add", make)
+    patch(EagerCells, "back", make)
 
 
 def defect(plant: Plant) -> None:

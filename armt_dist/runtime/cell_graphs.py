@@ -1,0 +1,325 @@
+"""Cells recorded as CUDA graphs: the host launches a whole cell at once, instead of a hundred kernels one by one.
+
+Layers that are alike share one recording. It works on tensors of its own, at fixed addresses: a layer's parameters are
+copied there once a call (ZeRO-3 gathers them anew each time, to other addresses), and a cell's input and state, or their
+gradients, once a cell. Without CUDA the same functions are called again in place of a replay, which tests all but the
+capture itself.
+
+Shapes: B batch rows, N positions of a segment's row, D model width.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..model.backbone import Context
+from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
+from .cells import Cell, Cells, EagerCells, gradients_of, run_again
+
+# Runs before a capture, in which libraries make their handles and choose their algorithms.
+WARM_UPS = 2
+
+
+class Buffers(NamedTuple):
+    """What all recordings of layers that are alike work on."""
+
+    parameters: list[Tensor]
+    sums: list[Tensor]  # float32, of the gradients of those that are trained
+
+
+class Recorded:
+    """A function without arguments that returns tensors: a CUDA graph, or without CUDA the function itself."""
+
+    def __init__(self, work: Callable[[], list[Tensor]], device: torch.device, pool: Any):
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.work = work
+        if device.type != "cuda":
+            self.outputs = work()
+            return
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, such as NCCL's, may go on calling CUDA during the capture.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.outputs = work()
+
+    def replay(self) -> list[Tensor]:
+        """Run it on what its inputs hold now. The results are at the same addresses every time."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            copy(self.outputs, self.work())
+        return self.outputs
+
+
+class Recording:
+    """One cell: forward without a graph, forward with one, and backward, for inputs of given shapes."""
+
+    def __init__(self, layer: ARMTLayer, buffers: Buffers, x: Tensor, state: tuple, context: Context, pool: Any):
+        self.layer, self.buffers, self.pool, self.device = layer, buffers, pool, x.device
+        self.x, self.state = torch.empty_like(x, memory_format=torch.contiguous_format), like(state)
+        self.context, self.shown = like(context), None
+        # Shared by all layers that are alike: it must not keep one of them from being freed.
+        self.own = [p for p in layer.parameters() if p.requires_grad]
+        self.live: Cell | None = None
+        self.load(x, state, context)
+        self.warm_up(trains=False)
+        self.forward_graph = Recorded(self.run_forward, self.device, pool)
+        self.rerun_graph: Recorded | None = None
+        self.back_graph: Recorded | None = None
+
+    def record_backward(self) -> None:
+        """Record the two graphs of the backward pass, once."""
+        if self.back_graph is not None:
+            return
+        self.grads = [torch.zeros_like(t) for t in (self.x, *self.state)]
+        self.warm_up(trains=True)
+        self.rerun_graph = Recorded(self.run_again, self.device, self.pool)
+        self.back_graph = Recorded(self.run_back, self.device, self.pool)
+        # The recording has its kernels; autograd's graph is needed no more.
+        self.live = None
+
+    def load(self, x: Tensor, state: tuple, context: Context) -> None:
+        """Copy the inputs of a cell to where the recording reads them; a context that is there already is not."""
+        copy([self.x, *self.state], [x, *state])
+        if context is not self.shown:
+            copy(tensors(self.context), tensors(context))
+            self.shown = context
+
+    def warm_up(self, trains: bool) -> None:
+        """Run the cell operation by operation. Raises RuntimeError if it draws random numbers, which a graph repeats."""
+        before = generator_states(self.device)
+        for _ in range(WARM_UPS):
+            if trains:
+                self.run_again()
+                self.run_back()
+            else:
+                self.run_forward()
+        if any(not torch.equal(a, b) for a, b in zip(before, generator_states(self.device), strict=True)):
+            raise RuntimeError("the cell draws random numbers")
+
+    def run_forward(self) -> list[Tensor]:
+        """Return y, the state after the cell, and the update, flat."""
+        with recorded_at(self.layer, self.buffers.parameters), torch.no_grad():
+            y, update = self.layer.cell(self.x, self.state, self.context)
+            self.update_leaves, self.update_shape = tree_flatten(update)
+            return [y, *apply(self.state, update), *tensors(update)]
+
+    def run_again(self) -> list[Tensor]:
+        """Make the cell's graph."""
+        with recorded_at(self.layer, self.buffers.parameters):
+            self.live = run_again(self.layer, self.x, self.state, self.context)
+        return []
+
+    def run_back(self) -> list[Tensor]:
+        """Return the gradients of x and the state; add those of the parameters to the sums."""
+        assert self.live is not None, "a cell is run again before its backward pass"
+        with recorded_at(self.layer, self.buffers.parameters):
+            inputs, own = gradients_of(self.live, tuple(self.grads), tuple(self.own))
+        for total, grad in zip(self.buffers.sums, own, strict=True):
+            total.add_(grad)
+        return list(inputs)
+
+    def forward(self, x: Tensor, state: tuple, context: Context, keep: bool) -> tuple[Tensor, MemoryUpdate, tuple]:
+        """Return y, in place; the update, in place unless `keep`; and the state after the cell."""
+        self.load(x, state, context)
+        y, *rest = self.forward_graph.replay()
+        count = len(state)
+        after, update = copies(rest[:count]), rest[count:]
+        if keep:
+            update = copies(update)
+        flat = iter(update)
+        leaves = [next(flat) if isinstance(leaf, Tensor) else leaf for leaf in self.update_leaves]
+        return y, tree_unflatten(leaves, self.update_shape), type(state)(*after)
+
+    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
+        """Run the cell so that `back` can follow."""
+        self.load(x, state, context)
+        assert self.rerun_graph is not None, "recorded by record_backward"
+        self.rerun_graph.replay()
+        return Cell((x, *state), ())
+
+    def back(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the gradients of x, in place, and of the state."""
+        assert self.back_graph is not None, "recorded by record_backward"
+        copy(self.grads, gradients)
+        x, *state = self.back_graph.replay()
+        return x, *copies(state)
+
+
+class CellGraphs:
+    """All recordings of one model on one device."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffers] = []
+        # Numbers of kinds of layers, which are positions in `buffers`.
+        self.kinds: dict[tuple, int] = {}
+        self.known: dict[tuple[nn.Module, bool], int] = {}
+        self.recordings: dict[tuple, Recording] = {}
+        self.refused: set[int] = set()
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def cells(self, layer: ARMTLayer, trains: bool) -> Cells:
+        """Return the cells of a layer; those that cannot be recorded run operation by operation."""
+        eager = EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
+        if eager.draws or self.known.get((layer, layer.training)) in self.refused:
+            return eager
+        return GraphedCells(layer, eager, self, trains)
+
+    def kind(self, layer: ARMTLayer) -> int:
+        """Return the number of a layer's kind, and make the buffers of a new kind. Its parameters are whole."""
+        if (layer, layer.training) not in self.known:
+            number = self.kinds.setdefault(kind_of(layer), len(self.buffers))
+            self.known[layer, layer.training] = number
+            if number == len(self.buffers):
+                parameters = list(layer.parameters())
+                sums = [torch.zeros_like(p.data, dtype=torch.float32) for p in parameters if p.requires_grad]
+                self.buffers.append(Buffers([torch.empty_like(p.data) for p in parameters], sums))
+        return self.known[layer, layer.training]
+
+    def recording(
+        self, layer: ARMTLayer, kind: int, x: Tensor, state: tuple, context: Context, trains: bool
+    ) -> Recording:
+        """Return the recording for inputs like these, made at their first use.
+
+        Raises RuntimeError where the cell cannot be recorded.
+        """
+        key = (kind, shapes((x, state)), shapes(context))
+        if key not in self.recordings:
+            self.recordings[key] = Recording(layer, self.buffers[kind], x, state, context, self.pool)
+        if trains:
+            self.recordings[key].record_backward()
+        return self.recordings[key]
+
+    def refuse(self, kind: int, error: RuntimeError) -> None:
+        """Run layers of a kind operation by operation from now on, and say why."""
+        self.refused.add(kind)
+        warnings.warn(f"cells are not recorded as CUDA graphs, which makes them slower: {error}", stacklevel=2)
+
+
+class GraphedCells:
+    """The cells of one layer during one call, as recordings; see `Cells`."""
+
+    draws = False
+
+    def __init__(self, layer: ARMTLayer, eager: EagerCells, graphs: CellGraphs, trains: bool):
+        self.layer, self.eager, self.graphs, self.trains = layer, eager, graphs, trains
+        # By shape and context: contexts live as long as the call.
+        self.seen: dict[tuple, Recording | None] = {}
+        self.current: Recording | None = None
+
+    def begin(self) -> None:
+        """Copy the parameters to where the recordings read them, and set the sums of their gradients to zero."""
+        self.kind = self.graphs.kind(self.layer)
+        buffers = self.graphs.buffers[self.kind]
+        copy(buffers.parameters, [p.data for p in self.layer.parameters()])
+        self.sums = buffers.sums
+        torch._foreach_zero_(self.sums)
+        # What is not recorded adds to the same sums.
+        self.eager.sums = self.sums
+
+    def of(self, x: Tensor, state: tuple, context: Context) -> Recording | None:
+        """Return the recording for inputs like these; None where there is none."""
+        key = (x.shape, id(context))
+        if key not in self.seen:
+            try:
+                self.seen[key] = self.graphs.recording(self.layer, self.kind, x, state, context, self.trains)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.graphs.refuse(self.kind, error)
+                self.seen[key] = None
+            # Warming up has added to them.
+            torch._foreach_zero_(self.sums)
+        return self.seen[key]
+
+    def forward(self, x: Tensor, state: tuple, context: Context, keep: bool) -> tuple[Tensor, MemoryUpdate, tuple]:
+        """Run a cell without a graph."""
+        cells = self.of(x, state, context) or self.eager
+        return cells.forward(x, state, context, keep)
+
+    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
+        """Run a cell so that `back` can follow."""
+        self.current = self.of(x, state, context)
+        return (self.current or self.eager).rerun(x, state, context)
+
+    def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the gradients of the cell's inputs."""
+        return self.eager.back(cell, gradients) if self.current is None else self.current.back(gradients)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Return one gradient per parameter, which the next layer's do not overwrite."""
+        return tuple(total.to(p.dtype, copy=True) for p, total in zip(self.eager.parameters, self.sums, strict=True))
+
+
+@contextmanager
+def recorded_at(layer: nn.Module, addresses: Sequence[Tensor]) -> Iterator[None]:
+    """Let the layer's parameters be the tensors at `addresses` within the block."""
+    own = [p.data for p in layer.parameters()]
+    try:
+        for parameter, tensor in zip(layer.parameters(), addresses, strict=True):
+            parameter.data = tensor
+        yield
+    finally:
+        for parameter, tensor in zip(layer.parameters(), own, strict=True):
+            parameter.data = tensor
+
+
+def kind_of(layer: nn.Module) -> tuple:
+    """Return what layers that are alike have in common: modules, their settings, and shapes of parameters.
+
+    A layer with buffers is like itself alone.
+    """
+    settings = tuple(
+        (name, type(module), tuple(sorted((k, v) for k, v in vars(module).items() if is_setting(k, v))))
+        for name, module in layer.named_modules()
+    )
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return settings, parameters, id(layer) if any(True for _ in layer.buffers()) else 0
+
+
+def is_setting(name: str, value: object) -> bool:
+    """Tell whether an attribute of a module decides what it computes: not its number, nor what DeepSpeed keeps there."""
+    return isinstance(value, int | float | str | None) and not name.startswith(("_", "ds_")) and name != "layer_idx"
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def like(tree: Any) -> Any:
+    """Return nested tuples with contiguous tensors like those of `tree`."""
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten(
+        [torch.empty_like(t, memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t for t in leaves],
+        spec,
+    )
+
+
+def shapes(tree: Any) -> tuple:
+    """Return what decides whether inputs fit a recording."""
+    leaves, spec = tree_flatten(tree)
+    return str(spec), tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors of equal shapes, with few kernels."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def copies(sources: Sequence[Tensor]) -> list[Tensor]:
+    """Return new tensors with the same values."""
+    targets = [torch.empty_like(t) for t in sources]
+    copy(targets, sources)
+    return targets
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators that a cell might use."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
