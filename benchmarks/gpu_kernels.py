@@ -10,6 +10,7 @@ a table and one JSON line last.
 import argparse
 import json
 import time
+import traceback
 import warnings
 from collections import Counter
 
@@ -17,6 +18,7 @@ import torch
 from shapes import SHAPES, build, random_ids
 from torch.profiler import ProfilerActivity, profile
 
+from armt_dist.runtime.cell_graphs import CellGraphs
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
 from armt_dist.schedule.grid import Grid
@@ -99,6 +101,17 @@ def measure(shape: str, layers: int, segments: int, options: dict, device: torch
     return found
 
 
+def show_refusals() -> None:
+    """Print in full why a cell cannot be recorded."""
+    refuse = CellGraphs.refuse
+
+    def shown(graphs: CellGraphs, error: RuntimeError) -> None:
+        traceback.print_exception(error)
+        refuse(graphs, error)
+
+    CellGraphs.refuse = shown  # type: ignore[method-assign]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -108,6 +121,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
     device, result = torch.device(args.device), {}
+    show_refusals()
     for name in args.variants:
         found = result[name] = measure(args.shape, args.layers, args.segments, VARIANTS[name], device)
         print(f"== {name}: a cell takes {found['forward']:.3f} ms forward, {found['backward']:.3f} ms backward; "

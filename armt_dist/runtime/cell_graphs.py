@@ -28,8 +28,20 @@ WARM_UPS = 2
 class Buffers(NamedTuple):
     """What all recordings of layers that are alike work on."""
 
-    parameters: list[Tensor]
+    parameters: list[nn.Parameter]
     sums: list[Tensor]  # float32, of the gradients of those that are trained
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Buffers":
+        """Return buffers for a layer whose parameters are whole."""
+        own = [p for *_, p in places(layer)]
+        sums = [torch.zeros_like(p.data, dtype=torch.float32) for p in own if p.requires_grad]
+        return cls([nn.Parameter(torch.empty_like(p.data), requires_grad=p.requires_grad) for p in own], sums)
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that are trained."""
+        return tuple(p for p in self.parameters if p.requires_grad)
 
 
 class Recorded:
@@ -62,8 +74,6 @@ class Recording:
         self.layer, self.buffers, self.pool, self.device = layer, buffers, pool, x.device
         self.x, self.state = torch.empty_like(x, memory_format=torch.contiguous_format), like(state)
         self.context, self.shown = like(context), None
-        # Shared by all layers that are alike: it must not keep one of them from being freed.
-        self.own = [p for p in layer.parameters() if p.requires_grad]
         self.live: Cell | None = None
         self.load(x, state, context)
         self.warm_up(trains=False)
@@ -98,6 +108,9 @@ class Recording:
                 self.run_back()
             else:
                 self.run_forward()
+            # Its end frees the nodes of the parameters' gradients, which remember the stream that they were made on:
+            # a capture, on a stream of its own, must make new ones.
+            self.live = None
         if any(not torch.equal(a, b) for a, b in zip(before, generator_states(self.device), strict=True)):
             raise RuntimeError("the cell draws random numbers")
 
@@ -118,7 +131,7 @@ class Recording:
         """Return the gradients of x and the state; add those of the parameters to the sums."""
         assert self.live is not None, "a cell is run again before its backward pass"
         with recorded_at(self.layer, self.buffers.parameters):
-            inputs, own = gradients_of(self.live, tuple(self.grads), tuple(self.own))
+            inputs, own = gradients_of(self.live, tuple(self.grads), self.buffers.trained)
         for total, grad in zip(self.buffers.sums, own, strict=True):
             total.add_(grad)
         return list(inputs)
@@ -159,15 +172,13 @@ class CellGraphs:
         self.kinds: dict[tuple, int] = {}
         self.known: dict[tuple[nn.Module, bool], int] = {}
         self.recordings: dict[tuple, Recording] = {}
-        self.refused: set[int] = set()
+        self.refused = False
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def cells(self, layer: ARMTLayer, trains: bool) -> Cells:
         """Return the cells of a layer; those that cannot be recorded run operation by operation."""
         eager = EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
-        if eager.draws or self.known.get((layer, layer.training)) in self.refused:
-            return eager
-        return GraphedCells(layer, eager, self, trains)
+        return eager if eager.draws or self.refused else GraphedCells(layer, eager, self, trains)
 
     def kind(self, layer: ARMTLayer) -> int:
         """Return the number of a layer's kind, and make the buffers of a new kind. Its parameters are whole."""
@@ -175,9 +186,7 @@ class CellGraphs:
             number = self.kinds.setdefault(kind_of(layer), len(self.buffers))
             self.known[layer, layer.training] = number
             if number == len(self.buffers):
-                parameters = list(layer.parameters())
-                sums = [torch.zeros_like(p.data, dtype=torch.float32) for p in parameters if p.requires_grad]
-                self.buffers.append(Buffers([torch.empty_like(p.data) for p in parameters], sums))
+                self.buffers.append(Buffers.of(layer))
         return self.known[layer, layer.training]
 
     def recording(
@@ -194,10 +203,11 @@ class CellGraphs:
             self.recordings[key].record_backward()
         return self.recordings[key]
 
-    def refuse(self, kind: int, error: RuntimeError) -> None:
-        """Run layers of a kind operation by operation from now on, and say why."""
-        self.refused.add(kind)
-        warnings.warn(f"cells are not recorded as CUDA graphs, which makes them slower: {error}", stacklevel=2)
+    def refuse(self, error: RuntimeError) -> None:
+        """Run all cells operation by operation from now on, and say why."""
+        self.refused = True
+        why = str(error).splitlines()[0]
+        warnings.warn(f"cells are not recorded as CUDA graphs, which makes them slower ({why})", stacklevel=2)
 
 
 class GraphedCells:
@@ -215,7 +225,7 @@ class GraphedCells:
         """Copy the parameters to where the recordings read them, and set the sums of their gradients to zero."""
         self.kind = self.graphs.kind(self.layer)
         buffers = self.graphs.buffers[self.kind]
-        copy(buffers.parameters, [p.data for p in self.layer.parameters()])
+        copy([p.data for p in buffers.parameters], [p.data for *_, p in places(self.layer)])
         self.sums = buffers.sums
         torch._foreach_zero_(self.sums)
         # What is not recorded adds to the same sums.
@@ -224,13 +234,15 @@ class GraphedCells:
     def of(self, x: Tensor, state: tuple, context: Context) -> Recording | None:
         """Return the recording for inputs like these; None where there is none."""
         key = (x.shape, id(context))
+        if key not in self.seen and self.graphs.refused:
+            self.seen[key] = None
         if key not in self.seen:
             try:
                 self.seen[key] = self.graphs.recording(self.layer, self.kind, x, state, context, self.trains)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.graphs.refuse(self.kind, error)
+                self.graphs.refuse(error)
                 self.seen[key] = None
             # Warming up has added to them.
             torch._foreach_zero_(self.sums)
@@ -255,17 +267,26 @@ class GraphedCells:
         return tuple(total.to(p.dtype, copy=True) for p, total in zip(self.eager.parameters, self.sums, strict=True))
 
 
+def places(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return where the layer's parameters are, in their order: modules and names there, and they themselves."""
+    return [(module, name, p) for module in layer.modules() for name, p in module.named_parameters(recurse=False)]
+
+
 @contextmanager
-def recorded_at(layer: nn.Module, addresses: Sequence[Tensor]) -> Iterator[None]:
-    """Let the layer's parameters be the tensors at `addresses` within the block."""
-    own = [p.data for p in layer.parameters()]
+def recorded_at(layer: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Put other parameters in the place of the layer's within the block.
+
+    Not by their `data`: autograd's nodes of the layer's own parameters belong to the stream of the training step.
+    """
+    at = places(layer)
     try:
-        for parameter, tensor in zip(layer.parameters(), addresses, strict=True):
-            parameter.data = tensor
+        # Not by register_parameter, which asks for the old one first: ZeRO-3 would gather it.
+        for (module, name, _), parameter in zip(at, parameters, strict=True):
+            module._parameters[name] = parameter
         yield
     finally:
-        for parameter, tensor in zip(layer.parameters(), own, strict=True):
-            parameter.data = tensor
+        for module, name, own in at:
+            module._parameters[name] = own
 
 
 def kind_of(layer: nn.Module) -> tuple:
