@@ -8,7 +8,7 @@ Result = TypeVar("Result")
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """Return what `work` returns. Raises what it raises, and TimeoutError if it takes longer; it goes on unheeded then."""
+    """Return what `work` returns, or raise what it raises; TimeoutError if it takes longer, and goes on unheeded."""
     results: list[Result] = []
     errors: list[BaseException] = []
 

@@ -5,8 +5,8 @@
     bash benchmarks/gpu.sh --only parity kernels --out /tmp/found
 
 Steps, each with a time limit of its own: the environment; parity of every path with the plain loop; attention kernels,
-launches and host waits of a step; tokens/s and peak memory beside a plain loop and the planner; the longest sequence; the
-product's own commands, killed and resumed. Writes OUT/gpu_DATE.md and .json. Exit code: how many steps failed.
+launches and host waits of a step; tokens/s and peak memory beside a plain loop and the planner; the longest sequence;
+the product's own commands, killed and resumed. Writes OUT/gpu_DATE.md and .json. Exit code: how many steps failed.
 """
 
 import argparse
@@ -31,8 +31,9 @@ def kernels(found: dict) -> str:
     plain = found["as it is"]
     waits = sum(sum(each["waits_inside"].values()) for each in found.values())
     return (
-        f"a cell: {plain['forward']:.2f} ms forward, {plain['backward']:.2f} ms backward, {plain['launches_per_cell']:.0f} "
-        f"launches, device {plain['device_ms_per_cell']:.2f} ms; host waits inside: {waits}"
+        f"a cell: {plain['forward']:.2f} ms forward, {plain['backward']:.2f} ms backward, "
+        f"{plain['launches_per_cell']:.0f} launches, device {plain['device_ms_per_cell']:.2f} ms; "
+        f"host waits inside: {waits}"
     )
 
 

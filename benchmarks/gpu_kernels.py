@@ -1,10 +1,10 @@
-"""What one training step launches: attention kernels, kernels of a cell, waits of the host, and the device's busy share.
+"""What one training step launches: attention kernels, launches of a cell, waits of the host, time of the device.
 
     python benchmarks/gpu_kernels.py [--device cpu --shape tiny] [--segments 16] [--layers 4]
 
 Layers of the shape, bfloat16, without an engine: forward and backward of one sequence by the fast path, under torch's
-profiler. Kernels a cell are those of all segments and layers over their number, embedding, head and loss left in. Prints
-a table and one JSON line last.
+profiler. Launches a cell are those of all segments and layers over their number, embedding, head and loss left in.
+Prints a table and one JSON line last.
 """
 
 import argparse
@@ -124,8 +124,9 @@ def main() -> None:
     show_refusals()
     for name in args.variants:
         found = result[name] = measure(args.shape, args.layers, args.segments, VARIANTS[name], device)
-        print(f"== {name}: a cell takes {found['forward']:.3f} ms forward, {found['backward']:.3f} ms backward; "
-              f"{found['launches_per_cell']:.0f} launches, {found['device_ms_per_cell']:.3f} ms of the device")  # fmt: skip
+        times = f"{found['forward']:.3f} ms forward, {found['backward']:.3f} ms backward"
+        launches, device_ms = found["launches_per_cell"], found["device_ms_per_cell"]
+        print(f"== {name}: a cell takes {times}; {launches:.0f} launches, {device_ms:.3f} ms of the device")
         print(f"   waits inside: {found['waits_inside'] or 'none'}; runtime: {found['waits_of_the_runtime']}")
         for kernel, count in found["attention"].items():
             print(f"   attention: {count} x {kernel}")

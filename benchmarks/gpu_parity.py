@@ -3,10 +3,10 @@
     python benchmarks/gpu_parity.py [--device cpu]
 
 The reference is the plain loop in float64 on the CPU. Both the plain loop and the fast path on the device are compared
-with it, by the largest relative error of any gradient, ||g - ref|| / ||ref||, and that of the loss: the fast path may be no
-further off than the plain loop is, up to a factor. Then whether a second run, without CUDA graphs, agrees to the bit, and whether
-generation from the cache agrees with the whole forward. Prints a table and one JSON line last; exit code 1 if anything is
-off.
+with it, by the largest relative error of any gradient, ||g - ref|| / ||ref||, and that of the loss: the fast path may
+be no further off than the plain loop is, up to a factor. Then whether a second run, without CUDA graphs, agrees to the
+bit, and whether generation from the cache agrees with the whole forward. Prints a table and one JSON line last; exit
+code 1 if anything is off.
 """
 
 import argparse

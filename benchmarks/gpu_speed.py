@@ -4,8 +4,8 @@
     python benchmarks/gpu_speed.py --device cpu --shape tiny --tokens 256 512 --longest 2048      # the script itself
 
 The fast path is the real one: ZeRO-3 on one rank, bfloat16, AdamW, optimizer step included. The plain loop is forward
-and backward alone, in one graph, and with one segment's graph alive at a time (torch's checkpointing); where it runs out
-of memory, that is the result. Every point is the second of two steps. `--longest`: one step of one sequence with
+and backward alone, in one graph, and with one segment's graph alive at a time (torch's checkpointing); where it runs
+out of memory, that is the result. Every point is the second of two steps. `--longest`: one step of one sequence with
 rebuilt states and layer inputs in host memory. Prints tables and one JSON line last.
 """
 
@@ -29,6 +29,7 @@ from armt_dist.runtime.sections import ParallelConfig
 from armt_dist.schedule.hardware import HARDWARE
 from armt_dist.schedule.model_sizes import StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planner import Layout, plan
+from armt_dist.training.out_of_memory import is_out_of_memory
 
 PLAIN = {"plain": False, "plain, checkpointed": True}
 # states, offload, graphs
@@ -59,7 +60,9 @@ def point(step: Callable[[], Any], tokens: int, device: torch.device, warm_up: b
         started = waited(device)
         step()
         seconds = waited(device) - started
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
         gc.collect()

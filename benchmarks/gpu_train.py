@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_train.py [--ranks 1] [--device cpu] [--steps 0] [--until 24] [--work FOLDER] [setting ...]
 
-Trains the quickstart's recipe (`--steps`: so many steps of it), once as it is and once with a SIGKILL of all processes in
-the middle of the first `--until` steps; both must have the same losses to the bit. Then consolidates, evaluates by length
-and asks. CUDA_HOME leads nowhere, as on machines with pip wheels and a driver. Prints one JSON line last.
+Trains the quickstart's recipe (`--steps`: so many steps of it), once as it is and once with a SIGKILL of all processes
+in the middle of the first `--until` steps; both must have the same losses to the bit. Then consolidates, evaluates by
+length and asks. CUDA_HOME leads nowhere, as on machines with pip wheels and a driver. Prints one JSON line last.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ranks import ROOT
@@ -64,10 +65,8 @@ def killed(command: list[str], environment: dict, out: Path, step: int) -> int:
     # The launcher puts every rank into a session of its own.
     pids = [json.loads(f.read_text())["pid"] for f in (out / "heartbeat").glob("rank_*.json")]
     for pid in (*pids, process.pid):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
     return len(losses(out))
 

@@ -1,7 +1,7 @@
 """Run benchmarks one after the other, each within a time limit of its own; one that fails does not stop the others.
 
-A step's output goes to LOGS/NAME.log and its last line of JSON into the report: a table at a glance, then what each step
-printed. Used by gpu.py and gpu_node.py.
+A step's output goes to LOGS/NAME.log and its last line of JSON into the report: a table at a glance, then what each
+step printed. Used by gpu.py.
 """
 
 import datetime
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,10 +59,8 @@ def run_step(step: Step, logs: Path) -> Outcome:
             status = f"FAILED, not done within {step.limit_s:g} s"
         finally:
             # What it left behind would disturb the next one.
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     log = path.read_text(errors="replace")
     return Outcome(step, status, time.monotonic() - started, last_json(log), log)

@@ -1,9 +1,9 @@
 """Cells recorded as CUDA graphs: the host launches a whole cell at once, instead of a hundred kernels one by one.
 
 Layers that are alike share one recording. It works on tensors of its own, at fixed addresses: a layer's parameters are
-copied there once a call (ZeRO-3 gathers them anew each time, to other addresses), and a cell's input and state, or their
-gradients, once a cell. Without CUDA the same functions are called again in place of a replay, which tests all but the
-capture itself.
+copied there once a call (ZeRO-3 gathers them anew each time, to other addresses), and a cell's input and state, or
+their gradients, once a cell. Without CUDA the same functions are called again in place of a replay, which tests all but
+the capture itself.
 
 Shapes: B batch rows, N positions of a segment's row, D model width.
 """
@@ -73,7 +73,8 @@ class Recording:
     def __init__(self, layer: ARMTLayer, buffers: Buffers, x: Tensor, state: tuple, context: Context, pool: Any):
         self.layer, self.buffers, self.pool, self.device = layer, buffers, pool, x.device
         self.x, self.state = torch.empty_like(x, memory_format=torch.contiguous_format), like(state)
-        self.context, self.shown = like(context), None
+        self.context: Context = like(context)
+        self.shown: Context | None = None
         self.live: Cell | None = None
         self.load(x, state, context)
         self.warm_up(trains=False)
@@ -100,7 +101,7 @@ class Recording:
             self.shown = context
 
     def warm_up(self, trains: bool) -> None:
-        """Run the cell operation by operation. Raises RuntimeError if it draws random numbers, which a graph repeats."""
+        """Run the cell operation by operation. Raises RuntimeError if it draws random numbers: a graph repeats them."""
         before = generator_states(self.device)
         for _ in range(WARM_UPS):
             if trains:
@@ -303,7 +304,7 @@ def kind_of(layer: nn.Module) -> tuple:
 
 
 def is_setting(name: str, value: object) -> bool:
-    """Tell whether an attribute of a module decides what it computes: not its number, nor what DeepSpeed keeps there."""
+    """Tell whether a module's attribute decides what it computes: not its number, nor what DeepSpeed keeps there."""
     return isinstance(value, int | float | str | None) and not name.startswith(("_", "ds_")) and name != "layer_idx"
 
 

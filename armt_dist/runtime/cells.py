@@ -38,9 +38,9 @@ class Cells(Protocol):
         """Run a cell with its graph; `back` of it comes before the next one."""
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the gradients of x and of the state, valid until the next call, from those of y and the state after it.
+        """Return the gradients of x and of the state, from those of y and of the state after it.
 
-        Adds up those of the parameters.
+        That of x is valid until the next call. Adds up the gradients of the parameters.
         """
 
     def gradients(self) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What to say when a rank's memory does not suffice: what it was doing, what was planned, and settings that would fit."""
+"""What to say when a rank runs out of memory: what it was doing, what was planned, and settings that would fit."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ class Need(NamedTuple):
 def describe(
     error: Exception, config: RunConfig, ds_config: dict, world: int, at: Instruction | None, need: Need, device: str
 ) -> str:
-    """Return one line about an allocation that failed on a rank of `world`, in instruction `at`; device: cuda or cpu."""
+    """Return one line about an allocation that failed on a rank of `world` in instruction `at`; device: cuda or cpu."""
     wanted = WANTED.search(str(error))
     doing = f" in {at} (layer {at.layer})" if at else ""
     more = f"{wanted[1]} more were wanted" if wanted else "no more could be had"
@@ -104,4 +104,7 @@ def fitting(run: PlannedRun, hardware: Hardware, need: Need, planned: float) -> 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an allocation failed, on a device or on the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Pinned host memory, on a machine with GPUs; any host memory.
+    return any(words in str(error) for words in ("CUDA error: out of memory", "can't allocate memory"))

@@ -201,7 +201,16 @@ def stop(plant: Plant) -> None:
     patch(train_step, "run_micro_batches", make)
 
 
-PLANTS = {"nan": nan, "loss": loss, "memory": memory, "defect": defect, "slow": slow, "write": write, "without": without, "stop": stop}
+PLANTS = {
+    "nan": nan,
+    "loss": loss,
+    "memory": memory,
+    "defect": defect,
+    "slow": slow,
+    "write": write,
+    "without": without,
+    "stop": stop,
+}
 
 
 def start(world: int, arguments: Sequence, plants: Sequence[Plant] = (), **environ: str) -> list[subprocess.Popen]:
