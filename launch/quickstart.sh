@@ -9,7 +9,11 @@ bash launch/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    ranks=$(nvidia-smi -L | wc -l)
+    # Parts of a partitioned GPU (MIG) are listed below it. A power of two divides the batch.
+    gpus=$(nvidia-smi -L | grep -c '^GPU') ranks=1
+    while [ $((2 * ranks)) -le "$gpus" ]; do
+        ranks=$((2 * ranks))
+    done
     ds_config=ds_configs/zero3.json
 else
     ranks=2

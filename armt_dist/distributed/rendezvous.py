@@ -33,22 +33,19 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     master or a port that is taken.
     """
     cuda = torch.cuda.is_available()
-    if cuda and ranks.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local_rank={ranks.local_rank}: {socket.gethostname()} shows {torch.cuda.device_count()} GPUs to this "
-            f"rank and has {ranks.local_world_size} ranks; ask for one GPU per rank, all visible to every rank"
-        )
+    gpu = own_gpu(ranks, torch.cuda.device_count()) if cuda else 0
     address, port = rendezvous(ranks)
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
-        LOCAL_RANK=str(ranks.local_rank),
+        # DeepSpeed takes its device from it.
+        LOCAL_RANK=str(gpu if cuda else ranks.local_rank),
         LOCAL_WORLD_SIZE=str(ranks.local_world_size),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
     if cuda:
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(gpu)
     else:
         # Must be in place before deepspeed is imported: it picks its accelerator then.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -56,7 +53,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         keep_freed_memory()
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     # With its device known, NCCL connects at once and splits later groups off this one. A single rank has no peer.
     own_device = device if cuda and ranks.world_size > 1 else None
     if ranks.local_world_size == ranks.world_size:
@@ -65,6 +62,8 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     try:
         store, timeout = open_store(ranks, address, port, timeout_s), timedelta(seconds=timeout_s)
         store.set_timeout(timeout)
+        if cuda:
+            check_own(ranks, str(torch.cuda.get_device_properties(gpu).uuid), store)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=timeout,
@@ -73,6 +72,8 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             store=store,
             device_id=own_device,
         )
+    except ConfigError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT={address}:{port}: rank {ranks.rank} of {ranks.world_size} on "
@@ -80,6 +81,33 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             "check that rank 0 runs there, that the port is free and reachable, and GLOO_/NCCL_SOCKET_IFNAME"
         ) from None
     return device
+
+
+def own_gpu(ranks: Ranks, visible: int) -> int:
+    """Return the number of this rank's GPU among those that it sees: all of the node, or its own alone.
+
+    Raises ConfigError for fewer than the ranks of the node, but more than one.
+    """
+    if visible == 1:
+        # Slurm's --gpus-per-task=1; `check_own` tells it from several ranks on a node of one GPU.
+        return 0
+    if ranks.local_rank >= visible:
+        raise ConfigError(
+            f"local_rank={ranks.local_rank}: {socket.gethostname()} shows {visible} GPUs to this rank and has "
+            f"{ranks.local_world_size} ranks; start one rank per GPU"
+        )
+    return ranks.local_rank
+
+
+def check_own(ranks: Ranks, gpu: str, store: dist.Store) -> None:
+    """Check that no other rank of this node has the same GPU. Raises ConfigError on all ranks of the node."""
+    first = ranks.rank - ranks.local_rank
+    store.set(f"gpu/{ranks.rank}", gpu)
+    others = [store.get(f"gpu/{rank}").decode() for rank in range(first, first + ranks.local_world_size)]
+    if len(set(others)) < len(others):
+        raise ConfigError(
+            f"{socket.gethostname()}: its {len(others)} ranks have {len(set(others))} GPUs; start one rank per GPU"
+        )
 
 
 def rendezvous(ranks: Ranks) -> tuple[str, int]:

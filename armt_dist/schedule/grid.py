@@ -94,6 +94,19 @@ def prefetch_window(grid: Grid, handoff_units: float = 0.0) -> int:
     return math.ceil((grid.sp - 1) * (1 + handoff_units) / grid.chunks) + 1
 
 
+# DeepSpeed's host blocks where so many reductions on CUDA are unfinished (0.19.8).
+UNFINISHED_REDUCTIONS = 3
+
+
+def reduction_layers(grid: Grid) -> int:
+    """Return how many layers' gradients ZeRO-3 reduces at a time on CUDA, so that its waits do not stop the wavefront.
+
+    A reduction ends when all ranks have come to it, and the first rank of an sp group is (sp - 1) / chunks layers ahead
+    of the last: the reductions that may be unfinished have to cover them.
+    """
+    return max(2, math.ceil((grid.sp - 1) / grid.chunks / UNFINISHED_REDUCTIONS) + 1)
+
+
 def block_segments(grid: Grid) -> tuple[range, ...]:
     """Return the segments of each of the B = sp * rounds blocks; the first S mod B blocks have one segment more."""
     size, extra = divmod(grid.segments, grid.sp * grid.rounds)

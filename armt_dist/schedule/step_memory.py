@@ -11,7 +11,7 @@ Letters: B micro-batch, K segments of a block, L layers, N positions of a segmen
 import math
 from typing import NamedTuple
 
-from .grid import Grid
+from .grid import Grid, reduction_layers
 from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens
 
 LOGITS_TOKENS = 1024
@@ -62,7 +62,7 @@ class Held(NamedTuple):
             return self.work.reduce_bucket_size
         if self.device == "cpu":
             return self.model.parameters + 1
-        return max(2 * self.model.layer_parameters, CUDA_BUCKET_ELEMENTS)
+        return max(reduction_layers(self.grid) * self.model.layer_parameters, CUDA_BUCKET_ELEMENTS)
 
 
 def gpu_bytes(held: Held) -> tuple[str, dict[str, float]]:

@@ -14,7 +14,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from ..config import ConfigError, one_line
 from ..model.memory_kind import ARMTLayer
 from ..runtime.executor import ScheduledLM
-from ..schedule.grid import Grid, prefetch_window
+from ..schedule.grid import Grid, prefetch_window, reduction_layers
+from ..schedule.step_memory import CUDA_BUCKET_ELEMENTS
 from .private import mark_gradients_ready, operators, release_after_next_backward, whole_numel
 
 STALE_LOCK_S = 900
@@ -44,20 +45,19 @@ def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) ->
     """
     window = prefetch_window(grid)
     zero = ds["zero_optimization"]
-    rest = limits.model - grid.layers * limits.layer
+    rest, reduced = limits.model - grid.layers * limits.layer, reduction_layers(grid) * limits.layer
     derived = {
         "stage3_prefetch_bucket_size": window * limits.layer,
         "stage3_max_live_parameters": (window + 2) * limits.layer + max(rest, 0),
         "stage3_max_reuse_distance": 2 * limits.layer,
         # On gloo a reduction blocks the host: before the last one nothing may be reduced, or the wavefront serialises.
-        "reduce_bucket_size": limits.model + 1 if device.type == "cpu" else max(2 * limits.layer, 50_000_000),
+        "reduce_bucket_size": limits.model + 1 if device.type == "cpu" else max(reduced, CUDA_BUCKET_ELEMENTS),
     }
     needed = {
         "stage3_prefetch_bucket_size": derived["stage3_prefetch_bucket_size"],
         "stage3_max_live_parameters": (window + 2) * limits.layer,
+        "reduce_bucket_size": limits.model + 1 if device.type == "cpu" else reduced,
     }
-    if device.type == "cpu":
-        needed["reduce_bucket_size"] = limits.model + 1
     for name, least in needed.items():
         given = zero.get(name)
         if grid.sp > 1 and given is not None and given < least:

@@ -57,6 +57,16 @@ def test_limits_are_derived_and_a_serial_wavefront_is_refused():
     for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "reduce_bucket_size"):
         with pytest.raises(ConfigError, match=name):
             engines.derive_limits({"zero_optimization": {"stage": 3, name: 10}}, limits, grid, CPU)
+    # Three reductions may be unfinished: of 2, 4 and 6 layers they cover the 3, 7 and 15 layers that ranks are apart.
+    for sp, chunks, layers in ((4, 1, 2), (8, 1, 4), (16, 1, 6), (16, 4, 3)):
+        cuda = torch.device("cuda")
+        spread = grid._replace(sp=sp, chunks=chunks)
+        large = engines.Limits(layer=10**8, model=2 * 10**9)
+        found = engines.derive_limits({"zero_optimization": {"stage": 3}}, large, spread, cuda)["zero_optimization"]
+        assert found["reduce_bucket_size"] == layers * 10**8 and 3 * layers >= (sp - 1) / chunks
+        given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": layers * 10**8 - 1}}
+        with pytest.raises(ConfigError, match="reduce_bucket_size"):
+            engines.derive_limits(given, large, spread, cuda)
     # One rank has no pipeline to serialise: set by hand, it is kept.
     alone = grid._replace(sp=1)
     kept = engines.derive_limits({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10}}, limits, alone, CPU)

@@ -1,8 +1,10 @@
 """Which rank a process is, under any launcher, and how the world is split into groups."""
 
 import pytest
+import torch
 
 from armt_dist.config import ConfigError
+from armt_dist.distributed import rendezvous
 from armt_dist.distributed.launchers import Ranks, discover
 from armt_dist.distributed.mesh import make_mesh
 
@@ -96,3 +98,25 @@ def test_mesh_groups_are_adjacent_ranks():
 def test_sp_must_divide_the_world(sp):
     with pytest.raises(ConfigError, match=rf"sp={sp} does not divide the world of 8 ranks; try one of \[1, 2, 4, 8\]"):
         make_mesh(Ranks(0, 8, 0, 1, "x"), sp)
+
+
+@pytest.mark.parametrize("local_rank, visible, expected", [(0, 8, 0), (3, 8, 3), (3, 1, 0), (0, 1, 0), (3, 2, None)])
+def test_a_rank_takes_its_gpu_of_those_that_it_sees(local_rank, visible, expected):
+    ranks = Ranks(8 + local_rank, 16, local_rank, 4, "srun")
+    if expected is None:
+        with pytest.raises(ConfigError, match="shows 2 GPUs to this rank and has 4 ranks"):
+            rendezvous.own_gpu(ranks, visible)
+    else:
+        assert rendezvous.own_gpu(ranks, visible) == expected
+
+
+def test_ranks_that_share_a_gpu_are_refused():
+    def check(gpus):
+        store = torch.distributed.HashStore()
+        for rank, gpu in enumerate(gpus):
+            store.set(f"gpu/{4 + rank}", gpu)
+        rendezvous.check_own(Ranks(4, 8, 0, len(gpus), "srun"), gpus[0], store)
+
+    check(["a", "b", "c", "d"])
+    with pytest.raises(ConfigError, match="4 ranks have 2 GPUs"):
+        check(["a", "a", "b", "b"])
