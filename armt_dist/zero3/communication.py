@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from ..distributed.collectives import all_gather_single, reduce_scatter_single
-from .private import skip_shared_memory_op, use_collectives
+from .private import skip_shared_memory_op, unpack_with_few_operations, use_collectives
 
 
 def start_communication() -> None:
@@ -21,3 +21,4 @@ def start_communication() -> None:
     skip_shared_memory_op()
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
     use_collectives(all_gather_single, reduce_scatter_single)
+    unpack_with_few_operations()

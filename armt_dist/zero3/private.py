@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .unpacking import reduce_scatter, wait_and_unpack
+
 
 class WholeTensor(NamedTuple):
     """The argument of a collective that holds the whole tensor, not a rank's share."""
@@ -92,3 +94,34 @@ def release_after_next_backward(module: nn.Module) -> None:
     first backward would release the layer, and prefetching would stop. Seen in DeepSpeed 0.19.8.
     """
     module.ds_grads_remaining = 1  # type: ignore[assignment]
+
+
+def unpack_with_few_operations() -> None:
+    """Let ZeRO-3 lay parameters and gradients out by `unpacking`, in place of one operation a parameter and rank.
+
+    `AllGatherCoalescedHandle.wait` and `stage3.reduce_scatter_coalesced`; the same values, bit for bit. Seen in
+    DeepSpeed 0.19.8.
+    """
+    import deepspeed.comm as dist
+    from deepspeed.runtime.comm import coalesced_collectives
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
+
+    original = AllGatherCoalescedHandle.wait
+    if hasattr(original, "few_operations"):
+        return
+
+    def wait(handle: Any, handle_dependency: bool = True) -> None:
+        """Wait for a gather and lay its parameters out."""
+        wait_and_unpack(handle, original, ZeroParamStatus.AVAILABLE, handle_dependency)
+
+    def reduce_scatter_coalesced(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+        """Return this rank's part of the mean of each tensor."""
+        send = coalesced_collectives._torch_reduce_scatter_fn
+        return reduce_scatter(
+            tensors, dist.get_rank(group), dist.get_world_size(group), lambda whole, own: send(whole, own, group=group)
+        )
+
+    wait.few_operations = original  # type: ignore[attr-defined]
+    AllGatherCoalescedHandle.wait = wait
+    stage3.reduce_scatter_coalesced = reduce_scatter_coalesced
