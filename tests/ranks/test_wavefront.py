@@ -52,7 +52,9 @@ def batch_for(seed):
     return random_batch(tokens=(17 if seed % 2 else 19) * 8 - 3, batch=BATCH, pad=12, seed=seed)
 
 
-def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, **ds_config):
+def engine_on(
+    folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, graphs=False, **ds_config
+):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
     from armt_dist.config import validate as section
     from armt_dist.runtime import executor, handoff
@@ -69,7 +71,7 @@ def engine_on(folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, o
     armt = partitioned_model.armt_config(config, {}, None)
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
     link = handoff.Wire(*ring(mesh, timeout_s), CPU) if sp > 1 else None
-    runner = executor.ScheduledLM(model, states=states, offload=offload, link=link)
+    runner = executor.ScheduledLM(model, states=states, offload=offload, graphs=graphs, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
     return start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
 
@@ -107,11 +109,12 @@ def full_gradients(runner):
 def run_layouts(ranks, folder):
     """Loss and gradients of each layout. The second pass has a complete order of gathers: it prefetches.
 
-    With two rounds the layer inputs wait in host memory.
+    With two rounds the layer inputs wait in host memory; with two chunks cells are recorded.
     """
     found = {}
     for layout, states in zip(LAYOUTS[ranks.world_size], itertools.cycle(STATES), strict=False):
-        parts = engine_on(folder, ranks, layout, states, offload=layout[1] == 2, optimizer=STILL)
+        _, rounds, chunks = layout
+        parts = engine_on(folder, ranks, layout, states, offload=rounds == 2, graphs=chunks == 2, optimizer=STILL)
         for attempt in range(PASSES):
             loss = step(parts, ranks, *batch_for(1))
             found[layout, states, attempt] = loss, full_gradients(parts[1])
