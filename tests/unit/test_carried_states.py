@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from support import golden
+from support.float64 import in_float64
 from support.models import small_model
 from support.oracle import GRID, random_batch, random_starts, shifted
 from torch.nn.functional import cross_entropy
@@ -60,7 +61,15 @@ def gradients(model):
 @pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_sequence_that_starts_from_states(name, states, documents):
-    """Loss, every gradient and the last states; chunks of unequal size; the states get no gradient."""
+    """Loss, every gradient and the last states; chunks of unequal size; the states get no gradient.
+
+    In float64: some of these models magnify a rounding, which differs between CPUs, a thousandfold.
+    """
+    with in_float64():
+        check_a_sequence(name, states, documents)
+
+
+def check_a_sequence(name, states, documents):
     model = small_model(base=dict(initializer_range=0.1), **KINDS[name])
     ids, labels, _ = random_batch(tokens=5 * SEGMENT - 3, pad=0)
     labels = shifted(labels)
