@@ -168,10 +168,10 @@ class CellGraphs:
     """All recordings of one model on one device."""
 
     def __init__(self) -> None:
-        self.buffers: list[Buffers] = []
-        # Numbers of kinds of layers, which are positions in `buffers`.
+        # Layers of several kinds, such as one in training and in evaluation, have the same buffers.
+        self.buffers: dict[tuple, Buffers] = {}
         self.kinds: dict[tuple, int] = {}
-        self.known: dict[tuple[nn.Module, bool], int] = {}
+        self.known: dict[tuple[nn.Module, bool], tuple[int, Buffers]] = {}
         self.recordings: dict[tuple, Recording] = {}
         self.refused = False
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -181,25 +181,26 @@ class CellGraphs:
         eager = EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
         return eager if eager.draws or self.refused else GraphedCells(layer, eager, self, trains)
 
-    def kind(self, layer: ARMTLayer) -> int:
-        """Return the number of a layer's kind, and make the buffers of a new kind. Its parameters are whole."""
+    def kind(self, layer: ARMTLayer) -> tuple[int, Buffers]:
+        """Return the number of a layer's kind, and its buffers. The layer's parameters are whole."""
         if (layer, layer.training) not in self.known:
-            number = self.kinds.setdefault(kind_of(layer), len(self.buffers))
-            self.known[layer, layer.training] = number
-            if number == len(self.buffers):
-                self.buffers.append(Buffers.of(layer))
+            kind = kind_of(layer)
+            _, parameters, own = kind
+            if (parameters, own) not in self.buffers:
+                self.buffers[parameters, own] = Buffers.of(layer)
+            number = self.kinds.setdefault(kind, len(self.kinds))
+            self.known[layer, layer.training] = number, self.buffers[parameters, own]
         return self.known[layer, layer.training]
 
-    def recording(
-        self, layer: ARMTLayer, kind: int, x: Tensor, state: tuple, context: Context, trains: bool
-    ) -> Recording:
+    def recording(self, layer: ARMTLayer, x: Tensor, state: tuple, context: Context, trains: bool) -> Recording:
         """Return the recording for inputs like these, made at their first use.
 
         Raises RuntimeError where the cell cannot be recorded.
         """
+        kind, buffers = self.kind(layer)
         key = (kind, shapes((x, state)), shapes(context))
         if key not in self.recordings:
-            self.recordings[key] = Recording(layer, self.buffers[kind], x, state, context, self.pool)
+            self.recordings[key] = Recording(layer, buffers, x, state, context, self.pool)
         if trains:
             self.recordings[key].record_backward()
         return self.recordings[key]
@@ -224,8 +225,7 @@ class GraphedCells:
 
     def begin(self) -> None:
         """Copy the parameters to where the recordings read them, and set the sums of their gradients to zero."""
-        self.kind = self.graphs.kind(self.layer)
-        buffers = self.graphs.buffers[self.kind]
+        _, buffers = self.graphs.kind(self.layer)
         copy([p.data for p in buffers.parameters], [p.data for *_, p in places(self.layer)])
         self.sums = buffers.sums
         torch._foreach_zero_(self.sums)
@@ -239,7 +239,7 @@ class GraphedCells:
             self.seen[key] = None
         if key not in self.seen:
             try:
-                self.seen[key] = self.graphs.recording(self.layer, self.kind, x, state, context, self.trains)
+                self.seen[key] = self.graphs.recording(self.layer, x, state, context, self.trains)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -99,6 +99,8 @@ def resident_bytes(held: Held) -> dict[str, float]:
         "gradients (shard)": on_device * trainable * (work.gradient_bytes or work.dtype_bytes),
         "optimizer (shard)": on_device * optimizer_bytes(model) / world,
         "reduction bucket": held.bucket_elements * work.dtype_bytes,
+        # Parameters of one layer at the addresses of its CUDA graphs; their sums are those of a cell.
+        "recorded cells": model.layer_parameters * work.dtype_bytes if held.device == "cuda" else 0,
         "states on the wire": wire_bytes(held),
         "states of the step before": work.carried * step_states_bytes(held),
     }
