@@ -81,10 +81,20 @@ class ARMTForCausalLM(ARMTGeneration):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as PreTrainedModel.from_pretrained does, and freeze again, as it makes every parameter trainable."""
+        """Load as PreTrainedModel.from_pretrained does, and freeze again, as it makes every parameter trainable.
+
+        Raises ValueError for a device_map of several devices.
+        """
         warn_if_untested()
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1:
+            raise ValueError(
+                f"device_map={kwargs.get('device_map')}: puts layers on {', '.join(sorted(places))}, but an ARMT hands its "
+                'memory from layer to layer on one device; give device_map={"": 0}'
+            )
+        model.freeze()
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -298,3 +298,16 @@ def test_windows_that_are_off_are_accepted():
     windows["qwen3"] = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
     for family, window in windows.items():
         ARMTConfig(base_config={"model_type": family, **BASES[family], **window}, **MEMORY)
+
+
+def test_a_map_of_several_devices_is_refused(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    assert ARMTForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "cpu"}).device.type == "cpu"
+    parts = (
+        "memory_tokens",
+        "base.lm_head",
+        *(f"base.model.{name}" for name in ("embed_tokens", "norm", "rotary_emb")),
+    )
+    spread = dict.fromkeys((*parts, "base.model.layers.0"), "cpu") | {"base.model.layers.1": "disk"}
+    with pytest.raises(ValueError, match="puts layers on cpu, disk, but an ARMT"):
+        ARMTForCausalLM.from_pretrained(tmp_path / "model", device_map=spread, offload_folder=tmp_path / "offload")
