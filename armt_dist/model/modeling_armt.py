@@ -91,8 +91,8 @@ class ARMTForCausalLM(ARMTGeneration):
         places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
         if len(places) > 1:
             raise ValueError(
-                f"device_map={kwargs.get('device_map')}: puts layers on {', '.join(sorted(places))}, but an ARMT hands its "
-                'memory from layer to layer on one device; give device_map={"": 0}'
+                f"device_map={kwargs.get('device_map')}: puts layers on {', '.join(sorted(places))}, but an ARMT's memory "
+                'is on one device; give device_map={"": 0}'
             )
         model.freeze()
         return loaded

@@ -309,5 +309,5 @@ def test_a_map_of_several_devices_is_refused(tmp_path):
         *(f"base.model.{name}" for name in ("embed_tokens", "norm", "rotary_emb")),
     )
     spread = dict.fromkeys((*parts, "base.model.layers.0"), "cpu") | {"base.model.layers.1": "disk"}
-    with pytest.raises(ValueError, match="puts layers on cpu, disk, but an ARMT"):
+    with pytest.raises(ValueError, match="puts layers on cpu, disk, but an ARMT's memory"):
         ARMTForCausalLM.from_pretrained(tmp_path / "model", device_map=spread, offload_folder=tmp_path / "offload")
