@@ -90,9 +90,10 @@ class ARMTForCausalLM(ARMTGeneration):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
         if len(places) > 1:
+            named = ", ".join(sorted(places))
             raise ValueError(
-                f"device_map={kwargs.get('device_map')}: puts layers on {', '.join(sorted(places))}, but an ARMT's memory "
-                'is on one device; give device_map={"": 0}'
+                f"device_map={kwargs.get('device_map')}: puts layers on {named}, but an ARMT's memory is on one device; "
+                'give device_map={"": 0}'
             )
         model.freeze()
         return loaded
