@@ -92,7 +92,7 @@ class ARMTForCausalLM(ARMTGeneration):
         if len(places) > 1:
             named = ", ".join(sorted(places))
             raise ValueError(
-                f"device_map={kwargs.get('device_map')}: puts layers on {named}, but an ARMT's memory is on one device; "
+                f"device_map={kwargs.get('device_map')}: puts layers on {named}, but an ARMT's memory is on one; "
                 'give device_map={"": 0}'
             )
         model.freeze()
