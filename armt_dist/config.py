@@ -230,23 +230,19 @@ def quoted(value: object) -> Iterator[str]:
 def run_main(main: Callable[[], int | None], rank: int, leave: Callable[[], bool] = lambda: True) -> None:
     """Run a command's `main` and exit: a ConfigError is one line on stderr and exit code 2.
 
-    Rank 0 prints at once. The others wait, because a launcher ends all ranks as soon as one has exited, and print only
-    if they are still alive then: the error was theirs alone. Whatever is wrong is printed before this process leaves
-    the others, which may be waiting. `leave` returns whether it has left; if not, the process ends without clean-up.
+    Rank 0 prints at once. The others wait first: rank 0 may be about to meet the same error, but still in a collective
+    that fails if they leave, and a launcher ends all ranks as soon as one has exited. They print if they are still
+    alive then: the error was theirs alone. Whatever is wrong is printed before this process leaves the others. `leave`
+    returns whether it has left; if not, the process ends without clean-up.
     """
     try:
         code = main() or 0
     except ConfigError as error:
         code, line = USER_ERROR, f"error{f' (rank {rank})' if rank else ''}: {one_line(error, limit=2000)}"
-        if rank == 0:
-            print(line, file=sys.stderr, flush=True)
-        left = leave()
         if rank != 0:
             time.sleep(RANK_0_SPEAKS_S)
-            print(line, file=sys.stderr, flush=True)
-    else:
-        left = leave()
-    if not left:
+        print(line, file=sys.stderr, flush=True)
+    if not leave():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

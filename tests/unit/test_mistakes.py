@@ -6,7 +6,7 @@ import pytest
 from support.models import small_model
 from support.paths import FP32
 
-from armt_dist.config import ConfigError, assign, read_object, read_yaml, validate
+from armt_dist.config import ConfigError, assign, read_object, read_yaml, run_main, validate
 from armt_dist.data.tasks import make_task
 from armt_dist.training.run_config import RunConfig
 from armt_dist.training.setup import check_task
@@ -79,3 +79,18 @@ def test_values_of_the_ds_config_that_deepspeed_takes_in_silence(override, says)
     with pytest.raises(ConfigError, match=says):
         read_ds_config(FP32, [override])
     assert read_ds_config(FP32, ["zero_optimization.sub_group_size=2e5", "optimizer.params.eps=1e-6"])
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["print", "leave"]), (1, ["wait", "print", "leave"])])
+def test_a_rank_says_what_is_wrong_before_it_leaves(rank, order, monkeypatch):
+    """Rank 0 may still need the others to come to the same mistake."""
+    did = []
+    monkeypatch.setattr("armt_dist.config.time.sleep", lambda _: did.append("wait"))
+    monkeypatch.setattr("builtins.print", lambda *_, **__: did.append("print"))
+
+    def mistake():
+        raise ConfigError("x=1: wrong")
+
+    with pytest.raises(SystemExit) as end:
+        run_main(mistake, rank, lambda: did.append("leave") or True)
+    assert (end.value.code, did) == (2, order)
