@@ -4,19 +4,19 @@ Each docstring names the version that the part was seen in. tests/unit/test_deep
 changes one. DeepSpeed is imported inside the functions: an export needs only `read_tensors`.
 """
 
-import io
 import os
 import pickle
 import pickletools
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ..files import open_regular
 
@@ -145,38 +145,73 @@ def leave_out_recovery_script(engine: Any) -> None:
     engine._copy_recovery_script = lambda path: None
 
 
+class FlatGroup(NamedTuple):
+    """A rank's parts of some trained parameters, one after another in one tensor."""
+
+    flat: Tensor  # master weights, float32
+    states: dict[str, Any]  # the optimizer's, empty before its first step
+    shapes: dict[str, torch.Size]  # of the whole parameters, by their names in the engine
+
+
+def flat_groups(engine: Any) -> list[FlatGroup]:
+    """Return the flat groups of this rank, to be changed in place. Raises ValueError where they are on NVMe disks.
+
+    `fp16_groups`, `fp32_partitioned_groups_flat` and `param_names` of its optimizer, `ds_shape` of a parameter; seen in
+    DeepSpeed 0.19.8.
+    """
+    zero = engine.optimizer
+    if zero.swap_optimizer:
+        raise ValueError("the optimizer's states are on NVMe disks; start as many ranks as wrote it")
+    return [
+        FlatGroup(flat, zero.optimizer.state.get(flat, {}), {zero.param_names[p]: p.ds_shape for p in group})
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+    ]
+
+
+def load_optimizer(engine: Any, states: list[dict], param_groups: list[dict]) -> None:
+    """Give the optimizer its state for each flat group, and copy the master weights, already filled, to the model.
+
+    param_groups: of the base optimizer's `state_dict`. `load_state_dict` of the engine's optimizer takes what each rank
+    has saved, and uses its own. Raises ValueError where there are more or fewer groups. Seen in DeepSpeed 0.19.8.
+    """
+    zero = engine.optimizer
+    held: list[list[int]] = [[] for _ in param_groups]
+    for number in range(len(states)):
+        held[zero.sub_group_to_group_id[number]].append(number)
+    base = {
+        "state": dict(enumerate(states)),
+        "param_groups": [{**group, "params": numbers} for group, numbers in zip(param_groups, held, strict=True)],
+    }
+    own = {
+        "loss_scaler": zero.loss_scaler,
+        "dynamic_loss_scale": zero.dynamic_loss_scale,
+        "overflow": False,
+        "optimizer_state_dict": base,
+        "fp32_flat_groups": zero.fp32_partitioned_groups_flat,
+    }
+    zero.load_state_dict([own] * dist.get_world_size())
+
+
+def frozen_parts(engine: Any) -> Iterator[tuple[str, torch.Size, Tensor]]:
+    """Yield name, shape and this rank's part of each frozen parameter: `ds_shape`, `ds_tensor`, DeepSpeed 0.19.8."""
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter.ds_shape, parameter.ds_tensor.data.flatten()
+
+
+def count_steps(engine: Any, model_states: dict) -> None:
+    """Set the engine's counters to those in a file of model states. Seen in DeepSpeed 0.19.8."""
+    for counter in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, counter, int(model_states[counter]))
+
+
 @contextmanager
-def reading_universal(engine: Any, universal: bool) -> Iterator[None]:
-    """Make the engine expect a universal checkpoint, or not.
+def partitioned(engine: Any) -> Iterator[None]:
+    """Let no parameter be whole within the block, so that the parts may change. Collective after the block.
 
-    `engine._config.load_universal_checkpoint`, seen in DeepSpeed 0.19.8, which takes it from the ds_config only.
+    `checkpoint_event_prologue` and `checkpoint_event_epilogue`, which gathers small parameters again, of the engine's
+    optimizer; seen in DeepSpeed 0.19.8.
     """
-    config = engine._config
-    before, config.load_universal_checkpoint = config.load_universal_checkpoint, universal
-    try:
-        yield
-    finally:
-        config.load_universal_checkpoint = before
-
-
-def write_universal(source: Path, target: Path) -> None:
-    """Convert a ZeRO checkpoint to DeepSpeed's universal format, silently, in the existing folder `target`.
-
-    `deepspeed.checkpoint.ds_to_universal.main`, a script seen in DeepSpeed 0.19.8. It prints to standard output and
-    progress bars, and writes the file `latest_universal` beside `target`. Raises many exceptions for damaged files.
-    """
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = Namespace(
-        input_folder=str(source),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    silent = io.StringIO()
-    with restricted_unpickling(), redirect_stdout(silent), redirect_stderr(silent):
-        ds_to_universal.main(arguments)
-    (target.parent / "latest_universal").unlink(missing_ok=True)
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()

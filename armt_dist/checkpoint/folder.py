@@ -25,7 +25,7 @@ from .. import files
 from ..config import ConfigError, Section, one_line
 from ..distributed.collectives import together
 
-MANIFEST, STAGING, UNIVERSAL = "manifest.json", "staging-", "universal-"
+MANIFEST, STAGING = "manifest.json", "staging-"
 # What `tag_of` returns, and the only names of checkpoints that are taken from an argument or a file.
 TAG = r"^step_[0-9]{8,12}$"
 # Files that are loaded, and so must be in the manifest.
@@ -55,7 +55,6 @@ def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> 
     entries = {name: entry for part in parts for name, entry in part.items()}
     write_manifest(staged, entries, {"tag": tag, "world_size": dist.get_world_size(), "state": state})
     # One of the same step, of a run that now goes on from an older checkpoint.
-    remove(root / (UNIVERSAL + tag))
     remove(root / tag)
     take_name(staged, root / tag)
     point_to(root, "latest", tag)
@@ -237,16 +236,13 @@ def find_newest(root: Path, report: Callable[[str], None]) -> str | None:
 
 
 def prune(root: Path, keep: set[str], keep_last: int, keep_every: int | None) -> None:
-    """Delete old checkpoints, with their universal forms. Rank 0 only.
+    """Delete old checkpoints. Rank 0 only.
 
     Kept are those in `keep`, the newest `keep_last`, and those of every `keep_every`-th step.
     """
     for tag in tags(root)[:-keep_last]:
         if tag not in keep and not (keep_every and int(tag.removeprefix("step_")) % keep_every == 0):
             remove(root / tag)
-    for path in root.glob(UNIVERSAL + "step_*"):
-        if not (root / path.name.removeprefix(UNIVERSAL)).exists():
-            remove(path)
 
 
 def clean(root: Path) -> None:

@@ -1,13 +1,10 @@
 """Restores a run from a checkpoint, on any number of ranks.
 
-With as many ranks as wrote it, DeepSpeed loads its own files bit for bit. Otherwise they are converted to DeepSpeed's
-universal format first, one file per parameter and optimizer moment. The result is kept beside the checkpoint as
-`universal-step_N` and reused. All files are read by torch's restricted unpickler.
+With as many ranks as wrote it, DeepSpeed loads its own files. Otherwise each rank reads its values from the shards of
+all (`resharding`). All files are read by torch's restricted unpickler.
 """
 
-import fnmatch
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +13,19 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..config import one_line
+from ..config import ConfigError, one_line
 from ..distributed.collectives import together
-from .deepspeed_files import read_tensors, reading_universal, restricted_unpickling, write_universal
-from .folder import (
-    MANIFEST,
-    UNIVERSAL,
-    CheckpointError,
-    Manifest,
-    building,
-    hash_files,
-    rank_file,
-    read_manifest,
-    remove,
-    verify_checkpoint,
-    verify_together,
-    write_manifest,
-)
+from .deepspeed_files import partitioned, read_tensors, restricted_unpickling
+from .folder import MANIFEST, CheckpointError, Manifest, rank_file, read_manifest, verify_together
+from .resharding import reshard
 from .rng_state import set_generators
-from .zero_shards import MODEL, OPTIMIZER, open_checkpoint
+from .zero_shards import MODEL, OPTIMIZER
+
+# Where the names of all ranks' files begin to be alike.
+COMMON = "zero_pp_rank_"
 
 
-def load_checkpoint(engine: Any, root: Path, tag: str, verified: bool = False) -> dict:
+def load_checkpoint(engine: Any, root: Path, tag: str, say: Callable[[str], None], verified: bool = False) -> dict:
     """Restore engine and random generators from a checkpoint; return the state passed to `save`. Collective.
 
     verified: whether `find_newest` has just returned it. Raises CheckpointError on all ranks if it is damaged or cannot
@@ -48,31 +36,35 @@ def load_checkpoint(engine: Any, root: Path, tag: str, verified: bool = False) -
     manifest = together(lambda: read_manifest(root / tag))
     together(lambda: check_whole(root / tag, manifest))
     together(lambda: check_trust(root / tag))
-    elastic = manifest.world_size != dist.get_world_size()
-    if elastic:
-        together(lambda: convert(root, tag), only=0)
-        together(lambda: check_trust(root / (UNIVERSAL + tag)))
-
-    def restore() -> None:
-        try:
-            with restricted_unpickling(), reading_universal(engine, elastic):
-                path, _ = engine.load_checkpoint(str(root), tag=UNIVERSAL + tag if elastic else tag)
-            # Ranks beyond those of the checkpoint keep the generators of a fresh start.
-            own = rank_file(root / tag, dist.get_rank())
-            if own.exists():
-                set_generators(load_file(own))
-        # Tensors that do not fit the model raise many exceptions.
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint={root / tag}: does not fit this run ({one_line(repr(error), 300)}); use another one"
-            ) from None
-        if path is None:
-            raise CheckpointError(f"checkpoint={root / tag}: DeepSpeed found nothing to load in it")
-
-    together(restore)
-    if elastic:
-        restore_frozen(engine, root / tag)
+    if manifest.world_size == dist.get_world_size():
+        together(lambda: fitting(root / tag, lambda: load_own(engine, root, tag)))
+    else:
+        with partitioned(engine):
+            together(lambda: fitting(root / tag, lambda: reshard(engine, root / tag, manifest.world_size, say)))
+    # Ranks beyond those of the checkpoint keep the generators of a fresh start.
+    own = rank_file(root / tag, dist.get_rank())
+    together(lambda: fitting(root / tag, lambda: set_generators(load_file(own)) if own.exists() else None))
     return manifest.state
+
+
+def load_own(engine: Any, root: Path, tag: str) -> None:
+    """Let DeepSpeed load what as many ranks have saved. Collective."""
+    with restricted_unpickling():
+        path, _ = engine.load_checkpoint(str(root), tag=tag)
+    if path is None:
+        raise ValueError("DeepSpeed found nothing to load in it")
+
+
+def fitting(folder: Path, work: Callable[[], None]) -> None:
+    """Do some work of loading. Raises CheckpointError where it fails: what does not fit the model raises much else."""
+    try:
+        work()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint={folder}: does not fit this run ({one_line(repr(error), 300)}); use another one"
+        ) from None
 
 
 def read_rows(folder: Path, rank: int, name: str, rows: Sequence[int]) -> torch.Tensor:
@@ -91,8 +83,10 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
     if manifest.tag != folder.name:
         raise CheckpointError(f"checkpoint={folder}: its {MANIFEST} is that of {one_line(manifest.tag)}")
     held = len(manifest.files)
+    # DeepSpeed puts a precision before some names.
+    names = {name[name.find(COMMON) :] for name in manifest.files if COMMON in name}
     if manifest.world_size > held or not all(
-        fnmatch.filter(manifest.files, pattern.format(rank))
+        pattern.format(rank).lstrip("*") in names
         for rank in range(manifest.world_size)
         for pattern in (OPTIMIZER, MODEL)
     ):
@@ -114,41 +108,3 @@ def check_trust(folder: Path) -> None:
                 f"checkpoint={path}: holds more than tensors and plain values, or is damaged "
                 f"({one_line(error, 200)}); use another checkpoint"
             ) from None
-
-
-def convert(root: Path, tag: str) -> None:
-    """Make the universal form of checkpoint `tag`, unless it exists undamaged. One rank only.
-
-    Raises CheckpointError if that fails; an incomplete one is removed.
-    """
-    done = root / (UNIVERSAL + tag)
-    with suppress(CheckpointError):
-        if verify_checkpoint(done).tag == tag:
-            return
-    print(f"converting {root / tag} to a universal checkpoint for another number of ranks", flush=True)
-    try:
-        remove(done)
-        with building(done) as staged:
-            write_universal(root / tag, staged)
-            paths = [path for path in staged.rglob("*") if path.is_file()]
-            write_manifest(staged, hash_files(staged, paths), {"tag": tag, "world_size": 0, "state": {}})
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint={root / tag}: cannot be converted to a universal checkpoint for {dist.get_world_size()} ranks "
-            f"({one_line(error, 300)}); start as many ranks as wrote it"
-        ) from None
-
-
-def restore_frozen(engine: Any, folder: Path) -> None:
-    """Restore frozen parameters, which a universal checkpoint does not contain. Collective."""
-    import deepspeed
-
-    frozen = [(name, p) for name, p in engine.module.named_parameters() if not p.requires_grad]
-    if not frozen:
-        return
-    saved = together(lambda: open_checkpoint(folder))
-    for name, parameter in frozen:
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if dist.get_rank() == 0:
-                pieces = [piece.float() for piece in saved[name].pieces]
-                parameter.copy_(torch.cat(pieces).view(saved[name].shape))

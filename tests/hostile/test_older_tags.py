@@ -1,7 +1,5 @@
 """Resuming an older checkpoint, under DeepSpeed: what is damaged beside it heals, and is not taken."""
 
-import shutil
-
 import pytest
 from support.commands import SAVE_OFTEN, curve, train
 from support.paths import FP32
@@ -19,20 +17,14 @@ def test_an_older_checkpoint_on_another_number_of_ranks(tmp_path):
     whole = curve(run)
     older, damaged, newest = (checkpoint.tag_of(step) for step in (2, 4, 6))
     assert checkpoint.tags(root) == [older, damaged, newest]
-    # The next save of step 4 meets it; and what another number of ranks would load is not what it says.
+    # The next save of step 4 meets it.
     shard = next((root / damaged).glob("*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    (root / f"universal-{older}/zero").mkdir(parents=True)
-    (root / f"universal-{older}/manifest.json").write_text('{"files": {}}')
-    shutil.copytree(root / damaged, root / f"universal-{damaged}")
-
     more = ["train.keep_last=4", "train.max_steps=5", "--resume", older]
     result = train("--ds_config", FP32, "--out", run, *SAVE_OFTEN, *more, ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert f"resumed {root / older} at step 2" in result.stdout and "converting" in result.stdout
-    checkpoint.verify_checkpoint(root / f"universal-{older}")
+    assert f"resumed {root / older} at step 2" in result.stdout and "of 2 ranks: 0%" in result.stdout
     assert checkpoint.verify_checkpoint(root / damaged).world_size == 1, "step 4 is that of the run that goes on"
-    assert not (root / f"universal-{damaged}").exists()
     assert checkpoint.read_pointer(root, "latest") == checkpoint.tag_of(5)
     again = curve(run)
     for step in (3, 4, 5):

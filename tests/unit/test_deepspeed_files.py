@@ -29,22 +29,19 @@ def test_the_engine_saves_through_its_checkpoint_engine_by_content_and_path():
     assert engine.checkpoint_engine == "before"
 
 
-def test_the_engine_copies_its_script_by_one_method_and_asks_its_configuration_for_universal_checkpoints():
+def test_the_engine_copies_its_script_by_one_method():
     assert "self._copy_recovery_script(save_path)" in engine_source("_save_zero_checkpoint")
-    assert "self._config.load_universal_checkpoint" in engine_source("load_universal_checkpoint")
-    engine = SimpleNamespace(_config=SimpleNamespace(load_universal_checkpoint=False))
-    with private.reading_universal(engine, True):
-        assert engine._config.load_universal_checkpoint
-    assert not engine._config.load_universal_checkpoint
 
 
-def test_the_universal_converter_takes_these_arguments():
-    from deepspeed.checkpoint import ds_to_universal
+def test_loading_on_other_ranks_rests_on_these_parts_of_the_optimizer():
+    """Whether they do what we think, tests/ranks/test_resharding.py shows."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
-    source = inspect.getsource(ds_to_universal)
-    for name in ("input_folder", "output_folder", "num_extract_workers", "num_merge_workers", "keep_temp_folder"):
-        assert f"args.{name}" in source, name
-    assert "latest_universal" in source
+    assert "state_dict_list[dist.get_rank(group=self.dp_process_group)]" in inspect.getsource(Zero.load_state_dict)
+    rigid = inspect.getsource(Zero._rigid_load_state_dict)
+    for key in ("LOSS_SCALER", "'dynamic_loss_scale'", "'overflow'", "OPTIMIZER_STATE_DICT", "FP32_FLAT_GROUPS"):
+        assert f"state_dict[{key}]" in rigid, key
+    assert "sub_group_to_group_id" in inspect.getsource(Zero._set_fp32_optimizer_param_groups)
 
 
 def test_restricted_readers_take_the_classes_that_checkpoints_hold_and_nothing_else(tmp_path):
