@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 MIB = 2**20
-# Of a JSON file: a manifest of a universal checkpoint has an entry for each parameter and moment.
+# Of a JSON file: a manifest has an entry for each file of each rank.
 JSON_BYTES = 64 * MIB
 YAML_BYTES = MIB
 # Values after aliases have been replaced by what they stand for; YAML is read by Python code, ten times as slowly.

@@ -1,7 +1,9 @@
-"""Settings of the process: freed host memory is kept for the next tensors, and kernels can be made deterministic.
+"""Settings of the process: what becomes of freed host memory, and kernels that are deterministic.
 
 glibc maps memory for every tensor above 128 kB (later: above the largest one freed, at most 32 MB), unmaps it when the
-tensor is freed, and the kernel zeroes the pages each time. A CPU run of small segments loses a fifth of its time.
+tensor is freed, and the kernel zeroes the pages each time. While a model is built that is right: its tensors are whole
+for a moment each, before they are partitioned, and heaps would keep the room of all of them. In training the same
+tensors come again and again: a CPU run of small segments would lose a fifth of its time.
 """
 
 import ctypes
@@ -11,8 +13,14 @@ import torch
 
 # Options of malloc.h, and their values in bytes: the heap is never returned, and only huge blocks are mapped.
 M_TRIM_THRESHOLD, NEVER = -1, 2**31 - 1
-# glibc before 2.35 refuses more than 32 MB. Once the other option is set, the threshold no longer grows by itself.
-M_MMAP_THRESHOLD, HUGE = -3, (2**30, 2**25)
+# glibc before 2.35 refuses more than 32 MB. Once either option is set, the threshold no longer grows by itself.
+M_MMAP_THRESHOLD, HUGE, SMALL = -3, (2**30, 2**25), 2**17
+
+
+def return_freed_memory() -> bool:
+    """Give freed memory back at once, until `keep_freed_memory`. Returns whether the C library has the option."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, SMALL))
 
 
 def keep_freed_memory() -> bool:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..config import ConfigError, one_line
 from ..deadline import within
 from .launchers import MPI, Ranks
-from .process import keep_freed_memory
+from .process import return_freed_memory
 from .store import digest, open_store
 
 # Longest wait for ranks that may not come, after the last step or an error on which all ranks should have agreed.
@@ -52,7 +52,8 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
-        keep_freed_memory()
+    # The model that is built next is partitioned tensor by tensor.
+    return_freed_memory()
     device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     # With its device known, NCCL connects at once and splits later groups off this one. A single rank has no peer.
     own_device = device if cuda and ranks.world_size > 1 else None

@@ -16,6 +16,7 @@ from ..checkpoint.save import Saver
 from ..config import ConfigError, one_line
 from ..distributed.collectives import together
 from ..distributed.launchers import Ranks
+from ..distributed.process import keep_freed_memory
 from ..evaluation.run_report import write_run_report
 from ..monitoring import profile
 from ..monitoring.lease import Lease
@@ -145,6 +146,8 @@ class Trainer:
     def begin(self, resume: str) -> int:
         """Restore the newest checkpoint, if any, and open the run folder. Returns the total number of steps."""
         self.restore(resume)
+        if self.parts.batches.device.type == "cpu":
+            keep_freed_memory()
         together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), self.config.train.max_steps or 10**12)
         together(lambda: self.log.start(self.progress.step, total))

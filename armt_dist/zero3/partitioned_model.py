@@ -98,10 +98,10 @@ def is_armt(base: str) -> bool:
 def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
     """Initialise the memory and the base weights that `config` names. Collective: rank 0 draws, module by module."""
     for layer in model.layers:
-        with gathered(layer) as drawing:
+        with gathered(layer.memory) as drawing:
             if drawing:
                 layer.memory.reset_parameters()
-                init_linears(layer.layer, config.linear_std)
+        init_linears(layer.layer, config.linear_std)
     embeddings = model.get_input_embeddings()
     with gathered(embeddings, model.memory_tokens) as drawing:
         if drawing:
@@ -116,10 +116,7 @@ def initialise(model: ARMTForCausalLM, config: InitConfig) -> None:
             if drawing:
                 init_normal(positions.get_parameter("weight"), config.position_std)
     if config.linear_std and not model.config.tie_word_embeddings:
-        head = Backbone(model.base, model.backbone.family).head
-        with gathered(head) as drawing:
-            if drawing:
-                init_linears(head, config.linear_std)
+        init_linears(Backbone(model.base, model.backbone.family).head, config.linear_std)
 
 
 @contextlib.contextmanager
@@ -133,12 +130,17 @@ def gathered(*modules: nn.Module) -> Iterator[bool]:
 
 
 def init_linears(module: nn.Module, std: float | None) -> None:
-    """Draw normal weights and set zero biases for every linear map below `module`; do nothing without a std."""
+    """Draw normal weights and set zero biases for every linear map below `module`; do nothing without a std.
+
+    Collective: no more than one of them is whole at a time.
+    """
     for part in module.modules():
         if std and isinstance(part, nn.Linear | Conv1D):
-            nn.init.normal_(part.weight, std=std)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+            with gathered(part) as drawing:
+                if drawing:
+                    nn.init.normal_(part.weight, std=std)
+                    if part.bias is not None:
+                        nn.init.zeros_(part.bias)
 
 
 def init_normal(weight: Tensor, std: float | None) -> None:

@@ -35,4 +35,9 @@ def test_tensors_come_from_the_heap():
     assert mapped("", 48) == mapped("", 24) == 1
     assert mapped("assert process.keep_freed_memory()", 48) == 0
     # A C library that takes no more than 32 MB.
+    assert mapped("process.keep_freed_memory(); assert process.return_freed_memory()", 1) == 1
+    # Without it, a tensor as large as one that was freed comes from the heap.
+    freed = "del_ = torch.empty(30 * 2**20, dtype=torch.uint8); del del_"
+    assert mapped(freed, 24) == 0
+    assert mapped(f"process.return_freed_memory(); {freed}", 24) == 1
     assert mapped("process.HUGE = process.HUGE[1:]; assert process.keep_freed_memory()", 24) == 0
