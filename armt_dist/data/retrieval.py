@@ -84,9 +84,8 @@ class Retrieval(Stateless):
         k = self.config.key_length
         keys, values = (number(part, self.config.symbols) for part in (segments[..., :k], segments[..., k + 1 : -1]))
         # Only the latest pair of a key counts.
-        later = keys[:, None, :-1] == keys[:, :-1, None]
-        latest = ~np.triu(later, k=1).any(axis=2)
-        right = (values[:, :-1] == values[:, -1:]) & latest
+        order, latest = grouped(keys[:, :-1])
+        right = (np.take_along_axis(values[:, :-1], order, axis=1) == values[:, -1:]) & latest
         return float((right.sum(axis=1) / latest.sum(axis=1)).mean())
 
     def show(self, batch: Batch, row: int = 0) -> str:
@@ -120,12 +119,44 @@ def distinct(words: np.ndarray, count: int) -> np.ndarray:
     Floyd's sampling without replacement (Bentley and Floyd, CACM 30(9), 1987), then a shuffle.
     """
     n = words.shape[1] // 2
-    chosen = np.empty((len(words), n), dtype=np.uint64)
-    for i, last in enumerate(range(count - n, count)):
-        candidate = words[:, i] % np.uint64(last + 1)
-        taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
-        chosen[:, i] = np.where(taken, np.uint64(last), candidate)
+    # Draw i is a number up to lasts[i], which takes its place if the number was drawn before.
+    lasts = np.arange(count - n, count, dtype=np.uint64)
+    drawn = words[:, :n] % (lasts + np.uint64(1))
+    chosen = np.where(taken(drawn, count - n), lasts, drawn)
     return np.take_along_axis(chosen, np.argsort(words[:, n:], axis=1), axis=1)
+
+
+def taken(drawn: np.ndarray, first: int) -> np.ndarray:
+    """Tell for draws [b, n] whether the number was chosen by an earlier draw: bool [b, n].
+
+    first: number that stands in for draw 0. It was chosen if it was drawn before, or if it stands in for an earlier
+    draw that was taken itself: the chain of those is followed in steps that double.
+    """
+    order, latest = grouped(drawn)
+    found = np.empty(drawn.shape, dtype=bool)
+    # In its group of equal numbers, all draws but the first one.
+    repeated = np.concatenate([np.zeros((len(drawn), 1), dtype=bool), ~latest[:, :-1]], axis=1)
+    np.put_along_axis(found, order, repeated, axis=1)
+    own = np.broadcast_to(np.arange(drawn.shape[1]), drawn.shape)
+    source = np.where(drawn >= first, drawn.astype(np.int64) - first, own)
+    while True:
+        found |= np.take_along_axis(found, source, axis=1)
+        further = np.take_along_axis(source, source, axis=1)
+        if (further == source).all():
+            return found
+        source = further
+
+
+def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order [b, n] in which equal keys of a row [b, n] follow one another, the latest one last.
+
+    And which places of that order hold the latest of its key: bool [b, n].
+    """
+    order = np.argsort(keys, axis=1, kind="stable")
+    ordered = np.take_along_axis(keys, order, axis=1)
+    latest = np.ones(keys.shape, dtype=bool)
+    latest[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    return order, latest
 
 
 def ask(keys: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -133,11 +164,7 @@ def ask(keys: np.ndarray, words: np.ndarray) -> np.ndarray:
 
     It is the latest pair of its key, and the key is uniform over the row's different keys.
     """
-    # A stable sort groups equal keys, the latest one last.
-    order = np.argsort(keys, axis=1, kind="stable")
-    ordered = np.take_along_axis(keys, order, axis=1)
-    latest = np.ones(keys.shape, dtype=bool)
-    latest[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    order, latest = grouped(keys)
     wanted = words % latest.sum(axis=1).astype(np.uint64) + np.uint64(1)
     position = (latest.cumsum(axis=1) == wanted[:, None].astype(np.int64)).argmax(axis=1)
     return np.take_along_axis(order, position[:, None], axis=1)[:, 0]

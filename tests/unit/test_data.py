@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from armt_dist.config import ConfigError, validate
+from armt_dist.data import retrieval
 from armt_dist.data.lengths import Difficulty
 from armt_dist.data.sections import DataConfig
 from armt_dist.data.task import IGNORE
@@ -176,6 +177,42 @@ def test_accuracy_of_guessing_without_the_key(name):
         answer = question.split("?")[1]
         expected.append(list(memory.values()).count(answer) / len(memory))
     assert task.key_blind(batch) == pytest.approx(sum(expected) / 64)
+
+
+def distinct_by_floyd(words, count):
+    """Draw as `retrieval.distinct` does, one number after the other."""
+    n = words.shape[1] // 2
+    chosen = np.empty((len(words), n), dtype=np.uint64)
+    for i, last in enumerate(range(count - n, count)):
+        candidate = words[:, i] % np.uint64(last + 1)
+        taken = (chosen[:, :i] == candidate[:, None]).any(axis=1)
+        chosen[:, i] = np.where(taken, np.uint64(last), candidate)
+    return np.take_along_axis(chosen, np.argsort(words[:, n:], axis=1), axis=1)
+
+
+def key_blind_by_pairs(keys, values):
+    """Compare every pair with every later one; the last column is the question."""
+    later = keys[:, None, :-1] == keys[:, :-1, None]
+    latest = ~np.triu(later, k=1).any(axis=2)
+    right = (values[:, :-1] == values[:, -1:]) & latest
+    return float((right.sum(axis=1) / latest.sum(axis=1)).mean())
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 10**6))
+def test_unique_keys_are_those_of_draws_one_after_the_other(n, spare, seed):
+    words = np.random.default_rng(seed).integers(0, 2**63, (5, 2 * n), dtype=np.uint64)
+    found = retrieval.distinct(words, n + spare)
+    assert np.array_equal(found, distinct_by_floyd(words, n + spare))
+
+
+@pytest.mark.parametrize("name", ["rewrite", "remember"])
+@given(pairs=st.integers(1, 40), step=st.integers(0, 10**6))
+def test_guessing_is_what_comparing_all_pairs_gives(name, pairs, step):
+    task = task_of({"task": name, "retrieval": {"symbols": 7, "key_length": 2}})
+    batch = task.batch("train", step, range(4), Difficulty.fixed(pairs))
+    segments = batch.input_ids.numpy().reshape(4, -1, task.segment_tokens)
+    keys, values = (retrieval.number(segments[..., part], 7) for part in (slice(2), slice(3, 4)))
+    assert task.key_blind(batch) == key_blind_by_pairs(keys, values)
 
 
 def test_more_pairs_than_keys():
