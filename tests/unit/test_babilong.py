@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from armt_dist.config import ConfigError, validate
 from armt_dist.data.babilong import published
 from armt_dist.data.babilong import stories as babi
+from armt_dist.data.babilong.task import Background, stretch
 from armt_dist.data.lengths import Difficulty
 from armt_dist.data.sections import DataConfig
 from armt_dist.data.task import IGNORE
@@ -205,6 +206,17 @@ def test_background_is_consecutive_sentences_and_facts_are_spread(book):
         starts.add(numbers[0])
     assert len(starts) > 4
     assert min(places) < 0.2 and max(places) > 0.8
+
+
+def test_a_stretch_begins_after_any_sentence_as_if_the_text_were_read_again():
+    generator = np.random.default_rng(0)
+    for seed in range(50):
+        tokens, ends = generator.integers(0, 9, 40), generator.random(40) < 0.2
+        ends[-1] = True
+        found, found_ends = stretch(Background.of(tokens, ends), 60, Random(seed))
+        start = Random(seed).choice(np.flatnonzero(ends)) + 1
+        window = np.arange(start, start + 60) % 40
+        assert np.array_equal(found, tokens[window]) and np.array_equal(found_ends, ends[window])
 
 
 def test_aligned_facts_begin_segments_of_their_own(book):

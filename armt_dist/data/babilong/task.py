@@ -41,6 +41,13 @@ class Background(NamedTuple):
 
     tokens: np.ndarray
     ends: np.ndarray
+    begins: np.ndarray
+    """Token after each end, int64: where a stretch may begin. Kept, because finding them reads the whole text."""
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, ends: np.ndarray) -> "Background":
+        """Return a text with the places where its sentences begin."""
+        return cls(tokens, ends, np.flatnonzero(ends) + 1)
 
 
 class Babilong(Stateless):
@@ -189,7 +196,7 @@ def load_stories(config: BabilongConfig, section: PublishedConfig) -> dict[Split
 
 def scatter(facts: list[np.ndarray], background: Background, fill: int, random: Random) -> list[np.ndarray]:
     """Place the facts in order between the sentences of `fill` tokens of background; return the parts in order."""
-    text, ends = stretch_story(background, fill, random)
+    text, ends = stretch(background, fill, random)
     gaps = np.flatnonzero(np.append(True, ends))
     return weave(facts, text, sorted(random.choices(gaps.tolist(), k=len(facts))))
 
@@ -201,7 +208,7 @@ def align(
 
     taken: tokens before the text; where there are any, the first segment has no fact.
     """
-    text, _ = stretch_story(background, fill, random)
+    text, _ = stretch(background, fill, random)
     # The segment of the question is not filled here, so it is not counted.
     segments = (taken + fill + sum(map(len, facts))) // segment_tokens
     begins = sorted(random.sample(range(bool(taken), segments), k=len(facts)))
@@ -209,11 +216,14 @@ def align(
     return weave(facts, text, (np.array(begins) * segment_tokens - before).tolist())
 
 
-def stretch_story(background: Background, tokens: int, random: Random) -> Background:
-    """Cut `tokens` tokens from a random sentence on out of the background, which repeats if it is shorter."""
-    start = random.choice(np.flatnonzero(background.ends)) + 1
+def stretch(background: Background, tokens: int, random: Random) -> tuple[np.ndarray, np.ndarray]:
+    """Cut `tokens` tokens from a random sentence on out of the background, which repeats if it is shorter.
+
+    Returns them and which of them end a sentence.
+    """
+    start = random.choice(background.begins)
     window = np.arange(start, start + tokens) % len(background.tokens)
-    return Background(background.tokens[window], background.ends[window])
+    return background.tokens[window], background.ends[window]
 
 
 def weave(facts: list[np.ndarray], text: np.ndarray, places: list[int]) -> list[np.ndarray]:
@@ -240,7 +250,7 @@ def read_background(files: str | list[str] | None, tokenizer: PreTrainedTokenize
     ids = [encode(tokenizer, sentence) for sentence in sentences if len(sentence) > 1]
     ends = np.zeros(sum(map(len, ids)), dtype=bool)
     ends[np.cumsum([len(sentence) for sentence in ids]) - 1] = True
-    return Background(np.concatenate(ids), ends)
+    return Background.of(np.concatenate(ids), ends)
 
 
 def texts(files: str | list[str] | None) -> list[str]:
