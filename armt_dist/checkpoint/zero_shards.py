@@ -17,6 +17,8 @@ from .deepspeed_files import read_tensors
 
 # Files of a rank: fp32 master weights with the optimizer's states, and everything else. Seen in DeepSpeed 0.19.8.
 OPTIMIZER, MODEL = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+# What may stand for the asterisk: DeepSpeed 0.19.8 marks the files of bfloat16 runs.
+PREFIXES = ("", "bf16_")
 
 
 class StoredParameter(NamedTuple):
@@ -59,12 +61,12 @@ def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
 
 def open_file(folder: Path, pattern: str, rank: int) -> dict:
     """Map one file of one rank from disk. Raises ConfigError naming it."""
-    path = next(folder.glob(pattern.format(rank)), None)
+    name = pattern.format(rank).removeprefix("*")
+    # Not searched for in a list of the folder: every rank's search would read the whole list.
+    candidates = (folder / f"{prefix}{name}" for prefix in PREFIXES[: 1 + pattern.startswith("*")])
+    path = next((path for path in candidates if path.exists()), None)
     if path is None:
-        raise ConfigError(
-            f"checkpoint={folder}: {pattern.format(rank).lstrip('*')} of rank {rank} is missing; "
-            "restore it or choose another --tag"
-        )
+        raise ConfigError(f"checkpoint={folder}: {name} of rank {rank} is missing; restore it or choose another --tag")
     try:
         content = read_tensors(path)
         required = "optimizer_state_dict" if pattern is OPTIMIZER else "param_shapes"
