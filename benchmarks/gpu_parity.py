@@ -123,8 +123,7 @@ def fast(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, d
     model = model_of(path, device, dtype, dtype)
     ids, labels, mask = inputs(path, model)
     grid = Grid(1, model.config.num_hidden_layers, chunks=path.chunks)
-    piece = cut_piece(ids.to(device), labels, None if mask is None else mask.to(device), model.config, grid,
-                      schedule_name=path.schedule)  # fmt: skip
+    piece = cut_piece(ids.to(device), labels, mask, model.config, grid, schedule_name=path.schedule)
     totals = ScheduledLM(model, **path.runner)(piece)
     return gradients(model, totals.nll / totals.scored)
 

@@ -12,7 +12,7 @@ from ..distributed.collectives import gather
 from ..runtime.executor import ScheduledLM
 from ..runtime.piece import Piece
 from ..runtime.segment_bptt import CellView
-from ..schedule.grid import Grid, block_segments
+from ..schedule.grid import Grid, block_range
 from ..schedule.program import Op
 from ..schedule.timeline import Event
 from ..zero3.collective_bytes import CollectiveBytes
@@ -104,8 +104,7 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
 
 def cell_s(events: Sequence[Event], grid: Grid) -> float:
     """Return the mean seconds of this rank's forward cells. Blocks may differ by a segment."""
-    blocks = block_segments(grid)
     runs = [event for event in events if event.instruction.op is Op.RUN]
     # A chunk is a part of each of its cells.
-    cells = sum(len(blocks[event.instruction.block]) for event in runs) / grid.chunks
+    cells = sum(len(block_range(grid, event.instruction.block)) for event in runs) / grid.chunks
     return sum(event.end_s - event.start_s for event in runs) / cells

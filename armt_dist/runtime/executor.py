@@ -69,6 +69,11 @@ def joined(chunks: Sequence[tuple]) -> tuple:
     return type(chunks[0])(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
+def mask_on(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a segment's attention mask [b, T] on `device`; None: nothing is padded."""
+    return None if mask is None else copied(mask, device)
+
+
 def eager_cells(layer: Any, trains: bool) -> EagerCells:
     """Return the cells of a layer, run operation by operation."""
     return EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
@@ -142,7 +147,11 @@ class ScheduledLM(nn.Module):
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.layers, Trace(x.device)
         own = {block: i for i, block in enumerate(rank_blocks(piece.grid, piece.sp_rank))}
-        contexts = [self.contexts(blocks[i], rows[i], piece, i) for i in range(len(blocks))]
+        masks, starts = by_segment(piece.attention_mask, piece), by_segment(piece.document_starts, piece)
+        shared: dict[tuple, Context] = {}
+        contexts = [
+            self.contexts(*each, piece.grid.chunks, shared) for each in zip(blocks, rows, masks, starts, strict=True)
+        ]
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
         cells = self.graphs.cells if self.graphs else eager_cells
@@ -158,7 +167,7 @@ class ScheduledLM(nn.Module):
                     # Called once a pass, whatever the documents are: ZeRO-3 needs the same calls on every rank.
                     learned = self.model.memory_tokens(len(x))[1]
                 before = blocks[i - 1] if i else MemoryRows(*first[-1]) if first else None
-                blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, piece))
+                blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, *starts[i]))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(
                 forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, observers[0]
@@ -174,15 +183,14 @@ class ScheduledLM(nn.Module):
         return blocks, [*map(joined, last), self.leaving_rows(blocks[-1])] if last else None
 
     def entering_rows(
-        self, learned: Tensor, before: Tensor | MemoryRows | None, segment: int, piece: Piece
+        self, learned: Tensor, before: Tensor | MemoryRows | None, segment: int, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the memory rows [B, M, D] at both ends of a segment (RMT), which is a block of its own.
 
         They are carried over from the segment `before` [B, N, D], or from an earlier sequence; the `learned` ones
-        [B, M, D] enter the first segment of a sequence, and where a document begins.
+        [B, M, D] enter the first segment of a sequence, and where a document begins: `starts` [B, T] or None.
         """
         config = self.model.config
-        (starts,) = by_segment(piece.document_starts, piece, segment)
         if before is None:
             return learned, learned
         if isinstance(before, Tensor):
@@ -209,26 +217,34 @@ class ScheduledLM(nn.Module):
         layers = self.model.layers
         return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))
 
-    def contexts(self, x: Tensor, rows: Sequence[int], piece: Piece, i: int) -> list[list[Context]]:
-        """Return the contexts of block i as [chunk][segment]; segments of equal length and without masks share one."""
-        masks, borders = (by_segment(each, piece, i) for each in (piece.attention_mask, piece.document_starts))
-        shared: dict[int, Context] = {}
+    def contexts(
+        self,
+        x: Tensor,
+        rows: Sequence[int],
+        masks: Sequence[Tensor | None],
+        starts: Sequence[Tensor | None],
+        chunks: int,
+        shared: dict[tuple, Context],
+    ) -> list[list[Context]]:
+        """Return the contexts of a block x [B, sum of N, D] as [chunk][segment].
+
+        masks, starts: of each segment, [B, T] in host memory or None. `shared`: the contexts of this pass so far, by
+        what they depend on. A row is padded from one place on, so b rows of a chunk have at most 2b + 1 different masks
+        of a length, however many segments there are; where documents begin, a segment has its own.
+        """
         result = []
-        for chunk in range(piece.grid.chunks):
+        for chunk in range(chunks):
             row = []
-            for x_s, mask, border in zip(x.split(list(rows), dim=1), masks, borders, strict=True):
-                own_mask, own_starts = (
-                    None if each is None else each.tensor_split(piece.grid.chunks)[chunk] for each in (mask, border)
-                )
-                # The starts are on the host: most segments have none, and need no mask.
-                if own_starts is not None:
-                    own_starts = copied(own_starts, x.device) if own_starts.any() else None
-                if own_mask is not None or own_starts is not None:
-                    row.append(self.model.context(x_s, own_mask, own_starts))
+            for x_s, *per_row in zip(x.split(list(rows), dim=1), masks, starts, strict=True):
+                mask, begins = (None if each is None else each.tensor_split(chunks)[chunk] for each in per_row)
+                # Most segments have none, and need no mask for them.
+                if begins is not None and begins.any():
+                    row.append(self.model.context(x_s, mask_on(mask, x.device), copied(begins, x.device)))
                     continue
-                if x_s.shape[1] not in shared:
-                    shared[x_s.shape[1]] = self.model.context(x_s, None)
-                row.append(shared[x_s.shape[1]])
+                key = x_s.shape[1], None if mask is None else mask.bool().numpy().tobytes()
+                if key not in shared:
+                    shared[key] = self.model.context(x_s, mask_on(mask, x.device))
+                row.append(shared[key])
             result.append(row)
         return result
 

@@ -4,7 +4,7 @@ Shapes: B batch rows, N = H + tokens + M positions of a segment's row.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..model.configuration_armt import ARMTConfig
 from ..model.segment_rows import segment_lengths
-from ..schedule.grid import Grid, block_segments, check_grid, rank_blocks
+from ..schedule.grid import Grid, block_range, check_grid, rank_blocks
 from ..schedule.program import default_schedule, fit_grid
 from .loss import IGNORE
 
@@ -25,7 +25,8 @@ class Piece(NamedTuple):
     # [B, the same] token to predict at each position, IGNORE where not scored; in host memory, so that picking the
     # scored positions does not wait for the device
     labels: Tensor
-    attention_mask: Tensor | None  # [B, the same], 1 at real tokens; None when nothing is padded
+    # [B, the same], 1 at real tokens, in host memory, which tells the segments that are padded alike; None: nothing is
+    attention_mask: Tensor | None
     # [B, the same] bool, where a document begins, in host memory; None where none does
     document_starts: Tensor | None
     lengths: tuple[tuple[int, ...], ...]  # tokens of each segment, by block
@@ -73,8 +74,7 @@ def cut_piece(
     name = schedule_name or default_schedule(arrows)
     grid = fit_grid(name, grid, arrows)
     starts = list(accumulate(lengths, initial=0))
-    segments = block_segments(grid)
-    ranges = [segments[block] for block in rank_blocks(grid, sp_rank)]
+    ranges = [block_range(grid, block) for block in rank_blocks(grid, sp_rank)]
 
     def own(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
@@ -85,12 +85,13 @@ def cut_piece(
     return Piece(own(input_ids), own(labels), mask, starts_here, by_block, grid, sp_rank, name)
 
 
-def by_segment(rows: Tensor | None, piece: Piece, block: int) -> Sequence[Tensor | None]:
-    """Split the tokens [B, tokens of the blocks] of one of the piece's blocks into its segments; None: Nones."""
+def by_segment(rows: Tensor | None, piece: Piece) -> list[Sequence[Tensor | None]]:
+    """Split the tokens [B, tokens of the blocks] into the segments of each of the piece's blocks; None: Nones."""
     if rows is None:
-        return [None] * len(piece.lengths[block])
-    own = rows.split([sum(lengths) for lengths in piece.lengths], dim=1)[block]
-    return own.split(piece.lengths[block], dim=1)
+        return [[None] * len(block) for block in piece.lengths]
+    # All at once: splitting for each block would take the square of their number.
+    parts = iter(rows.split([n for block in piece.lengths for n in block], dim=1))
+    return [list(islice(parts, len(block))) for block in piece.lengths]
 
 
 def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:

@@ -107,11 +107,16 @@ def reduction_layers(grid: Grid) -> int:
     return max(2, math.ceil((grid.sp - 1) / grid.chunks / UNFINISHED_REDUCTIONS) + 1)
 
 
-def block_segments(grid: Grid) -> tuple[range, ...]:
-    """Return the segments of each of the B = sp * rounds blocks; the first S mod B blocks have one segment more."""
+def block_range(grid: Grid, block: int) -> range:
+    """Return the segments of a block, of B = sp * rounds; the first S mod B blocks have one segment more."""
     size, extra = divmod(grid.segments, grid.sp * grid.rounds)
-    starts = [b * size + min(b, extra) for b in range(grid.sp * grid.rounds + 1)]
-    return tuple(range(start, end) for start, end in zip(starts, starts[1:], strict=False))
+    start = block * size + min(block, extra)
+    return range(start, start + size + (block < extra))
+
+
+def block_segments(grid: Grid) -> tuple[range, ...]:
+    """Return the segments of each block."""
+    return tuple(block_range(grid, block) for block in range(grid.sp * grid.rounds))
 
 
 def block_owner(grid: Grid, block: int) -> int:

@@ -221,6 +221,10 @@ class StepWork(NamedTuple):
     """Elements, as in the ds_config; its default is DeepSpeed's."""
     carried: bool = False
     """Whether the memory of every row passes to the next step (train.carry_state, data.carry_memory)."""
+    padded: bool = False
+    """Whether rows may be shorter than their batch."""
+    packed: bool = False
+    """Whether documents that do not see each other share segments (data.text.pack)."""
 
 
 def row_tokens(model: ModelSizes, work: StepWork) -> int:

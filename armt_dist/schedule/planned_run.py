@@ -41,6 +41,8 @@ BYTE_TOKENS = 259
 """Bytes and three special tokens."""
 WORD_TOKENS = 177
 """bAbI's words, the words of the built-in background and three special tokens."""
+PADDED_SET = "RMT-team/babilong"
+"""Published samples with their background, whose lengths differ."""
 ANSWER_TOKENS = 2
 """Scored tokens of a BABILong sample: a one-word answer and eos."""
 
@@ -128,6 +130,10 @@ class Samples(NamedTuple):
     """0: all."""
     vocab_size: int | None
     """Tokens of the tokenizer; None: not known without loading it."""
+    padded: bool = False
+    """Whether one may be shorter than its batch."""
+    packed: bool = False
+    """Whether documents that do not see each other share a segment."""
 
 
 def planned_run(trees: RunTree, world: int) -> PlannedRun:
@@ -153,6 +159,8 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         scored_tokens=samples.scored_tokens,
         gradient_bytes=gradient_bytes(trees.ds_config),
         carried=carries(trees.run),
+        padded=samples.padded,
+        packed=samples.packed,
         **{
             name: count(zero, name, "ds_config zero_optimization.", StepWork._field_defaults[name], least=0)
             for name in ("reduce_bucket_size", "stage3_param_persistence_threshold")
@@ -230,7 +238,9 @@ def longest_samples(run: Mapping[str, Any]) -> Samples:
     length = longest_stage(run, "segments")
     if task == "babilong":
         tokens = count({"segment_tokens": asked}, "segment_tokens", "model.", None)
-        return Samples(tokens, length * tokens, ANSWER_TOKENS, word_tokens(section(data, "babilong", "data.")))
+        babilong = section(data, "babilong", "data.")
+        padded = section(babilong, "published", "data.babilong.").get("set") == PADDED_SET
+        return Samples(tokens, length * tokens, ANSWER_TOKENS, word_tokens(babilong), padded)
     text = section(data, "text", "data.")
     most = count(text, "sequence_tokens", "data.text.", SEQUENCE_TOKENS)
     tokens = count({"segment_tokens": asked}, "segment_tokens", "model.", most)
@@ -239,7 +249,11 @@ def longest_samples(run: Mapping[str, Any]) -> Samples:
             f"curriculum segments={length} of {tokens} tokens exceed data.text.sequence_tokens={most}; use at most "
             f"{most // tokens} or raise data.text.sequence_tokens"
         )
-    return Samples(tokens, length * tokens, 0, BYTE_TOKENS if text.get("tokenizer", "byte") == "byte" else None)
+    # The ends of texts are shorter than their batch; of texts that are joined only the very last one is.
+    pack = flag(text, "pack", "data.text.")
+    packed = pack and not flag(text, "cross_documents", "data.text.")
+    vocabulary = BYTE_TOKENS if text.get("tokenizer", "byte") == "byte" else None
+    return Samples(tokens, length * tokens, 0, vocabulary, not pack, packed)
 
 
 def carries(run: Mapping[str, Any]) -> bool:

@@ -147,6 +147,7 @@ def head_bytes(held: Held) -> dict[str, float]:
         "embedding, head": gathered_bytes(held, model.outer_tensors, 1),
         "layer inputs H": stashed_layers(held) * held.layer_input_bytes,
         "last hidden states": held.layer_input_bytes,
+        "masks": mask_bytes(held),
         "states": work.micro_batch * states_bytes(held, rerun=False),
         "loss head": scored * model.hidden_size * width + LOGITS_COPIES * logits,
         "whole gradients": model.vocab_size * model.hidden_size * work.dtype_bytes,
@@ -174,10 +175,28 @@ def backward_bytes(held: Held, done: int) -> dict[str, float]:
         "embedding, head": gathered_bytes(held, model.outer_tensors, 1),
         "layer inputs H": inputs * held.layer_input_bytes,
         "gradients of H": 2 * held.layer_input_bytes,
+        "masks": mask_bytes(held),
         "states": work.micro_batch * (left * states_bytes(held, rerun=False) + rerun),
         "one cell's graph and gradients": cell_bytes(held),
         "whole gradients": whole,
     }
+
+
+def mask_bytes(held: Held) -> float:
+    """Attention masks [N, N] of a row, which layers share and segments that are padded alike; see `executor.contexts`.
+
+    A segment in which a document begins has its own. Without padding or documents none is needed, but one for all rows
+    under a sliding window.
+    """
+    model, work = held.model, held.work
+    segments = held.grid.rounds * held.block
+    if work.packed:
+        masks = work.micro_batch * segments
+    elif work.padded:
+        masks = work.micro_batch * min(segments, 2 * held.chunk_rows + 1)
+    else:
+        masks = int(model.sliding_window > 0)
+    return masks * row_tokens(model, work) ** 2 * work.dtype_bytes
 
 
 def states_bytes(held: Held, rerun: bool) -> float:

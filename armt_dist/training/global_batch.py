@@ -116,14 +116,10 @@ class Batches(NamedTuple):
         return [MicroBatch(rows, batch) for rows, batch in zip(parts, masked, strict=True)]
 
     def piece(self, batch: Batch) -> Piece:
-        """Cut this rank's blocks out of a micro-batch, and copy the inputs to the device."""
+        """Cut this rank's blocks out of a micro-batch, and copy the token ids to the device."""
         rows = batch.input_ids, batch.labels, batch.attention_mask
         piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule, batch.document_starts)
-        mask = piece.attention_mask
-        return piece._replace(
-            input_ids=copied(piece.input_ids, self.device),
-            attention_mask=None if mask is None else copied(mask, self.device),
-        )
+        return piece._replace(input_ids=copied(piece.input_ids, self.device))
 
     def sum_up(self, results: Sequence[MicroResult], told_to_stop: bool) -> Sums:
         """Sum the results of all ranks. Collective; the only point of a step where the host waits for the device."""

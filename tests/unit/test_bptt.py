@@ -67,6 +67,40 @@ def test_equals_the_oracle(family, options):
         assert_gradients(fast_gradients, gradients)
 
 
+class Forgetful(dict):
+    """Contexts that no segment shares."""
+
+    def __contains__(self, key):
+        return False
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 6}, {"memory_kind": "rmt"}], ids=str)
+def test_segments_that_are_padded_alike_share_a_mask_to_the_bit(options, monkeypatch):
+    model = small_model(**options).train()
+    ids, labels, _ = random_batch(tokens=8 * 9 + 3, pad=0)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[75], [40], [21], [4]])).long()
+    labels, grid = labels.masked_fill(mask == 0, -100), GRID._replace(chunks=2)
+    made = []
+
+    def counted(*args, build=model.context):
+        made.append(1)
+        return build(*args)
+
+    def result():
+        made.clear()
+        return scheduled_loss(model, ids, labels, mask, grid=grid), len(made)
+
+    monkeypatch.setattr(model, "context", counted)
+    shared, few = result()
+    each = ScheduledLM.contexts
+    monkeypatch.setattr(ScheduledLM, "contexts", lambda self, *args: each(self, *args[:-1], Forgetful()))
+    alone, all_of_them = result()
+    # 10 segments in each of 2 chunks, whose two rows are full, end within a segment or are over.
+    assert all_of_them == 20 and few == 7
+    assert torch.equal(shared[0], alone[0])
+    assert all(torch.equal(gradient, alone[1][name]) for name, gradient in shared[1].items())
+
+
 @pytest.mark.parametrize("alignment", ["right", "center"])
 def test_padding_is_refused_where_it_would_move_the_segments(alignment):
     model = small_model(segment_alignment=alignment)

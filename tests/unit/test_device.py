@@ -81,9 +81,7 @@ def test_a_pass_stays_on_the_device_and_never_waits_for_it(kind, states):
         starts = random_starts(ids) if documents else None
         grid = GRID._replace(chunks=chunks, layers=model.config.num_hidden_layers)
         piece = cut_piece(ids, shifted(labels), mask, model.config, grid, document_starts=starts)
-        piece = piece._replace(
-            input_ids=piece.input_ids.to(META), attention_mask=None if mask is None else piece.attention_mask.to(META)
-        )
+        piece = piece._replace(input_ids=piece.input_ids.to(META))
         runner = ScheduledLM(model, states=states, offload=offload)
 
         def step(runner=runner, piece=piece):

@@ -368,3 +368,17 @@ def test_planning_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_padding_and_documents_are_planned_as_the_data_say():
+    def work(*data):
+        base = [f"model.base_config={json.dumps(BASES['llama'] | {'model_type': 'llama'})}", "model.segment_tokens=8"]
+        run = planned(ROOT / "launch/configs/default.yaml", [*base, "curriculum=[{segments: 4, steps: 1}]", *data])
+        return run.work.padded, run.work.packed
+
+    text = "data.task=text", "data.text={files: x, sequence_tokens: 64}"
+    assert work(*text) == (True, False)
+    assert work(*text, "data.text.pack=true") == (False, True)
+    assert work(*text, "data.text.pack=true", "data.text.cross_documents=true") == (False, False)
+    assert work("data.task=babilong") == (False, False)
+    assert work("data={task: babilong, babilong: {published: {set: RMT-team/babilong}}}") == (True, False)

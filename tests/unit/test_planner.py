@@ -115,6 +115,18 @@ def test_memory_follows_states_and_offload():
     assert offloaded["optimizer (shard)"] == 0 < on_host["gradients and optimizer (shard)"]
 
 
+def test_masks_are_those_that_segments_do_not_share():
+    def masks(model=SMALL, chunks=1, **options):
+        work = StepWork(64 * 1024, micro_batch=4, **options)
+        items = plan(model, work, Layout(1, 1, 1, chunks)).gpu_bytes
+        return items["masks"] / (2 * (1024 + 16) ** 2)
+
+    assert masks() == 0 and masks(SMALL._replace(sliding_window=8)) == 1
+    # Of the rows of a chunk, each is whole, ends, or is over.
+    assert masks(padded=True) == 4 * 9 and masks(padded=True, chunks=4) == 4 * 3
+    assert masks(padded=True, packed=True) == 4 * 64
+
+
 def test_offloaded_inputs_cannot_be_faster_than_the_link_to_the_host():
     slow = H100._replace(host_link_bytes_per_s=1e9)
     work = StepWork(131072, offload_activations=True)
