@@ -199,12 +199,21 @@ class Call(NamedTuple):
 HANDED_ON = (Op.RECV, Op.SEND)
 
 
-@lru_cache(maxsize=256)
 def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
     """Cut the program of `rank` into layer calls, in forward order.
 
     A state that comes from the last layer is hidden states, so it goes from call to call in autograd's own graph.
     """
+    fitted = fit_grid(name, grid, arrows)
+    # Blocks of any length have the same program.
+    return cut_calls(name, fitted._replace(segments=fitted.sp * fitted.rounds), rank, arrows)
+
+
+# Programs of RMT grow with the length: 27 MB for 1,024 segments of 32 layers. So those of two lengths are kept, such as
+# a training batch's and a validation's.
+@lru_cache(maxsize=2)
+def cut_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
+    """Return `layer_calls` of a grid with a segment in each block."""
     program = build_program(name, grid, rank, arrows)
     if Arrow.SAME_LAYER not in arrows:
         program = [instruction for instruction in program if instruction.op not in HANDED_ON]

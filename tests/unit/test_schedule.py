@@ -26,7 +26,9 @@ from armt_dist.schedule.program import (
     Op,
     backward_program,
     build_program,
+    cut_calls,
     fit_grid,
+    layer_calls,
     layer_major,
     segment_major,
     wavefront,
@@ -325,6 +327,15 @@ def test_layer_major_gathers_each_layer_once_and_segment_major_once_per_segment(
     grid = Grid(segments=5, layers=3)
     gathers = [sum(i.op is Op.GATHER for i in program) for program in (layer_major(grid), segment_major(grid))]
     assert gathers == [3, 15]
+
+
+def test_calls_of_any_length_are_kept_once_and_of_few_numbers_of_blocks():
+    grid = Grid(37, 3, 4, 2, 2)
+    calls = layer_calls("wavefront", grid, 1, ARMT_ARROWS)
+    assert calls is layer_calls("wavefront", grid._replace(segments=99), 1, ARMT_ARROWS)
+    lengths = [layer_calls("segment_major", Grid(n, 3), 0, RMT_ARROWS) for n in range(1, 20)]
+    assert [len(calls) for calls in lengths] == [3 * n for n in range(1, 20)]
+    assert cut_calls.cache_info().currsize <= 2
 
 
 def test_programs_print_short_and_read_like_the_design():
