@@ -4,14 +4,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from . import files
 from .config import ConfigError, one_line
 
 # The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
 RUN_CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+# Bytes that are read at a time from the end of a file.
+BLOCK = 2**16
 
 
 def check_links(run: Path) -> None:
@@ -42,14 +47,20 @@ def write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """Return the complete records of a file with one JSON object per line. Raises OSError and ValueError.
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """Yield the complete records of a file with one JSON object per line. Raises OSError and ValueError.
 
     A run that was killed, or is still writing, may have left half a line: it is skipped.
     """
     with files.open_regular(path) as content:
-        lines = iter(lambda: content.readline(files.MIB), b"")
-        return [record_of(line) for line in lines if line.rstrip().endswith(b"}")]
+        for line in iter(lambda: content.readline(files.MIB), b""):
+            if is_complete(line):
+                yield record_of(line)
+
+
+def is_complete(line: bytes) -> bool:
+    """Tell whether a line may hold a whole record."""
+    return line.rstrip().endswith(b"}")
 
 
 def record_of(line: bytes) -> dict:
@@ -60,12 +71,67 @@ def record_of(line: bytes) -> dict:
     return found
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """Return the records of the run's metrics.jsonl. Raises ConfigError if there is no readable one."""
+def read_metrics(run: Path) -> Iterator[dict]:
+    """Yield the records of the run's metrics.jsonl. Raises ConfigError if there is no readable one."""
+    with readable_metrics(run):
+        yield from read_json_lines(run / METRICS)
+
+
+def cut_metrics(run: Path, done: int) -> None:
+    """Cut the run's metrics.jsonl, if there is one, after the last record of its first `done` steps.
+
+    What precedes that record is neither read nor written, also where it tells of later steps, which a rollback undid.
+    A process that is killed here leaves the file as it was before or after. Raises ConfigError if it is not readable.
+    """
+    path = run / METRICS
+    if not path.exists():
+        return
+    with readable_metrics(run), files.open_regular(path) as content:
+        size = os.fstat(content.fileno()).st_size
+        ends = (end for end, line in lines_backwards(content, size) if is_complete(line) and is_of(line, done))
+        end = next(ends, -1)
+        # With its line end, which is missing only where a process was killed before it.
+        os.truncate(path, min(end + 1, size))
+    if end == size:
+        with path.open("ab") as content:
+            content.write(b"\n")
+
+
+@contextmanager
+def readable_metrics(run: Path) -> Iterator[None]:
+    """Turn the errors of reading metrics.jsonl into ConfigError."""
     try:
-        return read_json_lines(run / "metrics.jsonl")
+        yield
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run={run}: no readable metrics.jsonl ({one_line(error)})") from None
+        raise ConfigError(f"run={run}: no readable {METRICS} ({one_line(error)})") from None
+
+
+def is_of(line: bytes, done: int) -> bool:
+    """Tell whether the record in a line is of one of the first `done` steps. Raises ValueError."""
+    step = record_of(line).get("step")
+    return isinstance(step, int) and step <= done
+
+
+def lines_backwards(content: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file of `size` bytes, last first, each after the place where it ends.
+
+    A line of more than a MiB comes in parts.
+    """
+    start, rest = size, b""
+    while start:
+        length = min(BLOCK, start)
+        start -= length
+        content.seek(start)
+        block = content.read(length) + rest
+        end = start + len(block)
+        rest, *lines = block.split(b"\n")
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line) + 1
+        if len(rest) > files.MIB:
+            yield end, rest
+            rest = b""
+    yield len(rest), rest
 
 
 def markdown_table(rows: Iterable[dict]) -> str:

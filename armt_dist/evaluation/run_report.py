@@ -6,7 +6,7 @@ Training writes it at the end; the command writes it at any time, also during th
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
@@ -16,27 +16,25 @@ import yaml
 from ..config import ConfigError, one_line, read_yaml
 from ..records import check_links, code_block, markdown_table, markdown_text, read_json, read_metrics
 from .charts import Curve, Panel, draw
+from .run_history import LAST, History
 
 # Metrics to draw, if the run has them, and their axis labels.
 DRAWN = {"loss": "loss, nats per token", "accuracy": "accuracy", "tokens_per_s": "tokens/s"}
 # Of the facts in environment.json, those that the report names.
 VERSIONS = ("commit", "torch", "deepspeed")
-# Points of a curve, each a mean over steps.
-POINTS = 200
 
 
 def write_run_report(run: Path) -> Path:
     """Write the report of the run in folder `run` and return its path. Raises ConfigError without a training step."""
     check_links(run)
-    records = read_metrics(run)
     try:
-        training, validation = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation"))
-        if not training:
+        history = History(read_metrics(run), DRAWN)
+        if not history.last:
             raise ConfigError(f"run={run}: metrics.jsonl has no training step yet; train first")
         config = read_yaml(run / "config.yaml")
-        panels = [panel(name, label, training, validation) for name, label in DRAWN.items() if name in training[-1]]
+        panels = [panel(name, label, history) for name, label in DRAWN.items() if name in history.last]
         draw(panels, run / "report.png", run.name)
-        (run / "report.md").write_text("\n\n".join(sections(run, config, training, validation)) + "\n")
+        (run / "report.md").write_text("\n\n".join(sections(run, config, history)) + "\n")
     except OSError as error:
         raise ConfigError(f"run={run}: the report cannot be written ({error.strerror})") from None
     except ConfigError:
@@ -47,48 +45,43 @@ def write_run_report(run: Path) -> Path:
     return run / "report.md"
 
 
-def panel(name: str, label: str, training: Sequence[dict], validation: Sequence[dict]) -> Panel:
-    """Return the panel of one metric over the steps; training values are means of neighbouring steps."""
-    size = max(1, len(training) // POINTS)
-    groups = [training[i : i + size] for i in range(0, len(training), size)]
-    means = [fmean(r[name] or 0.0 for r in group) for group in groups]
-    curves = [Curve("training", [group[-1]["step"] for group in groups], means)]
-    if validation and name in validation[-1]:
-        curves.append(Curve("validation", [r["step"] for r in validation], [r[name] for r in validation]))
-    return Panel("step", label, curves, log_x=False)
+def panel(name: str, label: str, history: History) -> Panel:
+    """Return the panel of one metric over the steps."""
+    kinds = {"training": history.training[name]}
+    if name in history.validated:
+        kinds["validation"] = history.validation[name]
+    return Panel("step", label, [Curve(kind, found.x, found.y) for kind, found in kinds.items()], log_x=False)
 
 
-def sections(run: Path, config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[str]:
+def sections(run: Path, config: dict, history: History) -> Iterable[str]:
     """Yield the sections of the report."""
-    last = training[-1]
+    last = history.last
     facts = read_json(run / "environment.json")
     chosen = config.get("data", {}).get("task"), config.get("train", {}).get("seed")
     task, seed, commit, torch, deepspeed = map(markdown_text, (*chosen, *map(facts.get, VERSIONS)))
     yield f"# {markdown_text(run.name)}"
     yield (
-        f"{last['step']} steps, {last['tokens']:,} tokens, {sum(r['step_s'] for r in training) / 60:.1f} min of "
+        f"{last['step']} steps, {last['tokens']:,} tokens, {history.seconds / 60:.1f} min of "
         f"training; task {task}, seed {seed}, commit {commit[:12]}, torch {torch}, DeepSpeed {deepspeed}."
     )
     yield "![curves](report.png)"
-    yield "## Stages\n\n" + markdown_table(stages(config, training, validation))
+    yield "## Stages\n\n" + markdown_table(stages(config, history))
     yield from evaluations(run)
     rest = yaml.safe_dump({k: config[k] for k in config if k != "curriculum"})
     yield f"## Configuration\n\n{code_block(rest, 'yaml')}"
 
 
-def stages(config: dict, training: Sequence[dict], validation: Sequence[dict]) -> Iterable[dict]:
+def stages(config: dict, history: History) -> Iterable[dict]:
     """Yield one row for each stage that has begun."""
     curriculum = config.get("curriculum", [])
-    for number in sorted({r["stage"] for r in training}):
-        steps = [r for r in training if r["stage"] == number]
+    for number, stage in history.by_stage():
         shown = curriculum[number] if number < len(curriculum) else {}
         unit = "pairs" if shown.get("pairs") else "segments"
-        of_stage = [r for r in validation if steps[0]["step"] <= r["step"] <= steps[-1]["step"]]
-        row = {"stage": number, unit: shown.get(unit), "steps": f"{steps[0]['step']} to {steps[-1]['step']}"}
-        row["loss, last 10 steps"] = f"{fmean(r['loss'] or 0.0 for r in steps[-10:]):.4f}"
+        row = {"stage": number, unit: shown.get(unit), "steps": f"{stage.first} to {stage.last}"}
+        row[f"loss, last {LAST} steps"] = f"{fmean(stage.losses):.4f}"
         for name in ("loss", "accuracy"):
-            if of_stage and name in of_stage[-1]:
-                row[f"validation {name}"] = f"{of_stage[-1][name]:.4f}"
+            if name in stage.validation:
+                row[f"validation {name}"] = f"{stage.validation[name]:.4f}"
         yield row
 
 

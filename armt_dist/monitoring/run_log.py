@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from ..config import one_line
-from ..records import read_metrics
+from ..records import METRICS, cut_metrics
 from .bad_steps import BadRows
 from .plateau import Plateau
 
@@ -144,10 +144,8 @@ class MetricsWriter:
         # Slow to import, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        found = read_metrics(folder) if self.path.exists() else []
-        kept = [record for record in found if isinstance(record.get("step"), int) and record["step"] <= done]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.path = folder / METRICS
+        cut_metrics(folder, done)
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self.bar = ProgressBar(done, total, folder.name)

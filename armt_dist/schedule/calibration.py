@@ -65,7 +65,8 @@ def longest(steps: Sequence[dict]) -> list[dict]:
     """The steps with the longest samples: those that read most tokens."""
     before = [0, *(record["tokens"] for record in steps)]
     read = [record["tokens"] - earlier for record, earlier in zip(steps, before, strict=False)]
-    return [record for record, tokens in zip(steps, read, strict=True) if tokens == max(read)]
+    most = max(read, default=0)
+    return [record for record, tokens in zip(steps, read, strict=True) if tokens == most]
 
 
 def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:

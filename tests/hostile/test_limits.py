@@ -99,7 +99,7 @@ def test_lines_of_a_sparse_file(tmp_path):
         file.write(b'{"kind": "train"}\n')
         file.truncate(500 * MB)
     with anonymous_growth_mb() as growth:
-        assert read_json_lines(tmp_path / "metrics.jsonl") == [{"kind": "train"}]
+        assert list(read_json_lines(tmp_path / "metrics.jsonl")) == [{"kind": "train"}]
     assert growth() < 50
 
 

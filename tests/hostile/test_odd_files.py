@@ -34,7 +34,7 @@ READERS = {
     "config": read_yaml,
     "ds_config": lambda path: read_object(path, "ds_config"),
     "records": read_json,
-    "metrics.jsonl": lambda path: read_metrics(path.parent),
+    "metrics.jsonl": lambda path: list(read_metrics(path.parent)),
     "manifest.json": lambda path: checkpoint.read_manifest(path.parent),
     "latest": lambda path: checkpoint.read_pointer(path.parent, "latest"),
 }
