@@ -17,7 +17,18 @@ from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import HARDWARE, Hardware
 from armt_dist.schedule.model_sizes import KINDS, MODELS, ModelSizes, StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planned_run import PlannedRun, planned_run
-from armt_dist.schedule.planner import STATES, Layout, Plan, choose, fits, plan, schedule_name
+from armt_dist.schedule.planner import (
+    STATES,
+    Layout,
+    Plan,
+    choose,
+    fits,
+    largest_useful_sp,
+    listed,
+    plan,
+    savings,
+    schedule_name,
+)
 from armt_dist.schedule.simulator import simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
 from armt_dist.zero3.run_trees import read_trees
@@ -142,7 +153,8 @@ def size(count: float) -> str:
 
 def lines(run: PlannedRun, result: Plan, hardware: Hardware) -> list[str]:
     """The table, row by row."""
-    rows = [*describe_run(run, result), *describe_memory(result, hardware), *describe_time(run.model, run.work, result)]
+    memory = describe_memory(run, result, hardware)
+    rows = [*describe_run(run, result), *memory, *describe_time(run.model, run.work, result)]
     return [f"{name:<36}{value}" for name, value in rows]
 
 
@@ -161,21 +173,28 @@ def describe_run(run: PlannedRun, result: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def describe_memory(result: Plan, hardware: Hardware) -> list[tuple[str, str]]:
+def describe_memory(run: PlannedRun, result: Plan, hardware: Hardware) -> list[tuple[str, str]]:
     """Device and host memory of a rank, item by item."""
-    verdict = "fits" if fits(result, hardware) else "does NOT fit; try more gpus, states=rebuild or an offload"
+    saving = listed(["more gpus", *savings(run.work)])
+    verdict = "fits" if fits(result, hardware) else f"does NOT fit; try {saving}"
     total = f"{size(sum(result.gpu_bytes.values()))} per rank of {size(hardware.memory_bytes)}"
     device = [(f"  {name}", size(held)) for name, held in result.gpu_bytes.items() if held]
     host = [(f"  {name}", size(held)) for name, held in result.host_bytes.items() if held]
     if host:
         host.insert(0, ("host memory", f"{size(sum(result.host_bytes.values()))} per rank"))
     name = "GPU memory" if hardware.device == "cuda" else "memory of tensors"
-    return [(name, f"{total}: {verdict}"), ("largest in", result.phase), *device, *host]
+    rows = [(name, f"{total}: {verdict}"), ("largest in", result.phase), *device, *host]
+    if run.layout.sp > 1:
+        useful = largest_useful_sp(run.model, run.work, run.layout, hardware)
+        filled = f"the pipeline fills up to layers x chunks = {result.grid.layers * result.grid.chunks}"
+        rows.append(("largest useful sp", f"{useful} of these ranks, in this memory; {filled}"))
+    return rows
 
 
 def describe_time(model: ModelSizes, work: StepWork, result: Plan) -> list[tuple[str, str]]:
     """Traffic, operations and time of a step."""
-    window = f"{result.window} layers of {size(model.layer_parameters * work.dtype_bytes)}"
+    ahead = min(result.window, result.grid.layers)
+    window = f"{ahead} of {result.grid.layers} layers, {size(model.layer_parameters * work.dtype_bytes)} each"
     handed = f"{size(result.handoff_unit_bytes)} per unit, {size(result.handoff_bytes)} per rank and step"
     busy = f"{result.efficiency:.1%} of the time computing; the schedule's bound is {result.bound:.1%}"
     per_rank = f"{result.tokens_per_s / result.world:,.0f} per rank"

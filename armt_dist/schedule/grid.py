@@ -81,7 +81,8 @@ def pipeline_warning(grid: Grid) -> str | None:
         return None
     return (
         f"sp={grid.sp} > layers x chunks = {grid.layers * grid.chunks}: the pipeline never fills and ranks are busy "
-        f"at most {efficiency_bound(grid):.0%} of the time; use a smaller sp or more chunks"
+        f"at most {efficiency_bound(grid):.0%} of the time; use a smaller sp, with fewer ranks or "
+        "a larger batch, or more chunks"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
-from .grid import Grid, check_grid, efficiency_bound, prefetch_window
+from .grid import Grid, check_grid, prefetch_window
 from .hardware import H100, Hardware, estimate_s, unit_costs, update_s
 from .model_sizes import KINDS, ModelSizes, StepWork, cell_flops
 from .program import default_schedule, fit_grid
@@ -23,6 +23,8 @@ MAY_BE_ZERO = (
     *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
     "stage3_param_persistence_threshold",
 )
+LEAST_BUSY = 0.5
+"""Share of the time that ranks are to be busy in a layout that is chosen."""
 SPARE_LAYERS = 2
 """Layers that ZeRO-3 keeps beside the prefetch window: the one in use and the one being released."""
 
@@ -57,7 +59,7 @@ class Plan(NamedTuple):
     flops: float
     """With the re-run."""
     bound: float
-    """Of the schedule alone, free communication."""
+    """Largest efficiency of this layout: with free communication and update, the re-runs that fill waits counted."""
     compute_s: float
     step_s: float
     efficiency: float
@@ -137,7 +139,7 @@ def plan(
         handoff_unit_bytes=state_bytes / grid.chunks,
         handoff_bytes=passes * handoffs * state_bytes,
         flops=passes * ((3 + costs.rerun_ratio) * cells * cell + head_flops),
-        bound=efficiency_bound(grid),
+        bound=times.compute_s / times.free_s,
         compute_s=times.compute_s,
         step_s=times.step_s,
         efficiency=times.compute_s / times.step_s,
@@ -148,9 +150,10 @@ def plan(
 
 
 class StepTimes(NamedTuple):
-    """Seconds of one optimizer step of a rank: computing alone, and in all."""
+    """Seconds of one optimizer step of a rank: computing alone, with free communication and update, and in all."""
 
     compute_s: float
+    free_s: float
     step_s: float
 
 
@@ -167,7 +170,10 @@ def step_times(
     compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + head_s
     optimizer_s = 0.0 if work.offload_optimizer else update_s(model, world, hardware)
     step_s = work.accumulation * (pipeline_s + head_s + outer_s) + optimizer_s
-    return StepTimes(work.accumulation * compute_s, step_s)
+    free = costs._replace(gather_s=0.0, reduce_s=0.0, latency_s=0.0, state_bytes=0)
+    # The closed form is no better than a percent of what was simulated.
+    free_s = work.accumulation * (min(pipeline_s, estimate_s(grid, free)) + head_s)
+    return StepTimes(work.accumulation * compute_s, free_s, step_s)
 
 
 def output_flops(model: ModelSizes, work: StepWork, grid: Grid) -> float:
@@ -196,6 +202,29 @@ def fits(result: Plan, hardware: Hardware = H100) -> bool:
     return device <= 0.9 * hardware.memory_bytes and host <= 0.9 * hardware.host_bytes
 
 
+def largest_useful_sp(model: ModelSizes, work: StepWork, layout: Layout, hardware: Hardware = H100) -> int:
+    """The largest sp of the same ranks whose pipeline fills (sp <= layers x chunks) and whose memory fits; 1: none.
+
+    A larger one idles for longer, and gathers more layers ahead: (sp - 1) / chunks + 1 are whole at a time.
+    """
+    world, filled = layout.dp * layout.sp, model.num_hidden_layers * layout.chunks
+    longest = min(filled, work.sequence_tokens // work.segment_tokens // layout.rounds)
+    useful = (sp for sp in sorted(divisors(world), reverse=True) if 1 < sp <= longest)
+    layouts = (layout._replace(dp=world // sp, sp=sp) for sp in useful)
+    return next((each.sp for each in layouts if fits(plan(model, work, each, hardware), hardware)), 1)
+
+
+def savings(work: StepWork) -> list[str]:
+    """What would save memory, of the options that are not given yet."""
+    offloads = ("offload_activations", "offload_optimizer", "offload_parameters")
+    return [*["states=rebuild"] * (work.states == "store"), *(name for name in offloads if not getattr(work, name))]
+
+
+def listed(choices: list[str]) -> str:
+    """Join choices: a, b or c."""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]
+
+
 def candidates(
     model: ModelSizes, work: StepWork, world: int, max_step_tokens: float
 ) -> Iterator[tuple[StepWork, Layout]]:
@@ -217,18 +246,24 @@ def choose(
 ) -> tuple[StepWork, Layout]:
     """The micro-batch, sp, R and M_c with most tokens per second that fit.
 
-    Raises ConfigError when nothing fits within memory and `max_step_tokens`.
+    Of those that fit, a layout whose pipeline is busy for less than half of the time is chosen only where there is no
+    other. Raises ConfigError when nothing fits within memory and `max_step_tokens`.
     """
     validate(model, work, Layout())
+    if not max_step_tokens > 0:
+        raise ConfigError(f"max_step_tokens={max_step_tokens:g}: expected a number of tokens above 0")
     tried = list(candidates(model, work, world, max_step_tokens))
     found = [(plan(model, each, layout, hardware), each, layout) for each, layout in tried]
     found = [row for row in found if fits(row[0], hardware)]
     if not found:
-        why = "needs more memory" if tried else f"has more than max_step_tokens={max_step_tokens:g}"
-        raise ConfigError(
-            f"gpus={world}: every layout of sequence_tokens={work.sequence_tokens} {why}; use more gpus, "
-            f"states=rebuild, offload_activations or a larger max_step_tokens"
-        )
+        why, more = "needs more memory", savings(work)
+        if not tried:
+            why, more = f"has more than max_step_tokens={max_step_tokens:g}", []
+        if max_step_tokens < math.inf:
+            more = [*more, "a larger max_step_tokens"]
+        use = listed(["more gpus" if tried else "fewer gpus", *more])
+        raise ConfigError(f"gpus={world}: every layout of sequence_tokens={work.sequence_tokens} {why}; use {use}")
+    found = [row for row in found if row[0].bound >= LEAST_BUSY] or found
     fastest = max(row[0].tokens_per_s for row in found)
     # The estimate is no better than a percent: of equals the least gathering, the shortest pipeline, the smallest step.
     near = [row for row in found if row[0].tokens_per_s >= 0.99 * fastest]

@@ -9,7 +9,7 @@ from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.hardware import H100
 from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
-from armt_dist.schedule.planner import Layout, candidates, choose, fits, plan, schedule_name
+from armt_dist.schedule.planner import Layout, candidates, choose, fits, largest_useful_sp, plan, schedule_name
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
 
@@ -201,6 +201,48 @@ def test_a_choice_that_cannot_be_made_says_why():
         choose(LARGE, StepWork(2**24), 8)
     with pytest.raises(ConfigError, match="has more than max_step_tokens=1000; "):
         choose(SMALL, StepWork(2**15), 8, max_step_tokens=1e3)
+
+
+def test_advice_does_not_repeat_what_is_given():
+    work = StepWork(2**24, states="rebuild", offload_activations=True)
+    with pytest.raises(ConfigError, match="needs more memory; use more gpus, offload_optimizer or offload_parameters$"):
+        choose(MODELS["llama-8b"], work, 1)
+    with pytest.raises(ConfigError, match=r"use more gpus$"):
+        choose(LARGE, work._replace(offload_optimizer=True, offload_parameters=True, sequence_tokens=2**26), 1)
+    done = run_script("plan.py", "--model", "llama-8b", "--gpus", "1", "--sp", "1", "--states", "rebuild")
+    assert "does NOT fit; try more gpus, offload_activations, offload_optimizer or offload_parameters\n" in done.stdout
+
+
+@pytest.mark.parametrize("tokens", [float("nan"), 0.0, -1.0])
+def test_a_largest_batch_that_is_no_number_is_refused(tokens):
+    with pytest.raises(ConfigError, match=r"^max_step_tokens=.*: expected a number of tokens above 0$"):
+        choose(SMALL, StepWork(2**15), 8, max_step_tokens=tokens)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 128, 8), Layout(1, 32, 8), Layout(4, 8, 2), Layout(1, 7, 3), Layout(8)])
+def test_no_efficiency_is_above_its_bound(layout):
+    for work in (StepWork(2**20), StepWork(2**20, states="recompute", micro_batch=4, scored_tokens=1)):
+        result, _ = simulated(SMALL, work, layout)
+        assert 0 < result.efficiency <= result.bound <= 1 + 1e-9
+        estimated = plan(SMALL, work, layout)
+        assert estimated.efficiency <= estimated.bound <= 1 + 1e-9
+
+
+def test_a_pipeline_that_idles_is_chosen_only_where_there_is_no_other():
+    for cap in (2**20, 2**21, 2**23):
+        work, layout = choose(SMALL, StepWork(2**20, states="rebuild"), 128, max_step_tokens=cap)
+        busy = [plan(SMALL, *row) for row in candidates(SMALL, StepWork(2**20, states="rebuild"), 128, cap)]
+        assert plan(SMALL, work, layout).bound >= 0.5 or all(each.bound < 0.5 for each in busy if fits(each))
+
+
+def test_the_largest_useful_sp_fills_its_pipeline_and_fits():
+    work = StepWork(2**20, states="rebuild", offload_activations=True)
+    assert largest_useful_sp(SMALL, work, Layout(1, 128)) == SMALL.num_hidden_layers
+    assert largest_useful_sp(SMALL, work._replace(micro_batch=4), Layout(1, 128, 1, 4)) == 4 * SMALL.num_hidden_layers
+    # Whole layers of a wider model fill the memory: 17 of them fit beside the shards, 33 do not.
+    wide = LARGE._replace(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
+    assert largest_useful_sp(wide, work, Layout(16, 32)) == 16
+    assert fits(plan(wide, work, Layout(32, 16))) and not fits(plan(wide, work, Layout(16, 32)))
 
 
 def test_sizes_from_hugging_face_configs():
