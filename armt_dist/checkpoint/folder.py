@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ MANIFEST, STAGING = "manifest.json", "staging-"
 TAG = r"^step_[0-9]{8,12}$"
 # Files that are loaded, and so must be in the manifest.
 LOADED = (".pt", ".safetensors")
+# That hash at a time: more than storage can feed.
+THREADS = 16
 
 
 class CheckpointError(ConfigError):
@@ -106,10 +109,22 @@ def make_anew(folder: Path) -> None:
 
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict]:
     """Flush files below `folder` to disk and return their sizes and SHA-256, as in a manifest."""
+    paths = list(paths)
+    hashes = hash_in_threads(paths, flush=True)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path, flush=True)}
-        for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
+        for path, found in zip(paths, hashes, strict=True)
     }
+
+
+def hash_in_threads(paths: Sequence[Path], flush: bool = False) -> Iterator[str]:
+    """Yield the SHA-256 of each file, in order; hashlib lets other threads run meanwhile. Raises OSError."""
+    with ThreadPoolExecutor(max_workers=min(THREADS, len(os.sched_getaffinity(0)))) as pool:
+        try:
+            yield from pool.map(partial(sha256, flush=flush), paths)
+        finally:
+            # Whoever has seen one damaged file does not wait for all others.
+            pool.shutdown(cancel_futures=True)
 
 
 def sha256(path: Path, flush: bool = False) -> str:
@@ -153,7 +168,8 @@ def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
     """Compare the files, or a share of them, with the manifest. Raises CheckpointError naming the first difference."""
     manifest = read_manifest(folder)
     check_listed(folder, manifest)
-    for name in sorted(manifest.files)[share]:
+    names = sorted(manifest.files)[share]
+    for name in names:
         entry, path = manifest.files[name], folder / name
         if not path.exists():
             raise CheckpointError(f"checkpoint={folder}: {name} is missing")
@@ -161,7 +177,8 @@ def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
             raise CheckpointError(f"checkpoint={folder}: {name} is not a regular file")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        if sha256(path) != entry.sha256:
+    for name, found in zip(names, hash_in_threads([folder / name for name in names]), strict=True):
+        if found != manifest.files[name].sha256:
             raise CheckpointError(f"checkpoint={folder}: {name} is damaged (SHA-256 differs)")
     return manifest
 

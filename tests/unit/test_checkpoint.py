@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,24 @@ def test_what_the_background_writes_is_the_state_of_the_step_that_saved(tmp_path
     assert torch.equal(found["module"]["weights"], torch.arange(6.0)) and found["shape"] == torch.Size([6])
     assert sorted(entries) == ["rank_0.safetensors", "shard.pt"]
     assert entries == checkpoint.hash_files(tmp_path, [tmp_path / name for name in entries])
+
+
+def test_files_are_hashed_side_by_side_and_the_damaged_one_is_named(root, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "sched_getaffinity", lambda _: {0, 1})
+    both, real = threading.Barrier(2, timeout=20), checkpoint.sha256
+
+    def waiting(path, flush=False):
+        both.wait()
+        return real(path, flush)
+
+    monkeypatch.setattr(checkpoint, "sha256", waiting)
+    folder = root / TAGS[-1]
+    checkpoint.verify_checkpoint(folder)
+    (folder / "shard_1.pt").write_bytes(bytes(100))
+    with pytest.raises(checkpoint.CheckpointError, match=r"shard_1\.pt is damaged \(SHA-256 differs\)"):
+        checkpoint.verify_checkpoint(folder)
+    files = [folder / "shard_1.pt", folder / "shard_0.pt"]
+    assert list(checkpoint.hash_files(folder, files)) == ["shard_1.pt", "shard_0.pt"]
 
 
 def test_a_damaged_checkpoint_is_replaced_by_its_successor(root, monkeypatch):
