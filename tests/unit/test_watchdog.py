@@ -1,6 +1,7 @@
 """The watchdog ends a process that stays too long in a section, and leaves its stacks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import time
 import pytest
 from support.paths import ROOT
 
+from armt_dist.config import validate
 from armt_dist.monitoring import watchdog
 from armt_dist.records import RUN_CONFIG
 
 WATCHED = """
 import ctypes, os, sys, time
 from pathlib import Path
+from armt_dist.config import validate
 from armt_dist.monitoring import watchdog
 from armt_dist.config import validate
 from armt_dist.schedule.program import Instruction, Op
@@ -81,6 +84,22 @@ def test_who_is_done_in_time_leaves_nothing_but_a_heartbeat(tmp_path):
     beat = json.loads((tmp_path / "heartbeat/rank_3.json").read_text())
     assert (beat["section"], beat["step"], beat["instruction"]) == ("validation", 5, "RUN 2.1 b0")
     assert beat["time"] == pytest.approx(time.time(), abs=30)
+
+
+def test_heartbeats_overwrite_one_open_file(tmp_path, monkeypatch):
+    (tmp_path / "heartbeat").mkdir()
+    file = tmp_path / "heartbeat/rank_3.json"
+    file.write_text("{}" + " " * 1000)
+    # Nothing beats on its own: there is no run.
+    dog = watchdog.Watchdog(validate(watchdog.WatchdogConfig, {}), tmp_path, rank=3)
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args, **more: opened.append(args[0]) or real(*args, **more))
+    for step in range(3):
+        dog.beat(dog.phase._replace(step=step))
+        assert json.loads(file.read_text())["step"] == step and len(file.read_bytes()) == watchdog.BEAT_BYTES
+    dog.close()
+    assert opened == [file]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_the_first_heartbeat_comes_with_the_run_folder_however_long_the_interval(tmp_path):
