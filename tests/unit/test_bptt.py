@@ -8,7 +8,7 @@ from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
 
 from armt_dist.config import ConfigError
 from armt_dist.model.memory_kind import apply
-from armt_dist.runtime import executor
+from armt_dist.runtime import executor, rerun
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
 
@@ -163,6 +163,17 @@ def test_the_rerun_leaves_the_generators_alone():
         scheduled_loss(model, *batch, states=states)
         draws.append(torch.rand(4))
     assert torch.equal(*draws), "the backward changed what is drawn after it"
+
+
+@pytest.mark.parametrize(("rate", "trains"), [(0.0, True), (0.2, False), (0.2, True)])
+def test_generators_are_kept_only_where_a_cell_can_draw(rate, trains, monkeypatch):
+    """5 kB for each cell."""
+    kept, real = [], rerun.Generators.of
+    monkeypatch.setattr(rerun.Generators, "of", lambda x: kept.append(x) or real(x))
+    model = small_model("gpt2", base=dict(resid_pdrop=rate, attn_pdrop=0.0, embd_pdrop=0.0)).train(trains)
+    scheduled_loss(model, *random_batch())
+    # 4 segments of 2 layers.
+    assert len(kept) == (8 if rate and trains else 0)
 
 
 def test_rebuilt_states_are_the_stored_ones():
