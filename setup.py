@@ -30,6 +30,8 @@ setup(
         "accelerate>=1.10,<2",
         "datasets>=5.2,<6",
         "safetensors>=0.8",
+        "filelock>=3.12",
+        "xxhash>=3",
         "tokenizers>=0.23.1",
         "pydantic>=2.9,<3",
         "pyyaml>=6",

@@ -7,8 +7,13 @@ and is skipped without it. Any other skip, of a missing package for example, is 
 """
 
 import os
+import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+# Tokens of the tests' texts stay out of the user's cache. Read when huggingface_hub is imported.
+ASSETS = tempfile.TemporaryDirectory(prefix="armt_tests_")
+os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
 import pytest
 from support.launchers import SP, STEPS, TORCHRUN, train_under

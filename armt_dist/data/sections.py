@@ -101,6 +101,8 @@ class TextConfig(Section):
     """Tokens of the longest sequence, a multiple of model.segment_tokens. Example: 131072"""
     min_tokens: Annotated[int, Field(ge=2)] = 2
     """Fewest tokens of a piece of text; shorter ones, such as the ends of most texts, are left out. Example: 16000"""
+    cache: str | None = None
+    """Folder of tokenised texts, shared by ranks and runs; null: in the Hugging Face cache. Example: /scratch/tokens"""
 
     @model_validator(mode="after")
     def one_source(self) -> "TextConfig":

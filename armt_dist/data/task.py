@@ -6,7 +6,7 @@ size and after any resume, generates the same sample for the same row of the sam
 Shapes: b rows asked for, N tokens of a sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class Run(NamedTuple):
     """Rows of a step over all ranks and accumulation steps; needed by tasks with a finite number of samples."""
     carry_memory: bool = False
     """Whether every row continues that of the step before."""
+    progress: Callable[[str], None] = lambda line: None
+    """Called with a line while a long preparation gets on."""
 
 
 class Task(Lengths, Protocol):

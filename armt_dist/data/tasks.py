@@ -37,12 +37,14 @@ def make_task(
     segment_tokens: int | None = None,
     vocab_size: int | None = None,
     global_batch: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Task:
     """Build the task that `config` describes.
 
     segment_tokens: tokens of a segment; None or the right number for retrieval, whose key and value lengths fix it.
     vocab_size: rows of the model's embedding; None if there is no model yet.
     global_batch: rows of a step over all ranks and accumulation steps; needed by tasks with finite samples (text).
+    progress: called with a line while tokenising texts gets on.
     Raises ConfigError if these do not fit together or the data cannot be read.
     """
     kind = KINDS[config.task]
@@ -53,4 +55,5 @@ def make_task(
             f"vocab_size={vocab_size}: the tokenizer of task={config.task} has {len(tokenizer)} tokens; "
             f"enlarge the embedding to at least {len(tokenizer)} or use another tokenizer"
         )
-    return kind.build(config.section, tokenizer, Run(config.seed, segment_tokens, global_batch, config.carry_memory))
+    run = Run(config.seed, segment_tokens, global_batch, config.carry_memory, progress)
+    return kind.build(config.section, tokenizer, run)

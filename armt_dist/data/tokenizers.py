@@ -3,6 +3,7 @@
 `save_pretrained` writes a folder that AutoTokenizer reads without network and without this package.
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,6 +79,48 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Return the token ids int32 [n] of plain text. A special token spelled out in the text stays text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return np.array(ids, dtype=np.int32)
+
+
+class Encoder:
+    """A tokenizer for much text: its results are those of `encode`, on all cores and in a fraction of the memory."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        # A copy, because what is set here would change the tokenizer.
+        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+        if self.backend is not None:
+            self.backend.no_padding()
+            self.backend.no_truncation()
+            self.backend.encode_special_tokens = True
+        self.bytes = self.backend is not None and spells_bytes(self.backend)
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids [n] of each text."""
+        if self.bytes:
+            return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        if self.backend is None:
+            return [encode(self.tokenizer, text) for text in texts]
+        # The library's own threads share the texts. It leaves out the places of tokens in the text, which take longest.
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def identity(self) -> str:
+        """Return a text that differs between tokenizers that give different tokens."""
+        if self.backend is not None:
+            return self.backend.to_str()
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return f"{type(self.tokenizer).__name__} {self.tokenizer.init_kwargs!r} {vocabulary}"
+
+
+def spells_bytes(backend: Tokenizer) -> bool:
+    """Return whether the tokens of a text are its bytes in UTF-8, as those of `byte_tokenizer` are."""
+    if backend.get_vocab_size(with_added_tokens=False) != 256:
+        return False
+    found, known = (json.loads(one.to_str()) for one in (backend, byte_tokenizer().backend_tokenizer))
+    # Special tokens in a text stay text; others would not.
+    return all(token["special"] for token in found["added_tokens"]) and all(
+        found[part] == known[part] for part in ("normalizer", "pre_tokenizer", "model")
+    )
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

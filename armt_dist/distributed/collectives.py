@@ -1,7 +1,9 @@
 """Collectives over all ranks: gather numbers, do work together, turn an error on one rank into the same on all."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar, overload
 
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from ..config import ConfigError, one_line
 
 Result = TypeVar("Result")
+# Seconds between two collectives of ranks that wait for one with much work.
+SLOW_POLL_S = 1.0
 
 
 def gather(own: Sequence[float], device: torch.device) -> list[list[float]]:
@@ -87,3 +91,35 @@ def together(work: Callable[[], Result], only: int | None = None) -> Result | No
         error = problem
     agree(error)
     return result
+
+
+def together_slowly(work: Callable[[Callable[[], None]], Result], renew: Callable[[], None]) -> Result:
+    """Run `work` on every rank as `together` does, even if it takes one rank far longer than a collective may take.
+
+    A thread works; meanwhile ranks meet in short collectives, and `renew` is called where any rank has got on. work: is
+    given a function to call when it gets on. Collective.
+    """
+    done: Future[Result] = Future()
+    signs = 0
+
+    def get_on() -> None:
+        nonlocal signs
+        signs += 1
+
+    def run() -> None:
+        try:
+            done.set_result(work(get_on))
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    # One that does not keep the process from ending when another rank is lost.
+    threading.Thread(target=run, name="slow work", daemon=True).start()
+    before = None
+    while True:
+        wait([done], timeout=SLOW_POLL_S)
+        finished, all_signs = gather([done.done(), signs], device())
+        if all(finished):
+            return together(done.result)
+        if all_signs != before:
+            renew()
+        before = all_signs

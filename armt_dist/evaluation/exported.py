@@ -118,6 +118,8 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str], trusted:
     if section in ("text", "babilong"):
         # The tokenizer that training named may no longer exist; the export has a copy.
         settings["tokenizer"] = str(folder)
+        # Where tokens are kept is up to this machine.
+        settings.pop("cache", None)
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
     for override in overrides:
         assign(tree, override)

@@ -17,6 +17,8 @@ from .plateau import Plateau
 
 # The metrics of a step shown beside the progress bar.
 SHOWN = ("stage", "loss", "accuracy", "tokens_per_s")
+# Seconds between two lines of `RunLog.say_sometimes`.
+SOMETIMES_S = 15.0
 
 
 class RunLog:
@@ -27,11 +29,19 @@ class RunLog:
         self.out, self.speaks, self.log_every = out, rank == 0, log_every
         self.metrics: MetricsWriter | None = None
         self.plateau = Plateau()
+        # When `say_sometimes` spoke last.
+        self.said = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line on standard output."""
         if self.speaks:
             show(text, sys.stdout)
+
+    def say_sometimes(self, text: str) -> None:
+        """Print a line of many that tell of progress, at most one every SOMETIMES_S."""
+        if time.monotonic() - self.said > SOMETIMES_S:
+            self.said = time.monotonic()
+            self.say(text)
 
     def complain(self, text: str) -> None:
         """Print a line on standard error."""

@@ -19,6 +19,8 @@ PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "da
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.
 FIXED_KEYS = ("train.carry_state",)
+# But not where something is kept.
+FREE_KEYS = ("data.text.cache",)
 # Text files that the run has read.
 TEXTS = "texts.json"
 
@@ -60,7 +62,8 @@ def check_same(folder: Path, config: RunConfig) -> None:
 def fixed(config: dict) -> dict[str, object]:
     """Return what may not change when a run resumes, by key."""
     leaves = (leaf for section, value in config.items() for leaf in flat(value, section).items())
-    return {key: value for key, value in leaves if key.partition(".")[0] in FIXED or key in FIXED_KEYS}
+    kept = {key: value for key, value in leaves if key.partition(".")[0] in FIXED or key in FIXED_KEYS}
+    return {key: value for key, value in kept.items() if key not in FREE_KEYS}
 
 
 def write_texts(folder: Path, task: Task) -> None:

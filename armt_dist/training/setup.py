@@ -1,5 +1,6 @@
 """What a rank knows before training: the checked configuration, the data, and the partitioned model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +37,23 @@ class Setup(NamedTuple):
     resuming: bool  # whether the run folder holds a run
 
 
-def set_up(config: RunConfig, ds_config: dict, out: Path, ranks: Ranks, device: torch.device) -> Setup:
-    """Check the configuration, and open the data. Not collective. Raises ConfigError."""
+def set_up(
+    config: RunConfig,
+    ds_config: dict,
+    out: Path,
+    ranks: Ranks,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Setup:
+    """Check the configuration, and open the data. Not collective. Raises ConfigError.
+
+    progress: called with a line while texts are tokenised.
+    """
     mesh = make_mesh(ranks, config.parallel.sp)
     prepared = prepare(ds_config, mesh.dp, ranks.world_size, device)
     base = config.model.base_config or {}
     segment_tokens = getattr(config.model, "segment_tokens", None)
-    task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch)
+    task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch, progress)
     armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
     grid = Grid(1, armt.num_hidden_layers, mesh.sp, config.parallel.rounds, config.parallel.chunks)
     check_states_fit(config, ds_config, armt, ranks, device)

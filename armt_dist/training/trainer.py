@@ -14,7 +14,7 @@ from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, p
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
 from ..config import ConfigError, one_line
-from ..distributed.collectives import together
+from ..distributed.collectives import together, together_slowly
 from ..distributed.launchers import Ranks
 from ..distributed.process import keep_freed_memory
 from ..evaluation.run_report import write_run_report
@@ -33,7 +33,7 @@ from .out_of_memory import Need, describe, is_out_of_memory
 from .progress import Progress, stage_over
 from .run_config import RunConfig
 from .run_folder import describe_run
-from .setup import build_runner, set_up
+from .setup import Setup, build_runner, set_up
 from .train_step import StepParts, StepResult, train_step, validate
 
 # Exit code of a run that gave up: too many skipped steps or rollbacks.
@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         # Before anything is written.
         together(lambda: check_links(out), only=0)
-        self.config, self.ds_config, self.out, self.ranks = config, ds_config, out, ranks
+        self.config, self.ds_config, self.out, self.ranks, self.device = config, ds_config, out, ranks, device
         self.root = out / "checkpoints"
         self.watchdog = Watchdog(config.watchdog, out, ranks.rank)
         self.log = RunLog(out, ranks.rank, config.train.log_every)
@@ -61,7 +61,7 @@ class Trainer:
         self.lease = lease
         together(lambda: lease.take(self.say), only=0)
         # An error of one rank alone, such as a missing file, must end all ranks before they wait for each other.
-        setup = together(lambda: set_up(config, ds_config, out, ranks, device))
+        setup = together_slowly(self.set_up, lambda: self.watchdog.enter("setup"))
         self.task, self.armt, self.resuming = setup.batches.task, setup.batches.armt, setup.resuming
         warning = pipeline_warning(setup.batches.grid)
         if warning:
@@ -82,6 +82,15 @@ class Trainer:
         self.told_to_stop = False
         # Dropout differs between ranks, but not between runs.
         torch.manual_seed(config.train.seed * 100003 + ranks.rank)
+
+    def set_up(self, get_on: Callable[[], None]) -> Setup:
+        """Check the configuration and open the data, and call `get_on` while texts are tokenised. Not collective."""
+
+        def progress(line: str) -> None:
+            get_on()
+            self.log.say_sometimes(line)
+
+        return set_up(self.config, self.ds_config, self.out, self.ranks, self.device, progress)
 
     def run(self, resume: str) -> int:
         """Train to the end of the curriculum. Returns the exit code: 0, GAVE_UP, or REQUEUE after a stop signal.

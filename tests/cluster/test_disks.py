@@ -60,3 +60,23 @@ def test_checkpoints_that_become_read_only_cost_no_step(tmp_path):
         assert str(root / "another") in lines[0] and "Traceback" not in result.stderr
     finally:
         subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_disk_that_fills_up_with_tokens_is_named_and_left_empty(tmp_path):
+    disk, text = tmp_path / "disk", tmp_path / "a.txt"
+    disk.mkdir()
+    text.write_text("Some words, again and again.\n" * 10**5)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        data = ["data.task=text", "data.retrieval=null", f"data.text.files={text}", "data.text.validation_fraction=0"]
+        more = ["data.text.sequence_tokens=64", f"data.text.cache={disk}", "curriculum=[{segments: 4, steps: 2}]"]
+        result = train("--ds_config", FP32, "--out", tmp_path / "run", *data, *more, "model.segment_tokens=16")
+        says = (
+            f"error: data.text.cache={disk}: tokens cannot be kept there (No space left on device); make room, or set"
+        )
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
+        assert any(line.startswith(says) for line in result.stderr.splitlines()), result.stderr[-3000:]
+        assert not [path for path in disk.iterdir() if path.is_dir()], "half of the tokens were kept"
+        assert not (tmp_path / "run").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

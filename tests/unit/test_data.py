@@ -35,8 +35,12 @@ def same(a, b) -> bool:
 
 
 def text_of(source):
-    """All tokens of a source in memory, in order."""
-    return np.concatenate([piece.tokens for piece in source.pieces])
+    """All tokens of a source with pieces, in order."""
+    return np.concatenate([piece.tokens for piece in pieces_of(source)])
+
+
+def pieces_of(source):
+    return [source.corpus.piece(number) for number in range(len(source.corpus))]
 
 
 @pytest.fixture
@@ -407,7 +411,7 @@ def test_validation_split_does_not_move_with_the_seed(folder):
 
 def test_short_pieces_are_left_out(folder):
     every, long = (text_task(folder, validation_fraction=0, min_tokens=least) for least in (2, 50))
-    found = [sorted(len(piece.tokens) for piece in task.sources["train"].pieces) for task in (every, long)]
+    found = [sorted(len(piece.tokens) for piece in pieces_of(task.sources["train"])) for task in (every, long)]
     assert found[0][0] < 50 and found[1] == [n for n in found[0] if n >= 50]
     with pytest.raises(ConfigError, match="min_tokens=65: no piece has more than sequence_tokens=64"):
         text_task(folder, min_tokens=65)

@@ -10,6 +10,7 @@ from armt_dist.data.sampling import permutation
 from armt_dist.data.sections import DataConfig
 from armt_dist.data.tasks import make_task
 from armt_dist.data.text.lanes import Lanes
+from armt_dist.data.text.token_store import TokenStore
 
 SEED, ROWS, TOKENS = 3, 4, 10
 LENGTHS = (37, 1, 92, 8, 55, 120, 2, 61)
@@ -25,7 +26,7 @@ def some_lanes():
         begins = np.cumsum([0, *(len(texts[i]) for i in order)])[:-1]
         return np.concatenate([texts[i] for i in order]), set(begins.tolist())
 
-    return Lanes(texts, SEED, ROWS), joined
+    return Lanes(TokenStore(np.concatenate(texts), ends), SEED, ROWS), joined
 
 
 @pytest.mark.parametrize("apart", [True, False])

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from armt_dist.config import ConfigError
-from armt_dist.data.text.files import facts_of
+from armt_dist.data.text.files import TextFacts
 from armt_dist.training.run_folder import check_texts, environment, write_texts
 
 
 def task_with(train, validation):
     """A task that has read texts of these names."""
     facts = {"train": train, "validation": validation}
-    texts = {split: [facts_of(name, f"text of {name}") for name in names] for split, names in facts.items()}
+    texts = {split: [TextFacts(name, 1, f"hash of {name}") for name in names] for split, names in facts.items()}
     return SimpleNamespace(texts=lambda: texts)
 
 

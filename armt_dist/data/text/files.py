@@ -1,6 +1,8 @@
 """Find and read local text files, and split them into training and validation by whole files."""
 
-from collections.abc import Iterator, Sequence
+import codecs
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from glob import has_magic, iglob
 from hashlib import sha256
 from itertools import takewhile
@@ -12,7 +14,19 @@ from ...files import open_regular
 from ..sampling import place
 
 # Bytes that are read at once.
-PIECE = 2**24
+PIECE = 2**18
+
+
+class Stamp(NamedTuple):
+    """What tells, without reading it, that a file has changed."""
+
+    bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        """Return the stamp in what `stat` says."""
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class TextFile(NamedTuple):
@@ -20,6 +34,7 @@ class TextFile(NamedTuple):
 
     path: Path
     name: str
+    stamp: Stamp
 
 
 class TextFacts(NamedTuple):
@@ -40,8 +55,17 @@ def find_files(entries: str | Sequence[str], field: str = "files") -> list[TextF
     for entry in listed(entries):
         path = Path(entry).expanduser()
         folder = path if path.is_dir() else Path(*takewhile(lambda part: not has_magic(part), path.parent.parts))
-        found |= {file: TextFile(file, file.relative_to(folder).as_posix()) for file in matching(path)}
+        for file in matching(path):
+            found[file] = TextFile(file, file.relative_to(folder).as_posix(), stamp_of(file, field))
     return sorted(found.values())
+
+
+def stamp_of(path: Path, field: str) -> Stamp:
+    """Return the stamp of a file. Raises ConfigError if it has vanished."""
+    try:
+        return Stamp.of(path.stat())
+    except OSError as error:
+        raise ConfigError(f"{field}={path}: {error.strerror}; restore the file or leave it out") from None
 
 
 def check_files(entries: str | Sequence[str], field: str) -> None:
@@ -63,37 +87,56 @@ def matching(path: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path, field: str = "files") -> str:
-    """Read a UTF-8 text file, with its line ends. Raises ConfigError if it is empty, binary or unreadable."""
+    """Read a UTF-8 text file, with its line ends. Raises ConfigError as `read_pieces` does."""
+    return "".join(read_pieces(path, field))
+
+
+def read_pieces(path: Path, field: str = "files", stamp: Stamp | None = None) -> Iterator[str]:
+    """Read a UTF-8 text file piece by piece, with its line ends.
+
+    Raises ConfigError if it is empty, binary, unreadable, or changes while it is read; stamp: what it had before.
+    """
+    reason = "changed while it was read; start again when nothing writes to it"
+    empty, read, rest = True, 0, b""
     try:
-        content = read_until_nul(path)
+        with open_regular(path) as file:
+            before = stamp or Stamp.of(os.fstat(file.fileno()))
+            while piece := file.read(PIECE):
+                # A hole of a file holds any number of NUL bytes.
+                if b"\0" in piece:
+                    raise ConfigError(f"{field}={path}: a binary file (contains NUL bytes); leave it out")
+                text, used = codecs.utf_8_decode(rest + piece, "strict", False)
+                rest, read, start = (rest + piece)[used:], read + used, read
+                empty = empty and not text.strip()
+                yield text.removeprefix("\ufeff") if start == 0 else text
+            codecs.utf_8_decode(rest, "strict", True)
+            if Stamp.of(os.fstat(file.fileno())) != before:
+                raise ConfigError(f"{field}={path}: {reason}")
     except OSError as error:
         raise ConfigError(f"{field}={path}: {error.strerror}; restore the file or leave it out") from None
-    if not content.strip():
-        raise ConfigError(f"{field}={path}: the file is empty; leave it out")
-    try:
-        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{field}={path}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-    if "\0" in text:
-        raise ConfigError(f"{field}={path}: a binary file (contains NUL bytes); leave it out")
-    return text
+        raise ConfigError(
+            f"{field}={path}: not UTF-8 text (byte {read + error.start}); convert it or leave it out"
+        ) from None
+    if empty:
+        raise ConfigError(f"{field}={path}: the file is empty; leave it out")
 
 
-def read_until_nul(path: Path) -> bytes:
-    """Read a regular file, but no further than the first piece with a NUL byte: a hole of a file holds any number."""
-    pieces = list[bytes]()
-    with open_regular(path) as file:
-        while piece := file.read(PIECE):
-            pieces.append(piece)
-            if b"\0" in piece:
-                break
-    return b"".join(pieces)
+def read_texts(files: Iterable[TextFile], facts: list[TextFacts]) -> Iterator[Iterator[str]]:
+    """Yield the pieces of each file, and append to `facts` what was read, file by file. Raises ConfigError."""
+    for file in files:
+        yield read_known(file, facts)
 
 
-def facts_of(name: str, text: str) -> TextFacts:
-    """Return name, size and hash of a text."""
-    content = text.encode()
-    return TextFacts(name, len(content), sha256(content).hexdigest())
+def read_known(file: TextFile, facts: list[TextFacts]) -> Iterator[str]:
+    """Yield the pieces of a file that is as it was found, and append its facts."""
+    size, hashed = 0, sha256()
+    for piece in read_pieces(file.path, stamp=file.stamp):
+        content = piece.encode()
+        size += len(content)
+        hashed.update(content)
+        yield piece
+    facts.append(TextFacts(file.name, size, hashed.hexdigest()))
 
 
 def split_files(

@@ -6,7 +6,6 @@ step has rows. Row i reads lane i; what is left at the end of a lane is not read
 Shapes: b rows asked for, N tokens of a sequence, G rows of a global batch, n tokens of all texts.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,15 +16,15 @@ from ...config import ConfigError
 from ..sampling import permutation
 from ..task import IGNORE, Batch
 from .pieces import NOTHING, TokenizedText
+from .token_store import TokenStore
 
 
 class Lanes:
-    """The training texts in memory: 4 bytes per token on every rank."""
+    """The training texts, read row by row."""
 
-    def __init__(self, texts: Sequence[np.ndarray], seed: int, global_batch: int):
-        """texts: int32 tokens of each text."""
-        self.texts, self.seed, self.rows = list(texts), seed, global_batch
-        self.tokens = sum(map(len, self.texts))
+    def __init__(self, texts: TokenStore, seed: int, global_batch: int):
+        self.texts, self.seed, self.rows = texts, seed, global_batch
+        self.tokens = len(texts)
 
     def batch(self, step: int, rows: range, tokens: int, apart: bool) -> Batch:
         """Return `rows` of a step, each of N = `tokens`. All steps of a stage ask for as many.
@@ -60,25 +59,29 @@ class Lanes:
 
 
 class Joined(NamedTuple):
-    """Texts end to end."""
+    """Texts end to end, in an order of their own."""
 
-    texts: list[np.ndarray]
+    texts: TokenStore
+    order: np.ndarray
     ends: np.ndarray  # of each, int64
 
     def part(self, start: int, end: int) -> TokenizedText:
         """Return the tokens from `start` to `end`, or to the end of all."""
         found = NOTHING
-        for i in range(int(np.searchsorted(self.ends, start, side="right")), len(self.texts)):
-            begin = int(self.ends[i]) - len(self.texts[i])
+        for i in range(int(np.searchsorted(self.ends, start, side="right")), len(self.order)):
+            place = int(self.texts.starts[self.order[i]])
+            size = int(self.texts.ends[self.order[i]]) - place
+            begin = int(self.ends[i]) - size
             if begin >= end:
                 break
             first = max(0, start - begin)
-            found = found.joined(TokenizedText.of(self.texts[i][first : end - begin], whole=first == 0))
+            tokens = self.texts.part(place + first, place + min(size, end - begin))
+            found = found.joined(TokenizedText.of(tokens, whole=first == 0))
         return found
 
 
 @lru_cache(maxsize=2)
 def in_order(lanes: Lanes, epoch: int) -> Joined:
     """Return the texts of an epoch."""
-    texts = [lanes.texts[i] for i in permutation(len(lanes.texts), lanes.seed, epoch)]
-    return Joined(texts, np.cumsum([len(text) for text in texts]))
+    order = permutation(len(lanes.texts.ends), lanes.seed, epoch)
+    return Joined(lanes.texts, order, np.cumsum((lanes.texts.ends - lanes.texts.starts)[order]))

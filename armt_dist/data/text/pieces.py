@@ -11,6 +11,7 @@ import torch
 
 from ..sampling import Order
 from ..task import IGNORE, Batch
+from .token_store import TokenStore
 
 
 class TokenizedText(NamedTuple):
@@ -95,13 +96,40 @@ def collate(pieces: Iterable[TextPiece], tokens: int, pad: int, apart: bool = Fa
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, ids, document_starts)
 
 
-class Corpus(NamedTuple):
-    """Pieces in memory: 4 bytes per token on every rank."""
+class Corpus:
+    """Pieces of stored texts, as `cut_text` cuts them; where each lies is known from the lengths of the texts."""
 
-    pieces: list[TokenizedText]
+    def __init__(self, texts: TokenStore, length: int, pack: bool, least: int):
+        """Arguments as for `cut_text`."""
+        self.texts, self.length = texts, length
+        # What is cut: each text, or all of them joined.
+        self.ends = np.array([len(texts)]) if pack else texts.ends
+        self.sizes = np.diff(self.ends, prepend=0)
+        counts = np.where(self.sizes < least, 0, (self.sizes - least) // length + 1)
+        # The number of pieces up to the end of each.
+        self.counted = np.cumsum(counts)
+        shortest = self.sizes - (counts - 1) * length
+        self.padded = bool((shortest[counts > 0] < length).any())
+
+    def __len__(self) -> int:
+        return int(self.counted[-1]) if len(self.counted) else 0
+
+    def piece(self, number: int) -> TokenizedText:
+        """Return a piece. Raises ConfigError where the store is damaged."""
+        i = int(np.searchsorted(self.counted, number, side="right"))
+        before = int(self.counted[i - 1]) if i else 0
+        start = int(self.ends[i] - self.sizes[i]) + (number - before) * self.length
+        end = min(start + self.length, int(self.ends[i]))
+        return TokenizedText(self.texts.part(start, end), self.texts.begins(start, end) - start)
+
+
+class Samples(NamedTuple):
+    """The pieces of a corpus in the order of the steps."""
+
+    corpus: Corpus
     order: Order
 
     def take(self, step: int, rows: range) -> list[TextPiece]:
         """Return the pieces of some rows of a step."""
         numbers = [self.order.number(step, row) for row in rows]
-        return [TextPiece(number, self.pieces[number], scored) for number, scored in numbers]
+        return [TextPiece(number, self.corpus.piece(number), scored) for number, scored in numbers]

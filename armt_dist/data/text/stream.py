@@ -52,6 +52,13 @@ def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
     return stream
 
 
+def fingerprint(config: DatasetConfig) -> str:
+    """Return what changes with the content of the data set: its place in the cache of `datasets`."""
+    import datasets
+
+    return datasets.load_dataset_builder(config.name, config.config, data_files=config.data_files).cache_dir
+
+
 def reading(texts: Iterable[dict], config: DatasetConfig) -> Iterator[dict]:
     """Yield the rows of a stream. Raises ConfigError if it can no longer be read: a missing file or a broken line."""
     import datasets

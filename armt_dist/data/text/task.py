@@ -7,9 +7,10 @@
 Shapes: b rows, N tokens of a sequence; with a curriculum, N = n * segment_tokens <= sequence_tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...config import ConfigError
@@ -17,13 +18,17 @@ from ..lengths import Measure, Unit, text_lengths
 from ..sampling import Order, Split, row_words
 from ..sections import DatasetConfig, TextConfig
 from ..task import Batch, Difficulty, Run, excerpt, real_tokens
-from ..tokenizers import decode, encode, leading_tokens, padding_id
-from .files import TextFacts, TextFile, facts_of, find_files, read_text, split_files
+from ..tokenizers import decode, padding_id
+from .cache import cached
+from .files import TextFacts, TextFile, find_files, read_texts, split_files
 from .lanes import Lanes
-from .pieces import Corpus, TextPiece, TokenizedText, collate, cut_text
-from .stream import Stream, open_texts
+from .pieces import Corpus, Samples, TextPiece, TokenizedText, collate, cut_text
+from .stream import Stream, fingerprint, open_texts, reading
+from .token_store import TokenStore
+from .tokenising import Tokeniser
 
-Sources = dict[Split, Corpus | Stream | Lanes]
+Sources = dict[Split, Samples | Stream | Lanes]
+Texts = Callable[[], Iterable[Iterator[str]]]
 
 
 class Text:
@@ -34,7 +39,7 @@ class Text:
 
     def __init__(self, config: TextConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
         assert run.global_batch is not None, "task=text has finite samples: make_task needs global_batch"
-        self.config = config
+        self.config, self.progress = config, run.progress
         self.seed, self.global_batch, self.carry_memory = run.seed, run.global_batch, run.carry_memory
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
@@ -42,62 +47,70 @@ class Text:
         self.lengths = text_lengths(config, run.segment_tokens)
         self.segment_tokens = self.lengths.segment_tokens
         self.facts: dict[Split, list[TextFacts]] = {"train": [], "validation": []}
-        self.prefix = leading_tokens(tokenizer) if config.leading_tokens else []
+        self.tokeniser = Tokeniser(tokenizer, config.leading_tokens)
         self.sources = self.open_dataset(config.dataset) if config.dataset else self.open_files(config.files or [])
 
     def open_files(self, files: str | list[str]) -> Sources:
-        """Read and tokenise the training files and, if there are any, the validation files."""
+        """Open the tokens of the training files and, if there are any, of the validation files."""
         named = self.config.validation_files
         held_out = None if named is None else find_files(named, "validation_files")
         training, validation = split_files(find_files(files), held_out, self.config.validation_fraction)
-        sources: Sources = {"train": self.training(self.read("train", training))}
+        sources: Sources = {"train": self.training(self.read_files("train", training))}
         if validation:
-            sources["validation"] = self.corpus("validation", self.read("validation", validation))
+            sources["validation"] = self.samples("validation", self.read_files("validation", validation))
         return sources
 
-    def read(self, split: Split, files: Iterable[TextFile]) -> Iterator[str]:
-        """Yield the text of each file, and record what was read."""
-        for file in files:
-            text = read_text(file.path)
-            self.facts[split].append(facts_of(file.name, text))
-            yield text
+    def read_files(self, split: Split, files: list[TextFile]) -> TokenStore:
+        """Return the tokens of files, and record what was read."""
+        facts = list[TextFacts]()
+        identity = [(str(file.path.absolute()), file.name, *file.stamp) for file in files]
+        store = self.tokens(identity, lambda: read_texts(files, facts), facts)
+        self.facts[split] = [TextFacts(*fact) for fact in store.about]
+        return store
 
     def open_dataset(self, config: DatasetConfig) -> Sources:
         """Open the data set's training split and, if it is named, the validation split."""
         sources: Sources = {}
         if config.streaming:
-            sources["train"] = Stream(config, self.encode_text, self.cut, self.global_batch)
+            sources["train"] = Stream(config, self.tokeniser.encode, self.cut, self.global_batch)
         else:
-            texts = open_texts(config, config.split)
-            sources["train"] = self.training(row[config.column] for row in texts)
+            sources["train"] = self.training(self.read_split(config, config.split))
         if config.validation_split is not None:
-            texts = open_texts(config, config.validation_split).take(config.validation_texts)
-            sources["validation"] = self.corpus("validation", (row[config.column] for row in texts))
+            texts = self.read_split(config, config.validation_split, config.validation_texts)
+            sources["validation"] = self.samples("validation", texts)
         return sources
 
-    def training(self, texts: Iterable[str]) -> Corpus | Lanes:
-        """Tokenise the training texts, to be read in pieces or on from step to step."""
-        if not self.carry_memory:
-            return self.corpus("train", texts)
-        return Lanes([self.encode_text(text) for text in texts], self.seed, self.global_batch)
+    def read_split(self, config: DatasetConfig, split: str, most: int | None = None) -> TokenStore:
+        """Return the tokens of a data set's split, or of its first `most` texts."""
+        texts = open_texts(config, split)
+        texts = texts if most is None else texts.take(most)
+        rows = (iter([row[config.column]]) for row in reading(texts, config))
+        return self.tokens([fingerprint(config), split, config.column, most], lambda: rows, [])
 
-    def corpus(self, split: Split, texts: Iterable[str]) -> Corpus:
-        """Tokenise texts and cut them into pieces. Raises ConfigError if there is none."""
-        pieces = [piece for piece, _ in self.cut(TokenizedText.of(self.encode_text(text)) for text in texts)]
-        if not pieces:
+    def tokens(self, identity: list[Any], texts: Texts, about: list[Any]) -> TokenStore:
+        """Return the tokens of the texts that `identity` stands for, tokenised now or before."""
+
+        def make(folder: Path) -> None:
+            """Tokenise them."""
+            self.tokeniser.write(folder, texts(), about, self.progress)
+
+        return cached(self.config.cache, [self.tokeniser.identity(), identity], make, self.progress)
+
+    def training(self, texts: TokenStore) -> Samples | Lanes:
+        """Return the training texts, to be read in pieces or on from step to step."""
+        return Lanes(texts, self.seed, self.global_batch) if self.carry_memory else self.samples("train", texts)
+
+    def samples(self, split: Split, texts: TokenStore) -> Samples:
+        """Cut texts into pieces. Raises ConfigError if there is none."""
+        corpus = Corpus(texts, self.sequence, self.config.pack, self.config.min_tokens)
+        if not len(corpus):
             least = self.config.min_tokens
             raise ConfigError(f"text: the texts for {split} all have fewer than {least} tokens; give longer ones")
-        return Corpus(pieces, Order(len(pieces), self.seed, split, self.global_batch))
+        return Samples(corpus, Order(len(corpus), self.seed, split, self.global_batch))
 
     def cut(self, texts: Iterable[TokenizedText]) -> Iterator[tuple[TokenizedText, int]]:
         """Cut texts as the configuration says; see `cut_text`."""
         return cut_text(texts, self.sequence, self.config.pack, self.config.min_tokens)
-
-    def encode_text(self, text: str) -> np.ndarray:
-        """Return the int32 tokens of a whole text, with eos at the end if the tokenizer has one."""
-        eos = self.tokenizer.eos_token_id
-        end = [] if eos is None else [eos]
-        return np.concatenate([self.prefix, encode(self.tokenizer, text), end]).astype(np.int32)
 
     def sequence_tokens(self, n: int) -> int:
         """Return the tokens N of `n` segments. Raises ConfigError if they exceed `sequence_tokens`."""
@@ -124,14 +137,12 @@ class Text:
         source = self.sources.get(split)
         if source is None:
             return 0
-        return len(source.pieces) if isinstance(source, Corpus) else None
+        return len(source.corpus) if isinstance(source, Samples) else None
 
     def pads(self) -> bool:
         """Return whether a piece is shorter than the longest sequence; for a stream, whether one may be."""
         return any(
-            not self.config.pack
-            if isinstance(source, Stream)
-            else min(len(piece.tokens) for piece in source.pieces) < self.sequence
+            not self.config.pack if isinstance(source, Stream) else source.corpus.padded
             for source in self.sources.values()
             if not isinstance(source, Lanes)
         )
