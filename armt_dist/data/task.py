@@ -78,7 +78,10 @@ class Task(Lengths, Protocol):
         ...
 
     def state_dict(self) -> dict:
-        """Return the state from which `load_state_dict` continues; JSON-serialisable, empty for most tasks."""
+        """Return the state from which `load_state_dict` continues; JSON-serialisable, empty for most tasks.
+
+        It may be that of the rows which this rank has asked for; then `merge_states` makes one of those of all ranks.
+        """
         ...
 
     def load_state_dict(self, state: dict) -> None:
@@ -111,6 +114,12 @@ class Stateless:
     def load_state_dict(self, state: dict) -> None:
         """Accept the empty state."""
         assert not state, f"a task without a state was given one: {sorted(state)}"
+
+
+def merged_state(task: Task, states: list[dict]) -> dict:
+    """Return the state of a task from those of all ranks: that of the first one, unless the task has `merge_states`."""
+    merge = getattr(task, "merge_states", None)
+    return states[0] if merge is None else merge(states)
 
 
 def real_tokens(batch: Batch, row: int) -> torch.Tensor:

@@ -14,7 +14,8 @@ from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, p
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
 from ..config import ConfigError, one_line
-from ..distributed.collectives import together, together_slowly
+from ..data.task import merged_state
+from ..distributed.collectives import gather_json, together, together_slowly
 from ..distributed.launchers import Ranks
 from ..distributed.process import keep_freed_memory
 from ..evaluation.run_report import write_run_report
@@ -315,7 +316,8 @@ class Trainer:
         tag = tag_of(self.progress.step)
         self.watchdog.enter("checkpoint", self.progress.step)
         together(self.lease.check, only=0)
-        state = {"progress": self.progress._asdict(), "task": self.task.state_dict(), "carried": {}}
+        task = merged_state(self.task, gather_json(self.task.state_dict()))
+        state = {"progress": self.progress._asdict(), "task": task, "carried": {}}
         tensors = {}
         if self.carrying and self.carried is not None:
             state["carried"] = self.carrying.layout._asdict()

@@ -20,10 +20,11 @@ from ..sections import DatasetConfig, TextConfig
 from ..task import Batch, Difficulty, Run, excerpt, real_tokens
 from ..tokenizers import decode, padding_id
 from .cache import cached
+from .dealing import reading
 from .files import TextFacts, TextFile, find_files, read_texts, split_files
 from .lanes import Lanes
 from .pieces import Corpus, Samples, TextPiece, TokenizedText, collate, cut_text
-from .stream import Stream, fingerprint, open_texts, reading
+from .stream import Stream, fingerprint, merge, open_texts
 from .token_store import TokenStore
 from .tokenising import Tokeniser
 
@@ -43,6 +44,7 @@ class Text:
         self.seed, self.global_batch, self.carry_memory = run.seed, run.global_batch, run.carry_memory
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
+        self.pad = padding_id(tokenizer)
         self.sequence = config.sequence_tokens
         self.lengths = text_lengths(config, run.segment_tokens)
         self.segment_tokens = self.lengths.segment_tokens
@@ -72,7 +74,13 @@ class Text:
         """Open the data set's training split and, if it is named, the validation split."""
         sources: Sources = {}
         if config.streaming:
-            sources["train"] = Stream(config, self.tokeniser.encode, self.cut, self.global_batch)
+            sources["train"] = Stream(
+                config,
+                self.tokeniser.encode,
+                self.cut,
+                self.global_batch,
+                None if self.config.pack else self.sequence,
+            )
         else:
             sources["train"] = self.training(self.read_split(config, config.split))
         if config.validation_split is not None:
@@ -130,7 +138,7 @@ class Text:
         pieces = source.take(step, rows)
         words = row_words(self.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
         windows = [text_window(piece, tokens, int(word)) for piece, word in zip(pieces, words, strict=True)]
-        return collate(windows, tokens, padding_id(self.tokenizer), apart and self.config.pack)
+        return collate(windows, tokens, self.pad, apart and self.config.pack)
 
     def size(self, split: Split) -> int | None:
         """Return the number of pieces; None where there are none, as in a stream."""
@@ -156,15 +164,19 @@ class Text:
         return excerpt(decode(self.tokenizer, real_tokens(batch, row)))
 
     def state_dict(self) -> dict:
-        """Return the positions of the streams."""
+        """Return where the rows of this rank are in a stream."""
         return {name: source.state_dict() for name, source in self.sources.items() if isinstance(source, Stream)}
+
+    def merge_states(self, states: list[dict]) -> dict:
+        """Return the state from those of all ranks."""
+        return {name: merge([state[name] for state in states]) for name in states[0]}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the streams at the positions of `state`."""
         for name, position in state.items():
             source = self.sources.get(name)
             if not isinstance(source, Stream):
-                raise ConfigError(f"text: the checkpoint has the position of a stream for {name}, the run has none")
+                raise ConfigError(f"text: the checkpoint has the state of a stream for {name}, the run has none")
             source.load_state_dict(position)
 
 
