@@ -1,6 +1,6 @@
 """How starts grow with the text, and what one row of a stream costs.
 
-    python benchmarks/scale_text.py [--mb 10 100 400 1000] [--bpe-mb 10] [--ranks 4] [--code FOLDER]
+    python benchmarks/scale_text.py [--mb 10 100 400 1000] [--bpe-mb 10] [--no-streams] [--ranks 4] [--code FOLDER]
 
 Ranks are processes that make the task as a training start does, all at once and without a model. For each size of text
 and each tokenizer: seconds of the first and the second start, megabytes beside mapped files that the largest rank adds,
@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, nargs="*", default=[10, 100, 400, 1000], help="megabytes of text as bytes")
     parser.add_argument("--bpe-mb", type=int, nargs="*", default=[10], help="megabytes of text in words of 8,000")
+    parser.add_argument("--streams", action=argparse.BooleanOptionalAction, default=True, help="measure streams")
     parser.add_argument("--ranks", type=int, default=4, help="processes that start at once")
     parser.add_argument("--code", type=Path, default=HERE.parent, help="checkout whose code is measured")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
@@ -44,12 +45,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        tokenizer = train_tokenizer(work / "bpe")
+        tokenizer = train_tokenizer(work / "bpe") if args.bpe_mb or args.streams else work
         for kind, sizes in (("byte", args.mb), (str(tokenizer), args.bpe_mb)):
             for mb in sizes:
                 rows.append(measure_texts(args, work, mb, kind))
                 print(json.dumps(rows[-1]), file=sys.stderr)
-        for format in ("json", "parquet"):
+        for format in ("json", "parquet") if args.streams else ():
             docs = write_docs(work / f"docs.{format}")
             for kind in ("byte", str(tokenizer)):
                 (found,) = start(args, work, 1, {"docs": str(docs), "format": format, "tokenizer": kind})

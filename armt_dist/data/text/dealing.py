@@ -6,7 +6,6 @@ need the next texts at nearly the same time, and a rank holds few that wait for 
 Shapes: G rows of a global batch.
 """
 
-import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
@@ -69,8 +68,9 @@ class Dealer:
 
     def open(self, state: dict | None) -> Iterator[Any]:
         """Begin to read at a state of the data set, or at the beginning of the epoch."""
-        # A copy: a data set keeps the state that it once loaded.
-        self.texts = copy.deepcopy(self.source).select_columns(self.config.column).with_format("arrow")
+        # A data set of its own, as one keeps the state that it once loaded. Not a deep copy: threads of the library may
+        # still change what belongs to the last one.
+        self.texts = self.source.select_columns(self.config.column).with_format("arrow")
         self.texts.set_epoch(self.epoch)
         if state is not None:
             self.texts.load_state_dict(state)
