@@ -124,5 +124,7 @@ if ((code != 0 && code != 2)) && ! timeout 30 srun --quiet --overlap --ntasks-pe
     sleep "$LOST_NODE_S" &
     wait $! || true
 fi
+# Which rank the others waited for, if they did.
+if ((code != 0 && code != 2)); then timeout 60 "${check[@]}" -m armt_dist.stuck "$run" || true; fi
 echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
 exit "$code"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..data.retrieval import Retrieval
 from ..data.task import Batch
+from ..distributed.collectives import together
 from ..monitoring.bad_steps import BadRows, find_bad_rows, spiked, weigh
 from ..monitoring.step_metrics import StepMetrics
 from ..runtime.executor import run_backward
@@ -61,7 +63,8 @@ def train_step(
     rate = learning_rate(stage, progress.stage_step, parts.peak_lr)
     for group in parts.engine.optimizer.param_groups:
         group["lr"] = rate
-    micro_batches = parts.batches.micro_batches("train", progress.batch, stage.difficulty)
+    # What one rank cannot read ends all of them with its reason, before they wait for each other.
+    micro_batches = together(lambda: parts.batches.micro_batches("train", progress.batch, stage.difficulty))
     carrying = parts.carrying
     first = carrying.entering(carried, progress.batch, stage) if carrying else None
     results = run_micro_batches(parts, micro_batches, progress.step + 1, first)
@@ -152,7 +155,7 @@ def validate(parts: StepParts, stage: Stage) -> dict[str, float]:
     found: list[Sums] = []
     for step in range(steps):
         results = []
-        for rows, batch in batches.micro_batches("validation", step, difficulty):
+        for rows, batch in together(partial(batches.micro_batches, "validation", step, difficulty)):
             piece = batches.piece(batch)
             results.append(MicroResult(rows, batch, parts.engine(piece, count=True), piece.grid))
         found.append(batches.sum_up(results, told_to_stop=False))

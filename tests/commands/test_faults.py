@@ -15,6 +15,7 @@ from support.paths import FP32, ROOT
 from armt_dist.config import ConfigError
 from armt_dist.monitoring import state_digests as digest
 from armt_dist.monitoring.state_digests import first_difference
+from armt_dist.monitoring.stuck_ranks import describe
 
 # Samples of one length, so that every step has the same cells; dropout, so that generators matter.
 SHORT = [
@@ -72,6 +73,7 @@ def test_a_stopped_rank_leaves_no_other_waiting(tmp_path):
         # A step that was under way counts from its beginning; then the thread's poll, and this machine's load.
         assert time.monotonic() - stopped < limit_s + 4
         assert ranks[1].poll() is None
+        assert list(describe(out))[-1].startswith("apart from the others: rank 1 on ")
         ranks[1].send_signal(signal.SIGCONT)
     finally:
         ended = Ended(ranks, timeout_s=30)
