@@ -1,7 +1,8 @@
 """Reads files that a stranger may have written: regular files only, and YAML and JSON of limited extent.
 
 A FIFO would be waited for, a few aliases of YAML stand for gigabytes, and deep nesting exhausts Python's stack. Whoever
-calls this turns OSError and ValueError, whose texts are short, into a line that names the field.
+calls this turns OSError and ValueError, whose texts are short, into a line that names the field. Files of our own are
+written whole or not at all.
 """
 
 import errno
@@ -9,6 +10,7 @@ import json
 import os
 import stat
 from collections import Counter
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +54,30 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
 def read_text(path: str | Path, most: int = JSON_BYTES) -> str:
     """Return the text of a regular file of at most `most` bytes of UTF-8. Raises OSError and ValueError."""
     return read_bytes(path, most).decode("utf-8")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that holds either the old or the new content at any moment.
+
+    Raises OSError, for example on a full disk, which leaves the old content.
+    """
+    staged = path.with_name(f".{path.name}.tmp")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make renames in `folder` durable, if the file system supports it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_json(path: str | Path) -> Any:

@@ -43,8 +43,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
-    """Write a JSON object for people to read. Raises OSError."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+    """Write a JSON object for people to read, at once. Raises OSError."""
+    files.write_atomically(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def read_json_lines(path: Path) -> Iterator[dict]:

@@ -19,9 +19,13 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
+# A line of the job's log. Where its disk is full the line is lost; the job must go on.
+say() { echo "$(date -Is) $*" || true; }
+complain() { echo "error: $*" >&2 || true; }
+
 cd "$SLURM_SUBMIT_DIR"
 if [[ ! -f slurm/env.sh ]]; then
-    echo "error: SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR is not the repository's root; run sbatch from there" >&2
+    complain "SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR is not the repository's root; run sbatch from there"
     exit 2
 fi
 source slurm/env.sh
@@ -51,15 +55,15 @@ export ARMT_JOB_SECRET MASTER_ADDR MASTER_PORT
 # Checkpointed, and wants to go on: back into the queue under the same job id.
 requeue() {
     if ((restarts >= MAX_RESTARTS)); then
-        echo "error: MAX_RESTARTS=$MAX_RESTARTS reached; submit again to resume" >&2
+        complain "MAX_RESTARTS=$MAX_RESTARTS reached; submit again to resume"
         exit 75
     fi
     # An array's task by its own name: the id of one of them is also that of the whole array.
     local id=$SLURM_JOB_ID
     if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    echo "$(date -Is) requeue $id"
+    say "requeue $id"
     if ! scontrol requeue "$id"; then
-        echo "error: job $id may not requeue; submit again to resume" >&2
+        complain "job $id may not requeue; submit again to resume"
         exit 75
     fi
     exit 0
@@ -70,7 +74,7 @@ preempted=0
 step=
 # shellcheck disable=SC2317 # the trap calls it
 on_usr1() {
-    echo "$(date -Is) USR1: checkpoint and requeue"
+    say "USR1: checkpoint and requeue"
     preempted=1
     if [[ $step ]]; then kill -USR1 "$step"; fi
 }
@@ -88,7 +92,7 @@ rm -rf "$logs/exit_code"
 # Both names: torch renamed the variable.
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
 
-echo "$(date -Is) job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
+say "job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ranks ($SLURM_JOB_NODELIST)," \
     "master $MASTER_ADDR:$MASTER_PORT, run $run, logs $logs"
 
 # One launcher per node, and the binding is its business, so srun binds nothing.
@@ -120,11 +124,11 @@ if ((code == 75)); then requeue; fi
 # Not a mistake: a node may have died. Slurm notices after a while and requeues the job by itself; until then it must
 # not end, or it would count as failed.
 if ((code != 0 && code != 2)) && ! timeout 30 srun --quiet --overlap --ntasks-per-node=1 true; then
-    echo "$(date -Is) a node does not answer: waiting up to $LOST_NODE_S s for Slurm to requeue the job"
+    say "a node does not answer: waiting up to $LOST_NODE_S s for Slurm to requeue the job"
     sleep "$LOST_NODE_S" &
     wait $! || true
 fi
 # Which rank the others waited for, if they did.
 if ((code != 0 && code != 2)); then timeout 60 "${check[@]}" -m armt_dist.stuck "$run" || true; fi
-echo "$(date -Is) job $SLURM_JOB_ID ends with exit code $code"
+say "job $SLURM_JOB_ID ends with exit code $code"
 exit "$code"

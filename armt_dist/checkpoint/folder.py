@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -65,12 +65,12 @@ def publish(root: Path, tag: str, parts: list[dict[str, dict]], state: dict) -> 
 
 def point_to(root: Path, name: str, tag: str) -> None:
     """Point `name`, `latest` or `best`, to a checkpoint. Rank 0 only."""
-    write_atomically(root / name, tag)
+    files.write_atomically(root / name, tag)
 
 
 def write_manifest(folder: Path, entries: dict[str, dict], facts: dict) -> None:
     """Write the manifest of the files in `folder`, by `hash_files`; facts: the other fields of Manifest."""
-    write_atomically(folder / MANIFEST, json.dumps({**facts, "files": entries}, indent=1))
+    files.write_atomically(folder / MANIFEST, json.dumps({**facts, "files": entries}, indent=1))
 
 
 def staging(path: Path) -> Path:
@@ -96,9 +96,9 @@ def building(path: Path) -> Iterator[Path]:
 
 def take_name(staged: Path, path: Path) -> None:
     """Rename a staged folder, durably."""
-    sync(staged)
+    files.sync(staged)
     staged.rename(path)
-    sync(path.parent)
+    files.sync(path.parent)
 
 
 def make_anew(folder: Path) -> None:
@@ -266,27 +266,6 @@ def clean(root: Path) -> None:
     """Delete folders of interrupted saves. Rank 0 only, while nothing is being written."""
     for path in root.glob(STAGING + "*"):
         remove(path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers see either the old or the new content."""
-    staged = path.with_name(f".{path.name}.tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make renames in `folder` durable, if the file system supports it."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def remove(folder: Path) -> None:

@@ -19,6 +19,8 @@ from .plateau import Plateau
 SHOWN = ("stage", "loss", "accuracy", "tokens_per_s")
 # Seconds between two lines of `RunLog.say_sometimes`.
 SOMETIMES_S = 15.0
+# Some thousand records.
+BUFFER_BYTES = 2**20
 
 
 class RunLog:
@@ -147,7 +149,7 @@ class ProgressBar:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard in the run folder. A full disk costs records, not the run."""
+    """Appends to metrics.jsonl and TensorBoard in the run folder. A full disk may cost records, never the run."""
 
     def __init__(self, folder: Path, done: int, total: int):
         """Keep the records of the first `done` steps; a stopped run repeats the later ones."""
@@ -156,7 +158,8 @@ class MetricsWriter:
 
         self.path = folder / METRICS
         cut_metrics(folder, done)
-        self.file = self.path.open("a", buffering=1)
+        # What a full disk does not take waits here until it does, or the run ends.
+        self.file = self.path.open("ab", buffering=BUFFER_BYTES)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self.bar = ProgressBar(done, total, folder.name)
         self.failed = False
@@ -168,7 +171,8 @@ class MetricsWriter:
         """
         values = {name: value if is_json_number(value) else None for name, value in values.items()}
         try:
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self.file.flush()
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{kind}/{name}", value, step)

@@ -1,6 +1,5 @@
 """What a run records about itself before its first step, and what may not change when it resumes."""
 
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -9,6 +8,7 @@ from transformers import GenerationConfig
 
 from ..config import ConfigError, one_line, read_yaml
 from ..data.task import Task
+from ..files import write_atomically
 from ..model.configuration_armt import ARMTConfig
 from ..records import RUN_CONFIG, read_json, write_json
 from ..versions import installed
@@ -32,9 +32,10 @@ def describe_run(folder: Path, config: RunConfig, ds_config: dict, armt: ARMTCon
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_CONFIG).write_text(as_yaml(config.model_copy(update={"ds_config": ds_config})))
-        (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        # The next start reads it, also if this one is killed now.
+        write_atomically(folder / RUN_CONFIG, as_yaml(config.model_copy(update={"ds_config": ds_config})))
+        write_json(folder / "ds_config.json", ds_config)
+        write_json(folder / "environment.json", environment())
         write_texts(folder, task)
         armt.save_pretrained(folder / "model")
         task.tokenizer.save_pretrained(folder / "model")

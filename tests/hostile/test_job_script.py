@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from typing import BinaryIO
 
 import pytest
 from support.paths import ROOT
@@ -51,12 +52,12 @@ def job(tmp_path):
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
     }
 
-    def run(**environ: str) -> tuple[int, bool, str]:
+    def run(log: int | BinaryIO = subprocess.PIPE, **environ: str) -> tuple[int, bool, str]:
         done = subprocess.run(
             ["bash", ROOT / "slurm/train_armt_8node.sh", "--config", "x.yaml"],
             env={**os.environ, **settings, **environ},
-            capture_output=True,
-            text=True,
+            stdout=log,
+            stderr=log,
             timeout=30,
         )
         return done.returncode, (tmp_path / "requeued").exists(), (tmp_path / "seen").read_text()
@@ -77,6 +78,13 @@ def test_the_code_of_the_first_failure_is_the_jobs(job):
 
 def test_a_run_that_has_checkpointed_starts_again(job):
     assert job(WRITES="75\n", ENDS="0") == (0, True, "")
+
+
+def test_a_full_log_disk_keeps_no_job_from_its_end(job):
+    with open("/dev/full", "wb") as full:
+        assert job(full, WRITES="75\n", ENDS="0") == (0, True, "")
+        assert job(full, WRITES="3\n", ENDS="143")[0] == 3
+        assert job(full, WRITES="75\n", ENDS="0", MAX_RESTARTS="0")[0] == 75
 
 
 @pytest.mark.parametrize(
