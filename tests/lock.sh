@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write constraints.txt anew, from the newest versions that setup.py allows:  bash tests/lock.sh
+# Write constraints.txt, hashes.txt and hashes-test.txt anew, from the newest versions that setup.py allows:  bash tests/lock.sh
 # Then run the tests, and bash tests/versions.sh, before it is committed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,3 +16,4 @@ VENV=$folder/venv bash launch/install.sh --newest test
         grep -v -i -E '^(nvidia|cuda|triton)'
 } >"$folder/constraints.txt"
 mv "$folder/constraints.txt" constraints.txt
+"$folder/venv/bin/python" tests/hashes.py

@@ -20,6 +20,8 @@ from armt_dist.evaluation.exported import small_twin
 from armt_dist.model import tested
 from armt_dist.model.configuration_armt import ARMTConfig
 
+# A line of hashes.txt, with its hashes.
+PINNED = r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$"
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
@@ -44,6 +46,19 @@ def test_the_lock_is_within_the_ranges():
     assert len(needed) >= 14 and "torch" not in locked
     for name in needed.keys() - {"torch"}:
         assert needed[name].specifier.contains(locked[name]), f"{name} {locked[name]} is not in {needed[name]}"
+
+
+def test_every_locked_package_has_hashes():
+    """Of its archives, in hashes.txt or in hashes-test.txt, and what training needs in the first."""
+    files = [(ROOT / name).read_text() for name in ("hashes.txt", "hashes-test.txt")]
+    found = [
+        {canonicalize_name(name): version for name, version, _ in re.findall(PINNED, text, re.MULTILINE)}
+        for text in files
+    ]
+    assert found[0] | found[1] == lock() and not found[0].keys() & found[1].keys()
+    assert all(text.count("==") == len(pins) for text, pins in zip(files, found, strict=True)), "one without a hash"
+    assert found[0].keys() >= {"deepspeed", "transformers", "numpy", "tqdm"}
+    assert not found[0].keys() & {"pytest", "ruff", "lm-eval"} and files[1].splitlines()[1] == "-r hashes.txt"
 
 
 def test_the_modelling_code_knows_its_range():
