@@ -53,9 +53,9 @@ def losses(run: Path) -> dict:
     return {(r["kind"], r["step"]): (r["loss"], r.get("grad_norm")) for r in records if "loss" in r}
 
 
-def end(ranks: list[subprocess.Popen]) -> list[int]:
+def end(ranks: list[subprocess.Popen], limit_s: float = LIMIT_S) -> list[int]:
     """Exit codes, once all have ended; whoever does not end by himself fails the benchmark."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     for rank in ranks:
         rank.communicate(timeout=max(1, deadline - time.monotonic()))
     return [rank.returncode for rank in ranks]

@@ -201,6 +201,22 @@ def stop(plant: Plant) -> None:
     patch(train_step, "run_micro_batches", make)
 
 
+def wrong_time(plant: Plant) -> None:
+    """Set this process's clock off by the seconds in the file $WRONG_TIME/RANK, whenever there is one."""
+    offset = Path(os.environ["WRONG_TIME"], os.environ["RANK"])
+
+    def make(original):
+        def now():
+            try:
+                return original() + float(offset.read_text())
+            except OSError:
+                return original()
+
+        return now
+
+    patch(time, "time", make)
+
+
 PLANTS = {
     "nan": nan,
     "loss": loss,
@@ -210,6 +226,7 @@ PLANTS = {
     "write": write,
     "without": without,
     "stop": stop,
+    "wrong_time": wrong_time,
 }
 
 

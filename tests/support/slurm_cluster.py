@@ -234,3 +234,22 @@ def processes_of(running: Cluster, job: str) -> dict[int, dict[str, str]]:
             if wanted.items() <= environ.items():
                 found[int(path.name)] = environ
     return found
+
+
+def kill_node(running: Cluster, node: str) -> None:
+    """End a node's daemons and all that they run, as a power cut does: none may live to report the others' end."""
+    conf = f"SLURM_CONF={running.environ['SLURM_CONF']}".encode()
+    daemons, parents = [], {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_bytes().split(b"\0")
+            environ = (path / "environ").read_bytes().split(b"\0")
+            if conf in environ and command[0].endswith(b"slurmd") and node.encode() in command:
+                daemons.append(int(path.name))
+            if conf in environ and f"SLURMD_NODENAME={node}".encode() in environ:
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    # Those of the steps do not say their node, but what they run does.
+    daemons += set(step_daemons(running.folder)) & set(parents.values())
+    for pid in [*daemons, *parents]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
