@@ -22,7 +22,7 @@ for argument in "$@"; do
         *) extras=$argument ;;
     esac
 done
-locked=hashes${extras:+-$extras}.txt
+locked=launch/hashes${extras:+-$extras}.txt
 if [ -n "$hashes" ] && { [ -n "$newest" ] || [ ! -f "$locked" ]; }; then
     echo "error: install.sh --hashes${newest:+ --newest}${extras:+ $extras}: there are hashes of the tested versions alone," \
         "without extras or with the extra test" >&2
@@ -33,7 +33,7 @@ venv=${VENV:-.venv} constraints=${CONSTRAINTS:-constraints.txt}
 
 # Nothing to do while what was installed is what is asked for.
 stamp=$venv/.armt_dist-${extras:-base}
-wanted="$newest $hashes $(cksum setup.py launch/install.sh "$constraints" ${hashes:+hashes*.txt})"
+wanted="$newest $hashes $(cksum setup.py launch/install.sh "$constraints" ${hashes:+launch/hashes*.txt})"
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }

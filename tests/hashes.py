@@ -1,4 +1,4 @@
-"""Write hashes.txt and hashes-test.txt: the packages of constraints.txt with the SHA-256 of their archives.
+"""Write launch/hashes.txt and launch/hashes-test.txt: the packages of constraints.txt with the SHA-256 of their archives.
 
     python tests/hashes.py        # tests/lock.sh calls it, in an environment with what constraints.txt names
 
@@ -68,7 +68,7 @@ def main() -> None:
         lines = [
             " \\\n    ".join([pins[name], *(f"--hash=sha256:{h}" for h in sorted(hashes[name]))]) for name in names
         ]
-        (ROOT / file).write_text("\n".join([first, *lines]) + "\n")
+        (ROOT / "launch" / file).write_text("\n".join([first, *lines]) + "\n")
 
 
 if __name__ == "__main__":

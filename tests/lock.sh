@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Write constraints.txt, hashes.txt and hashes-test.txt anew, from the newest versions that setup.py allows:  bash tests/lock.sh
+# Write constraints.txt, launch/hashes.txt and launch/hashes-test.txt anew, from the newest versions that setup.py allows:
+#
+#   bash tests/lock.sh
+#
 # Then run the tests, and bash tests/versions.sh, before it is committed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

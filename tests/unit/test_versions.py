@@ -50,7 +50,7 @@ def test_the_lock_is_within_the_ranges():
 
 def test_every_locked_package_has_hashes():
     """Of its archives, in hashes.txt or in hashes-test.txt, and what training needs in the first."""
-    files = [(ROOT / name).read_text() for name in ("hashes.txt", "hashes-test.txt")]
+    files = [(ROOT / "launch" / name).read_text() for name in ("hashes.txt", "hashes-test.txt")]
     found = [
         {canonicalize_name(name): version for name, version, _ in re.findall(PINNED, text, re.MULTILINE)}
         for text in files
