@@ -1,4 +1,4 @@
-"""Write launch/hashes.txt and launch/hashes-test.txt: the packages of constraints.txt with the SHA-256 of their archives.
+"""Write launch/hashes.txt and launch/hashes-test.txt: constraints.txt with the SHA-256 of each package's archives.
 
     python tests/hashes.py        # tests/lock.sh calls it, in an environment with what constraints.txt names
 

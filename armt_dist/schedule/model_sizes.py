@@ -219,6 +219,8 @@ class StepWork(NamedTuple):
     """Elements, as in the ds_config; 0: derived from the layer."""
     stage3_param_persistence_threshold: int = 100_000
     """Elements, as in the ds_config; its default is DeepSpeed's."""
+    zero_hpz_partition_size: int = 1
+    """Ranks that share a second copy of the parameters, as in the ds_config; 1: there is none."""
     carried: bool = False
     """Whether the memory of every row passes to the next step (train.carry_state, data.carry_memory)."""
     padded: bool = False

@@ -163,7 +163,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         packed=samples.packed,
         **{
             name: count(zero, name, "ds_config zero_optimization.", StepWork._field_defaults[name], least=0)
-            for name in ("reduce_bucket_size", "stage3_param_persistence_threshold")
+            for name in ("reduce_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size")
         },
     )
     layout = Layout(

@@ -21,7 +21,7 @@ from .step_memory import Held, gpu_bytes, host_bytes
 STATES = ("store", "rebuild", "recompute")
 MAY_BE_ZERO = (
     *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
-    "stage3_param_persistence_threshold",
+    *("stage3_param_persistence_threshold", "zero_hpz_partition_size"),
 )
 LEAST_BUSY = 0.5
 """Share of the time that ranks are to be busy in a layout that is chosen."""

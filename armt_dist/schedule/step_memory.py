@@ -95,6 +95,7 @@ def resident_bytes(held: Held) -> dict[str, float]:
     persistent = layers + model.persistent(model.outer_tensors, threshold)
     return {
         "parameters (shard)": 0 if work.offload_parameters else model.parameters * work.dtype_bytes / world,
+        "second copy of parameters (shard)": secondary_bytes(held),
         "small parameters (whole)": persistent * work.dtype_bytes if world > 1 else 0,
         "gradients (shard)": on_device * trainable * (work.gradient_bytes or work.dtype_bytes),
         "optimizer (shard)": on_device * optimizer_bytes(model) / world,
@@ -104,6 +105,12 @@ def resident_bytes(held: Held) -> dict[str, float]:
         "states on the wire": wire_bytes(held),
         "states of the step before": work.carried * step_states_bytes(held),
     }
+
+
+def secondary_bytes(held: Held) -> float:
+    """Of a second copy of the parameters, which the ranks of a node share for the backward pass (ZeRO++ hpZ)."""
+    ranks = held.work.zero_hpz_partition_size
+    return held.model.parameters * held.work.dtype_bytes / min(ranks, held.world) if ranks > 1 else 0
 
 
 def optimizer_bytes(model: ModelSizes) -> float:

@@ -189,6 +189,16 @@ def check_stage(config: dict) -> None:
         )
 
 
+def check_secondary(ds: dict, world: int) -> None:
+    """Check that the ranks divide evenly into groups with a copy of the parameters each. Raises ConfigError."""
+    ranks = ds["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if ranks > 1 and world % min(ranks, world):
+        raise ConfigError(
+            f"ds_config zero_optimization.zero_hpz_partition_size={ranks}: {world} ranks do not divide into groups of "
+            f"{ranks}; give the ranks of a node, or leave it out"
+        )
+
+
 def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepared:
     """Check a ds_config and complete it as far as that is possible before there is a model."""
     check_keys(config)
@@ -197,6 +207,7 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     ds = json.loads(json.dumps(config))
     check_values(ds)
     sizes = batch_sizes(config, dp)
+    check_secondary(ds, world)
     defaults = {"lr": DEFAULT_LR, "betas": list(DEFAULT_BETAS), "weight_decay": DEFAULT_WEIGHT_DECAY}
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
     params = optimizer.setdefault("params", {})

@@ -15,6 +15,7 @@ from ..model.configuration_armt import ARMTConfig
 from ..model.fields import ARMTFields
 from ..model.modeling_armt import ARMTForCausalLM
 from .communication import start_communication
+from .private import secondary_group
 from .sections import BaseSection, InitConfig, ModelConfig
 
 
@@ -81,7 +82,8 @@ def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: 
             )
         else:
             base = AutoModelForCausalLM.from_config(armt.base, dtype=dtype)
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+        init = deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=secondary_group())
+        with no_init_weights(), init:
             model = ARMTForCausalLM(armt, base=base)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model.base={config.base}: cannot be loaded ({one_line(error, 400)})") from None

@@ -68,6 +68,16 @@ def use_collectives(all_gather: Any, reduce_scatter: Any) -> None:
     backend.all_gather_function, backend.reduce_scatter_function = all_gather, reduce_scatter
 
 
+def secondary_group() -> Any:
+    """Return the ranks that share a second copy of the parameters (`zero_hpz_partition_size`), None before it is made.
+
+    `zero.Init` makes it, and fails where it is there already, unless it is told of it. Seen in DeepSpeed 0.19.8.
+    """
+    from deepspeed.utils import groups
+
+    return groups._get_zero_param_intra_parallel_group()
+
+
 def whole_numel(parameter: Tensor) -> int:
     """Count the elements of a parameter, of one that ZeRO-3 has partitioned as well.
 

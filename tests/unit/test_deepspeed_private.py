@@ -161,3 +161,12 @@ def test_what_the_tests_ask_the_coordinator():
     assert names(parameter_offload.DeepSpeedZeRoOffload.get_param_coordinator) == []
     assert names(Coordinator.is_complete_trace) == []
     assert "def release_sub_module(self, submodule: Module, forward=False)" in inspect.getsource(Coordinator)
+
+
+def test_the_group_of_a_second_copy_is_made_once_and_taken_from_then_on():
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    assert "zero_param_parallel_group" in names(Init.__init__)
+    assert "is None" in inspect.getsource(groups._create_zero_param_parallel_group)
+    assert private.secondary_group() is None

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from support.paths import ROOT
 
 from armt_dist.config import ConfigError
 from armt_dist.schedule.grid import Grid
 from armt_dist.zero3 import engine as engines
-from armt_dist.zero3.ds_config import batch_sizes, prepare
+from armt_dist.zero3.ds_config import batch_sizes, prepare, read_ds_config
 from armt_dist.zero3.optimizer import choose
 
 CPU = torch.device("cpu")
@@ -126,3 +127,17 @@ def installed(compilers, folder, monkeypatch):
     monkeypatch.setenv("PATH", str(folder / "bin"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(folder) if "nvcc" in compilers else None)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("world", [1, 8, 64])
+def test_the_files_that_come_with_it(path, world):
+    prepare(read_ds_config(path, []), dp=world, world=world, device=CPU)
+
+
+def test_a_second_copy_needs_ranks_that_divide_evenly():
+    zero = {**ZERO, "zero_hpz_partition_size": 8}
+    for world in (1, 4, 8, 16):
+        prepare({"train_batch_size": 48, "zero_optimization": zero}, dp=1, world=world, device=CPU)
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size=8: 12 ranks do not divide into groups of 8"):
+        prepare({"train_batch_size": 48, "zero_optimization": zero}, dp=12, world=12, device=CPU)

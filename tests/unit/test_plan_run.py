@@ -198,6 +198,15 @@ def test_a_recipe_is_planned_as_it_is_configured(path, tmp_path):
     assert run.model.parameters == sum(p.numel() for p in built.parameters())
 
 
+def test_a_second_copy_of_the_parameters_is_planned(tmp_path):
+    """Each rank has its part of the copy that the ranks of its node share."""
+    recipe = ROOT / "launch/configs/default.yaml"
+    for ranks, share in ((1, 0), (8, 8), (32, 16)):
+        run = planned(recipe, [f"ds_config.zero_optimization.zero_hpz_partition_size={ranks}"], world=16)
+        held = plan(run.model, run.work, run.layout).gpu_bytes["second copy of parameters (shard)"]
+        assert held == pytest.approx(run.model.parameters * run.work.dtype_bytes / share if share else 0)
+
+
 def test_overrides_and_the_ds_config_decide_the_work(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((ROOT / "launch/configs/default.yaml").read_text() + "ds_config: {train_batch_size: 48}\n")
