@@ -47,7 +47,8 @@ def growth(states: str, offload: bool) -> list[int]:
 def test_micro_batches_add_nothing_but_their_results(states, offload):
     _, *later = growth(states, offload)
     layer = sum(p.nbytes for p in small_model().layers[0].parameters())
-    assert max(later) < layer / 10
+    # Token ids, labels and masks of a micro-batch stay, by its results' graph.
+    assert max(later) < layer / 4
 
 
 def test_the_measure_finds_sums_that_stay(monkeypatch):
