@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..config import ConfigError, one_line
 from ..deadline import within
 from .launchers import MPI, Ranks
+from .machine import check_alike, check_networks, find_cuda
 from .process import return_freed_memory
 from .store import digest, open_store
 
@@ -32,7 +33,8 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     MASTER_ADDR and MASTER_PORT, which torch and DeepSpeed read. Raises ConfigError for too few GPUs, an unreachable
     master or a port that is taken.
     """
-    cuda = torch.cuda.is_available()
+    cuda = find_cuda()
+    check_networks(cuda)
     gpu = own_gpu(ranks, torch.cuda.device_count()) if cuda else 0
     address, port = rendezvous(ranks)
     os.environ.update(
@@ -63,6 +65,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     try:
         store, timeout = open_store(ranks, address, port, timeout_s), timedelta(seconds=timeout_s)
         store.set_timeout(timeout)
+        check_alike(ranks.world_size, ranks.rank, device.type, store)
         if cuda:
             check_own(ranks, str(torch.cuda.get_device_properties(gpu).uuid), store)
         dist.init_process_group(
