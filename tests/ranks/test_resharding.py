@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from support.hostile import make_hashes_fit
+from support.models import TINY_LLAMA
 from support.ranks import spawn
 
 from armt_dist.config import ConfigError
@@ -12,18 +13,10 @@ from armt_dist.config import ConfigError
 pytestmark = pytest.mark.slow
 
 GPT2 = {"model_type": "gpt2", "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 8}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 # Name -> model, bf16, ZeRO-3's settings. Small groups: there are more of them on fewer ranks.
 RUNS = {
     "frozen_bf16": ({"base_config": GPT2, "freeze_mem": True}, True, {"sub_group_size": 300}),
-    "one_group": ({"base_config": LLAMA}, False, {"stage3_param_persistence_threshold": 0}),
+    "one_group": ({"base_config": TINY_LLAMA}, False, {"stage3_param_persistence_threshold": 0}),
 }
 
 
@@ -96,7 +89,7 @@ def load_what_does_not_fit(ranks, root) -> list[str]:
 
     said = []
     for name in ("another", "short"):
-        model = {"base_config": {**LLAMA, "intermediate_size": 24 if name == "another" else 20}}
+        model = {"base_config": {**TINY_LLAMA, "intermediate_size": 24 if name == "another" else 20}}
         trainer = start_run(ranks, root / name, model, *RUNS["one_group"][1:])
         with pytest.raises(ConfigError) as caught:
             load_checkpoint(trainer.engine, root / "one_group/checkpoints", "step_00000002", trainer.say)

@@ -3,18 +3,11 @@
 import pytest
 import torch
 from support.commands import curve
+from support.models import TINY_LLAMA
 from support.ranks import spawn
 
 pytestmark = pytest.mark.slow
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 NODE = 2
 
 
@@ -43,7 +36,7 @@ def train(ranks, out, copies: int, sp: int) -> int:
     from armt_dist.training.trainer import Trainer
 
     config = {
-        "model": {"base_config": LLAMA, "num_mem_tokens": 2, "d_mem": 4},
+        "model": {"base_config": TINY_LLAMA, "num_mem_tokens": 2, "d_mem": 4},
         "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
         "parallel": {"sp": sp},
         "train": {"save_every": 10, "validate_every": 10},

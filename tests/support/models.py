@@ -26,6 +26,16 @@ MORE = {
     "qwen3": dict(head_dim=16),
 }
 
+# A base with sizes that do not divide evenly, for runs of a few steps.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
 
 def tiny_base(family):
     """Fields of a tiny base configuration, under the family's own names."""
