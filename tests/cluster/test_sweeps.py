@@ -1,13 +1,16 @@
 """Arrays, odd job names, a name submitted twice, a mistake and a node that dies, on the private cluster."""
 
 import os
+import signal
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
 from support.launchers import ENVIRON, losses, settings
 from support.programs import find
-from support.slurm_cluster import cluster, kill_node, log_of
+from support.slurm_cluster import cluster, log_of
 
 pytestmark = pytest.mark.needs("slurm")
 SCRIPT = "slurm/train_armt_8node.sh"
@@ -94,3 +97,16 @@ def test_a_name_submitted_twice_and_a_node_that_dies(slurm, checkout, tmp_path):
     slurm.wait(first, 60)
     slurm.command(find("slurmd"), "-N", lost)
     slurm.until(lambda: slurm.command("sinfo", "-h", "-n", lost, "-o", "%t").strip(), "idle".__eq__, lost, 60)
+
+
+def kill_node(slurm, node: str) -> None:
+    """End the node's daemon and all that it runs, as a power cut does."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (path / "cmdline").read_bytes().split(b"\0")
+            environ = (path / "environ").read_bytes().split(b"\0")
+            if f"SLURM_CONF={slurm.environ['SLURM_CONF']}".encode() not in environ:
+                continue
+            daemon = command[0].endswith(b"slurmd") and node.encode() in command
+            if daemon or f"SLURMD_NODENAME={node}".encode() in environ:
+                os.kill(int(path.name), signal.SIGKILL)
