@@ -28,8 +28,8 @@ COMMON = "zero_pp_rank_"
 def load_checkpoint(engine: Any, root: Path, tag: str, say: Callable[[str], None], verified: bool = False) -> dict:
     """Restore engine and random generators from a checkpoint; return the state passed to `save`. Collective.
 
-    verified: whether `find_newest` has just returned it. Raises CheckpointError on all ranks if it is damaged or cannot
-    be loaded.
+    say: told again and again how far it is. verified: whether `find_newest` has just returned it. Raises
+    CheckpointError on all ranks if it is damaged or cannot be loaded.
     """
     if not verified:
         verify_together(root / tag)

@@ -10,8 +10,6 @@ torch.distributed.checkpoint would do, but plans with pickles that the ranks sen
 Shapes: P values of a parameter, W ranks, ceil(P / W) values of a rank's part.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import accumulate
@@ -27,7 +25,6 @@ from .zero_shards import MODEL, OPTIMIZER, open_file, stretch_of
 
 # The name of the master weights among the states of a flat group.
 MASTER = "fp32"
-SAY_S = 10.0
 
 
 class Shard(NamedTuple):
@@ -109,17 +106,15 @@ def fill(target: Tensor, source: Callable[[int, int, int], Iterable[Tensor]], pl
 def reshard(engine: Any, folder: Path, old_world: int, say: Callable[[str], None]) -> None:
     """Fill this rank's parts of parameters and optimizer states from a checkpoint of `old_world` ranks.
 
-    say: prints how far it is. Not collective; in a block of `partitioned`. Raises ConfigError for damaged files, and
-    many exceptions for those of another model.
+    say: told again and again how far it is. Not collective; in a block of `partitioned`. Raises ConfigError for damaged
+    files, and many exceptions for those of another model.
     """
     old, rank, world = Shards(folder, old_world), dist.get_rank(), dist.get_world_size()
     groups, frozen = flat_groups(engine), list(frozen_parts(engine))
     check_shapes(old.trained, {name: shape for group in groups for name, shape in group.shapes.items()})
     check_shapes(old.frozen, {name: shape for name, shape, _ in frozen})
     shard = old.optimizer(rank * old_world // world)
-    progress = Progress(
-        say, f"reading {folder} of {old_world} ranks", sum(len(g.flat) for g in groups) * len(shard.states)
-    )
+    values, done = sum(len(group.flat) for group in groups) * len(shard.states), 0
     states = []
     for group in groups:
         # Filled in place where there are some already: no second copy, on a GPU least of all.
@@ -128,28 +123,13 @@ def reshard(engine: Any, folder: Path, old_world: int, say: Callable[[str], None
         for state_name, flat in {MASTER: group.flat, **state}.items():
             for (name, shape), part in zip(group.shapes.items(), flat.detach().split(sizes), strict=True):
                 fill(part, partial(old.trained_values, name, state_name), places(shape.numel(), old_world, world, rank))
-                progress.add(len(part))
+                done += len(part)
+                say(f"reading {folder} of {old_world} ranks: {done / values:.0%}")
         states.append({**shard.plain, **state})
     load_optimizer(engine, states, shard.param_groups)
     for name, shape, part in frozen:
         fill(part, partial(old.frozen_values, name), places(shape.numel(), old_world, world, rank))
     count_steps(engine, old.model(0))
-
-
-class Progress:
-    """Says how much of something is done, at the beginning and every SAY_S seconds."""
-
-    def __init__(self, say: Callable[[str], None], what: str, values: int):
-        self.say, self.what, self.values = say, what, values
-        self.done, self.said = 0, -math.inf
-        self.add(0)
-
-    def add(self, values: int) -> None:
-        """Count values that are done."""
-        self.done += values
-        if time.monotonic() - self.said >= SAY_S:
-            self.say(f"{self.what}: {self.done / self.values:.0%}")
-            self.said = time.monotonic()
 
 
 def check_shapes(saved: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:

@@ -177,7 +177,7 @@ class Trainer:
         tag = find_newest(self.root, self.say) if auto else together(lambda: find_tag(self.root, resume))
         together(lambda: clean(self.root), only=0)
         if tag is not None:
-            state = load_checkpoint(self.engine, self.root, tag, self.say, verified=auto)
+            state = load_checkpoint(self.engine, self.root, tag, self.log.say_sometimes, verified=auto)
             self.restore_state(tag, state)
             self.saver.saved = tag
             self.say(f"resumed {self.root / tag} at step {self.progress.step}")
@@ -279,7 +279,7 @@ class Trainer:
         if from_best and best and not (self.root / best).is_dir():
             self.say(f"warning: {best} was not saved; stage {following.stage} starts from the last step instead")
         elif from_best and best and best != tag_of(following.step):
-            load_checkpoint(self.engine, self.root, best, self.say)
+            load_checkpoint(self.engine, self.root, best, self.log.say_sometimes)
             self.say(f"stage {following.stage} starts from {best}")
         self.progress, self.carried = following, None
         self.log.enter_stage()
@@ -357,7 +357,7 @@ class Trainer:
         if self.rollbacks[tag] > self.config.train.max_skipped:
             return False
         self.watchdog.enter("checkpoint", left.step)
-        progress = Progress.restored(load_checkpoint(self.engine, self.root, tag, self.say)["progress"])
+        progress = Progress.restored(load_checkpoint(self.engine, self.root, tag, self.log.say_sometimes)["progress"])
         # The task's state is kept: it is that of the next batch. Carried states would be those of other rows.
         self.carried = None
         self.progress = progress._replace(passed_over=left.batch - progress.step)

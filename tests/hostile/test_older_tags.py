@@ -23,7 +23,7 @@ def test_an_older_checkpoint_on_another_number_of_ranks(tmp_path):
     more = ["train.keep_last=4", "train.max_steps=5", "--resume", older]
     result = train("--ds_config", FP32, "--out", run, *SAVE_OFTEN, *more, ranks=1)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert f"resumed {root / older} at step 2" in result.stdout and "of 2 ranks: 0%" in result.stdout
+    assert f"resumed {root / older} at step 2" in result.stdout
     assert checkpoint.verify_checkpoint(root / damaged).world_size == 1, "step 4 is that of the run that goes on"
     assert checkpoint.read_pointer(root, "latest") == checkpoint.tag_of(5)
     again = curve(run)
