@@ -21,6 +21,7 @@ from armt_dist.data.sections import DataConfig
 from armt_dist.data.task import IGNORE, merged_state
 from armt_dist.data.tasks import make_task
 from armt_dist.data.text.dealing import BLOCK
+from armt_dist.data.text.stream import merge
 from armt_dist.data.tokenizers import byte_tokenizer, encode, leading_tokens, word_tokenizer
 
 ROWS = range(8)
@@ -624,3 +625,14 @@ def test_tokenizer_larger_than_the_embedding_is_found_before_any_text_is_read():
     with pytest.raises(ConfigError, match=r"vocab_size=256: the tokenizer of task=text has 259 tokens; enlarge"):
         task_of(tree, 16, vocab_size=256)
     assert task_of({}, None, vocab_size=20).vocab_size == 20
+
+
+def test_a_stream_of_several_ranks_goes_on_where_the_slowest_one_is():
+    """A rank whose texts were short has read further; from its mark on, the others' next texts would be missing."""
+    fast, slow = ({"number": number, "loads": [0, 0]} for number in (256, 128))
+    states = [
+        {"next_step": 3, "mark": fast, "places": {"0": [300, 0]}},
+        {"next_step": 3, "mark": slow, "places": {"1": [130, 5]}},
+    ]
+    for order in (states, states[::-1]):
+        assert merge(order) == {"next_step": 3, "mark": slow, "places": {"0": [300, 0], "1": [130, 5]}}
