@@ -1,16 +1,13 @@
 """Arrays, odd job names, a name submitted twice, a mistake and a node that dies, on the private cluster."""
 
 import os
-import signal
 import subprocess
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import yaml
 from support.launchers import ENVIRON, losses, settings
 from support.programs import find
-from support.slurm_cluster import cluster, log_of
+from support.slurm_cluster import cluster, kill_node, log_of
 
 pytestmark = pytest.mark.needs("slurm")
 SCRIPT = "slurm/train_armt_8node.sh"
@@ -88,7 +85,8 @@ def test_a_name_submitted_twice_and_a_node_that_dies(slurm, checkout, tmp_path):
     # A node is lost with all its processes: Slurm requeues the job, which goes on elsewhere in the same folder.
     nodes = slurm.command("squeue", "--noheader", f"--jobs={first}", "--format=%N").strip()
     lost = slurm.command("scontrol", "show", "hostnames", nodes).split()[1]
-    kill_node(slurm, lost)
+    # The job script hears of it before Slurm does, and waits.
+    kill_node(slurm, lost, with_steps=False)
     slurm.until(lambda: slurm.job(first).restarts, lambda restarts: restarts == 1, "the requeue", 90)
     log = slurm.until(lambda: log_of(checkout, "twice", first), lambda log: "resumed" in log, "the resumption", 90)
     assert "a node does not answer: waiting up to 90 s for Slurm to requeue the job" in log
@@ -97,16 +95,3 @@ def test_a_name_submitted_twice_and_a_node_that_dies(slurm, checkout, tmp_path):
     slurm.wait(first, 60)
     slurm.command(find("slurmd"), "-N", lost)
     slurm.until(lambda: slurm.command("sinfo", "-h", "-n", lost, "-o", "%t").strip(), "idle".__eq__, lost, 60)
-
-
-def kill_node(slurm, node: str) -> None:
-    """End the node's daemon and all that it runs, as a power cut does."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (path / "cmdline").read_bytes().split(b"\0")
-            environ = (path / "environ").read_bytes().split(b"\0")
-            if f"SLURM_CONF={slurm.environ['SLURM_CONF']}".encode() not in environ:
-                continue
-            daemon = command[0].endswith(b"slurmd") and node.encode() in command
-            if daemon or f"SLURMD_NODENAME={node}".encode() in environ:
-                os.kill(int(path.name), signal.SIGKILL)

@@ -236,8 +236,11 @@ def processes_of(running: Cluster, job: str) -> dict[int, dict[str, str]]:
     return found
 
 
-def kill_node(running: Cluster, node: str) -> None:
-    """End a node's daemons and all that they run, as a power cut does: none may live to report the others' end."""
+def kill_node(running: Cluster, node: str, with_steps: bool = True) -> None:
+    """End a node's daemons and all that they run, as a power cut does: none may live to report the others' end.
+
+    with_steps: also the daemons of job steps; without them srun hears at once that its tasks have ended.
+    """
     conf = f"SLURM_CONF={running.environ['SLURM_CONF']}".encode()
     daemons, parents = [], {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -249,7 +252,8 @@ def kill_node(running: Cluster, node: str) -> None:
             if conf in environ and f"SLURMD_NODENAME={node}".encode() in environ:
                 parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
     # Those of the steps do not say their node, but what they run does.
-    daemons += set(step_daemons(running.folder)) & set(parents.values())
+    if with_steps:
+        daemons += set(step_daemons(running.folder)) & set(parents.values())
     for pid in [*daemons, *parents]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
