@@ -33,6 +33,15 @@ VARIANTS = {
 ATTENTION = ("flash", "fmha", "attention", "softmax", "cudnn_generated")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 SHOWN = 8
+# What the planner prices apart, by parts of names of kernels; the first that fits.
+CLASSES = {
+    "attention": ("sdpa", "flash", "fmha", "fusion"),
+    "softmax of the head": ("softmax",),
+    "products": ("nvjet", "gemm", "cutlass", "splitk", "gemv", "bmm", "dot_kernel"),
+    "copies": ("copy", "memcpy", "memset", "fill"),
+    "reductions": ("reduce",),
+    "elementwise": ("elementwise", "cat", "vectorized"),
+}
 
 
 def runner_of(shape: str, layers: int, options: dict, device: torch.device) -> ScheduledLM:
@@ -92,6 +101,7 @@ def measure(shape: str, layers: int, segments: int, options: dict, device: torch
     found |= {
         "launches_per_cell": launched / cells,
         "device_ms_per_cell": sum(own_us.values()) / cells / 1e3,
+        "us_per_cell": by_class(own_us, cells),
         "waits_inside": dict(waits),
         "waits_of_the_runtime": sum(e.count for e in averages if e.key in WAITS),
         "attention": {e.key[:90]: e.count for e in kernels if any(part in e.key.lower() for part in ATTENTION)},
@@ -99,6 +109,20 @@ def measure(shape: str, layers: int, segments: int, options: dict, device: torch
                       sorted(kernels, key=lambda e: -own_us[e.key])[:SHOWN]},
     }  # fmt: skip
     return found
+
+
+def class_of(kernel: str) -> str:
+    """The class of `CLASSES` that a kernel belongs to."""
+    name = kernel.lower()
+    return next((kind for kind, parts in CLASSES.items() if any(part in name for part in parts)), "other")
+
+
+def by_class(own_us: dict[str, float], cells: int) -> dict[str, float]:
+    """Microseconds of the device for each class, over the number of cells."""
+    found: Counter = Counter()
+    for kernel, us in own_us.items():
+        found[class_of(kernel)] += us / cells
+    return {kind: round(us, 1) for kind, us in found.most_common()}
 
 
 def show_refusals() -> None:
@@ -128,6 +152,9 @@ def main() -> None:
         launches, device_ms = found["launches_per_cell"], found["device_ms_per_cell"]
         print(f"== {name}: a cell takes {times}; {launches:.0f} launches, {device_ms:.3f} ms of the device")
         print(f"   waits inside: {found['waits_inside'] or 'none'}; runtime: {found['waits_of_the_runtime']}")
+        print(
+            "   us of the device for a cell:", ", ".join(f"{kind} {us:g}" for kind, us in found["us_per_cell"].items())
+        )
         for kernel, count in found["attention"].items():
             print(f"   attention: {count} x {kernel}")
         for kernel, (count, ms) in found["most_time"].items():

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from ..config import ConfigError, read_object, read_yaml
 from ..records import read_metrics
+from .cell_work import cell_work
 from .grid import Grid
-from .hardware import Hardware, estimate_s, unit_costs, update_s
-from .model_sizes import cell_flops
+from .hardware import Hardware, estimate_s, head_s, moving_s, operations, unit_costs, update_s
 from .planned_run import PlannedRun, RunTree, planned_run
-from .planner import output_flops, validate
+from .planner import validate
 
 WARM_UP_STEPS = 2
 """Steps of a process whose prefetching has not seen a whole step yet."""
@@ -78,46 +78,49 @@ def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
 
 
 def with_cells(base: Hardware, runs: Sequence[MeasuredRun]) -> Hardware:
-    """Fit cell_s = kernels x launch + operations / rate to the runs, by least squares.
+    """Fit cell_s = kernels x time of one + operations / rate to the runs, by least squares.
 
-    One run, or runs whose cells differ in nothing, keep the launch of `base`.
+    One run, or runs whose cells differ in nothing, keep the kernels' time of `base`.
     """
-    cells = [Cell.of(run) for run in runs]
-    launch_s = base.kernel_launch_s
+    cells = [Cell.of(run, base) for run in runs]
+    kernel_s = base.kernel_s
     kk, kf, ff = (sum(products) for products in zip(*((k * k, k * f, f * f) for k, f, _ in cells), strict=True))
     kt, ft = (sum(products) for products in zip(*((k * t, f * t) for k, f, t in cells), strict=True))
     determinant = kk * ff - kf * kf
     if determinant > SAME_CELLS * kk * ff:
-        launch_s, per_flop_s = (kt * ff - ft * kf) / determinant, (ft * kk - kt * kf) / determinant
-        if launch_s >= 0 and per_flop_s > 0:
-            return base._replace(kernel_launch_s=launch_s, kernel_efficiency=1 / per_flop_s / base.peak_flops)
-        launch_s = base.kernel_launch_s
-    # A cell that takes little more than its launches leaves the rate undecided: half of it is computing then.
-    rate = statistics.median(f / max(t - k * launch_s, t / 2) for k, f, t in cells)
+        kernel_s, per_flop_s = (kt * ff - ft * kf) / determinant, (ft * kk - kt * kf) / determinant
+        if kernel_s >= 0 and per_flop_s > 0:
+            return base._replace(kernel_s=kernel_s, kernel_efficiency=1 / per_flop_s / base.peak_flops)
+        kernel_s = base.kernel_s
+    # A cell that takes little more than its kernels leaves the rate undecided: half of it is computing then.
+    rate = statistics.median(f / max(t - k * kernel_s, t / 2) for k, f, t in cells)
     return base._replace(kernel_efficiency=rate / base.peak_flops)
 
 
 class Cell(NamedTuple):
-    """One cell of a measured run, of one chunk of the micro-batch."""
+    """One cell of a measured run, of one chunk of the micro-batch, without the time that its bytes need."""
 
-    kernels: int
-    flops: float
+    kernels: float
+    operations: float
     seconds: float
 
     @classmethod
-    def of(cls, measured: MeasuredRun) -> "Cell":
+    def of(cls, measured: MeasuredRun, hardware: Hardware) -> "Cell":
         """The cells of a run."""
         run, chunks = measured.run, measured.grid.chunks
-        rows = -(-run.work.micro_batch // chunks)
-        return cls(run.model.kernels, rows * cell_flops(run.model, run.work), measured.cell_s / chunks)
+        rows, cell_s = -(-run.work.micro_batch // chunks), measured.cell_s / chunks
+        forward, _ = cell_work(run.model, run.work)
+        # Small tensors stay in a cache: never more than half of the time.
+        moving = min(moving_s(forward, rows, hardware), cell_s / 2)
+        return cls(forward.kernels, rows * operations(forward, run.work, hardware), cell_s - moving)
 
 
 def backward_ratio(measured: MeasuredRun, hardware: Hardware) -> float:
     """Backward of a cell over its forward, so that the planned step takes what the measured one took."""
     run, world, grid, cell_s, step_s = measured
     costs = unit_costs(run.model, run.work, grid, world, hardware)._replace(cell_s=cell_s)
-    head_s = output_flops(run.model, run.work, grid) / hardware.peak_flops / hardware.kernel_efficiency
-    pass_s = (step_s - update_s(run.model, world, hardware)) / run.work.accumulation - head_s
+    pass_s = (step_s - update_s(run.model, world, hardware)) / run.work.accumulation
+    pass_s -= head_s(run.model, run.work, grid, hardware)
     # The step's time is linear in the ratio, unless collectives dominate.
     none_s, one_s = (estimate_s(grid, costs._replace(backward_ratio=ratio)) for ratio in (0.0, 1.0))
     return max(LEAST_BACKWARD_RATIO, (pass_s - none_s) / (one_s - none_s))

@@ -6,22 +6,30 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
+from .cell_work import Work, cell_work, head_work
 from .grid import Grid, prefetch_window
-from .model_sizes import ModelSizes, StepWork, cell_flops, row_tokens
+from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens
 from .simulator import Costs
 
 
 class Hardware(NamedTuple):
     """One GPU of a cluster and its links. The defaults are an H100 SXM with 400 Gb/s of network per GPU.
 
-    Data sheet: 989 TFLOP/s dense bf16, 80 GB, 8 GPUs a node with NVLink. Assumed, not measured here: the share of the
-    peak that a cell's kernels reach, the host time to launch a cell, bandwidths as NCCL delivers them.
+    Data sheet: 989 TFLOP/s dense bf16, 80 GB, 8 GPUs a node with NVLink. Measured on one H100 and one H200
+    (benchmarks/results): how fast a cell's kernels are. Assumed, not measured: bandwidths as NCCL delivers them.
     """
 
     peak_flops: float = 989e12
-    kernel_efficiency: float = 0.5
-    kernel_launch_s: float = 3.5e-6
-    """Host time to launch one kernel: a cell takes no less than all of its own, however small its chunk."""
+    kernel_efficiency: float = 0.57
+    """Share of the peak that products of matrices reach."""
+    attention_slowness: float = 3.5
+    """Time of an operation of attention over that of a product's."""
+    float32_slowness: float = 18.0
+    """Time of an operation in float32 over that of a product's."""
+    elementwise_bytes_per_s: float = 3.0e12
+    """Of kernels that are no products, read and written: what a copy reaches."""
+    kernel_s: float = 2.5e-6
+    """Time that any kernel takes beside its operations and bytes. A GPU gets whole cells as CUDA graphs."""
     memory_bytes: float = 80e9
     host_bytes: float = 200e9
     """Host memory per GPU."""
@@ -35,17 +43,21 @@ class Hardware(NamedTuple):
     """Pinned host memory over PCIe 5, for offloaded activations."""
     memory_bytes_per_s: float = 3.35e12
     """Of the device's memory, which the optimizer's update is bound by."""
-    backward_ratio: float = 2.0
-    """Backward of a cell over its forward."""
+    backward_ratio: float | None = None
+    """Backward of a cell over its forward, as measured; None: from what both have to do."""
     device: str = "cuda"
-    """cuda or cpu: decides what ZeRO-3 and the optimizer keep, and whether launching overlaps with computing."""
+    """cuda or cpu: decides what ZeRO-3 and the optimizer keep."""
 
 
 H100 = Hardware()
 # One core of a server, and gloo on one machine; rough, for `calibration` to start from.
 CPU = Hardware(
     peak_flops=60e9,
-    kernel_launch_s=20e-6,
+    kernel_efficiency=0.5,
+    attention_slowness=1.0,
+    float32_slowness=1.0,
+    elementwise_bytes_per_s=20e9,
+    kernel_s=20e-6,
     memory_bytes=16e9,
     host_bytes=16e9,
     gather_bytes_per_s=0.5e9,
@@ -68,21 +80,19 @@ def largest_block(grid: Grid) -> int:
 def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardware: Hardware) -> Costs:
     """What the simulator needs, in seconds."""
     chunk_rows = math.ceil(work.micro_batch / grid.chunks)
-    flops = chunk_rows * cell_flops(model, work)
-    chunk_s = flops / hardware.peak_flops / hardware.kernel_efficiency
+    chunk_s, backward_s = (seconds(each, chunk_rows, work, hardware) for each in cell_work(model, work))
+    ratio = backward_s / chunk_s if hardware.backward_ratio is None else hardware.backward_ratio
     if work.offload_activations:
         row_bytes = chunk_rows * row_tokens(model, work) * model.hidden_size * work.dtype_bytes
         chunk_s = max(chunk_s, row_bytes / hardware.host_link_bytes_per_s)
-    # A GPU computes while the host launches; a CPU does one after the other.
-    launch_s = model.kernels * hardware.kernel_launch_s
-    cell_s = grid.chunks * (chunk_s + launch_s if hardware.device == "cpu" else max(chunk_s, launch_s))
+    cell_s = grid.chunks * chunk_s
     collective_s = math.ceil(math.log2(world)) * hardware.collective_latency_s
     passing = model.layer_parameters - model.persistent(model.layer_tensors, work.stage3_param_persistence_threshold)
     whole_s = work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     return Costs(
         cell_s=cell_s,
         rerun_ratio=rerun_ratio(work, grid),
-        backward_ratio=hardware.backward_ratio,
+        backward_ratio=ratio,
         gather_s=collective_s + passing * whole_s if passing else 0.0,
         reduce_s=collective_s + model.layer_parameters * whole_s,
         latency_s=hardware.handoff_latency_s,
@@ -90,6 +100,30 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
         bytes_per_s=hardware.handoff_bytes_per_s,
         prefetch_layers=handoff_window(grid, cell_s, work.micro_batch * model.state_bytes, hardware),
     )
+
+
+def seconds(work: Work, rows: int, step: StepWork, hardware: Hardware) -> float:
+    """Time of a cell's work for so many sequences, or of the head's."""
+    computing_s = rows * operations(work, step, hardware) / hardware.peak_flops / hardware.kernel_efficiency
+    return computing_s + moving_s(work, rows, hardware) + work.kernels * hardware.kernel_s
+
+
+def operations(work: Work, step: StepWork, hardware: Hardware) -> float:
+    """Operations for one sequence, slow ones counted as the products that take as long."""
+    in_dtype = hardware.float32_slowness if step.dtype_bytes >= FP32_BYTES else 1.0
+    slow = hardware.attention_slowness * work.attention + hardware.float32_slowness * work.float32
+    return in_dtype * work.products + slow
+
+
+def moving_s(work: Work, rows: int, hardware: Hardware) -> float:
+    """Time that elementwise kernels need for their bytes."""
+    return (rows * work.moved + work.moved_once) / hardware.elementwise_bytes_per_s
+
+
+def head_s(model: ModelSizes, work: StepWork, grid: Grid, hardware: Hardware) -> float:
+    """Head and loss of a rank's scored positions of one micro-batch, forward and backward."""
+    scored = work.scored_tokens or grid.segments / grid.sp * work.segment_tokens
+    return seconds(head_work(model, scored), work.micro_batch, work, hardware)
 
 
 def rerun_ratio(work: StepWork, grid: Grid) -> float:

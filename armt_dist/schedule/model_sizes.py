@@ -1,4 +1,4 @@
-"""How large a model with memory is: its parameters, its state, and the operations of one cell.
+"""How large a model with memory is: its parameters, its state, and the kernels of one cell.
 
 Fields are named as in ARMTConfig and its base_config.
 
@@ -95,11 +95,16 @@ class ModelSizes(NamedTuple):
         )
 
     @property
-    def kernels(self) -> int:
-        """Operations that one forward of a cell launches."""
+    def kernels_by_part(self) -> tuple[int, int, int]:
+        """Operations that one forward of a cell launches: of the decoder layer, the memory, the window."""
         window = WINDOW_KERNELS + (0 if self.family.learned_positions else TURN_KERNELS)
         memory = (MEMORY_KERNELS + DECAY_KERNELS * (self.state_decay is not None)) * self.kind.associative
-        return self.family.kernels + memory + window * (self.sliding_window > 0)
+        return self.family.kernels, memory, window * (self.sliding_window > 0)
+
+    @property
+    def kernels(self) -> int:
+        """Operations that one forward of a cell launches."""
+        return sum(self.kernels_by_part)
 
     @property
     def features(self) -> int:
@@ -232,20 +237,6 @@ class StepWork(NamedTuple):
 def row_tokens(model: ModelSizes, work: StepWork) -> int:
     """Positions of one segment as the layers see it."""
     return work.segment_tokens + model.num_mem_tokens * model.kind.memory_groups + model.sink
-
-
-def cell_flops(model: ModelSizes, work: StepWork) -> float:
-    """Forward of one cell for one sequence: matrix products, full attention over the row (it has a mask), memory."""
-    tokens = row_tokens(model, work)
-    attention = 4 * tokens * (tokens + model.sliding_window) * model.widths.queries
-    backbone = 2 * tokens * sum(model.family.layer(model.widths))
-    if not model.kind.associative:
-        return backbone + attention
-    d, strengths = model.hidden_size, model.hidden_size if model.gating else model.n_heads
-    read = 2 * tokens * (d * model.d_mem + model.associations)
-    # W_mk, W_mv and W_mb see the M memory positions only.
-    write = model.num_mem_tokens * (2 * d * (model.d_mem + d + strengths) + 4 * model.associations)
-    return backbone + attention + read + write
 
 
 def model_sizes(config: Mapping[str, Any], memory: Mapping[str, Any]) -> ModelSizes:

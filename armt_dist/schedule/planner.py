@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
+from .cell_work import cell_flops
 from .grid import Grid, check_grid, prefetch_window
-from .hardware import H100, Hardware, estimate_s, unit_costs, update_s
-from .model_sizes import KINDS, ModelSizes, StepWork, cell_flops
+from .hardware import H100, Hardware, estimate_s, head_s, unit_costs, update_s
+from .model_sizes import KINDS, ModelSizes, StepWork
 from .program import default_schedule, fit_grid
 from .simulator import Costs
 from .step_memory import Held, gpu_bytes, host_bytes
@@ -164,15 +165,15 @@ def step_times(
 
     Every rank's head follows its own block, so the last rank's head is exposed; so are the embedding's collectives.
     """
-    head_s = output_flops(model, work, grid) / hardware.peak_flops / hardware.kernel_efficiency
+    loss_s = head_s(model, work, grid, hardware)
     outer_s = 2 * model.outer_parameters * work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     cells = grid.segments / grid.sp * grid.layers
-    compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + head_s
+    compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + loss_s
     optimizer_s = 0.0 if work.offload_optimizer else update_s(model, world, hardware)
-    step_s = work.accumulation * (pipeline_s + head_s + outer_s) + optimizer_s
+    step_s = work.accumulation * (pipeline_s + loss_s + outer_s) + optimizer_s
     free = costs._replace(gather_s=0.0, reduce_s=0.0, latency_s=0.0, state_bytes=0)
     # The closed form is no better than a percent of what was simulated.
-    free_s = work.accumulation * (min(pipeline_s, estimate_s(grid, free)) + head_s)
+    free_s = work.accumulation * (min(pipeline_s, estimate_s(grid, free)) + loss_s)
     return StepTimes(work.accumulation * compute_s, free_s, step_s)
 
 

@@ -314,11 +314,11 @@ def test_calibration_recovers_the_rate_and_the_backward(tmp_path):
 
 
 def test_two_runs_separate_launching_from_computing(tmp_path):
-    truth = CPU._replace(kernel_launch_s=5e-5, kernel_efficiency=0.4, backward_ratio=2.5)
+    truth = CPU._replace(kernel_s=5e-5, kernel_efficiency=0.4, backward_ratio=2.5)
     for name, batch in (("small", 1), ("large", 4)):
         write_run(tmp_path / name, [f"ds_config.train_batch_size={batch}"], hardware=truth)
     hardware = calibrated(CPU, [tmp_path / "small", tmp_path / "large"])
-    for field in ("kernel_launch_s", "kernel_efficiency", "backward_ratio"):
+    for field in ("kernel_s", "kernel_efficiency", "backward_ratio"):
         assert getattr(hardware, field) == pytest.approx(getattr(truth, field), rel=1e-3), field
 
 

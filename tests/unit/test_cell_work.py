@@ -1,0 +1,122 @@
+"""What the planner says that a cell does, against what a cell's operations read and write."""
+
+from collections import Counter
+
+import pytest
+import torch
+from support.models import BASES, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from armt_dist.model.backbone import FAMILIES
+from armt_dist.runtime.cells import gradients_of, run_again
+from armt_dist.schedule.cell_work import MOVED, cell_work
+from armt_dist.schedule.hardware import H100, seconds
+from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
+from armt_dist.schedule.planner import Layout, plan
+
+NO_KERNEL = {
+    *("view", "transpose", "t", "slice", "unsqueeze", "expand", "split", "_unsafe_view", "permute", "squeeze"),
+    *("select", "alias", "detach", "unbind", "as_strided", "split_with_sizes", "lift_fresh", "empty", "empty_like"),
+}
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "dot", "mv"}
+TOKENS = 240
+WIDE = dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2, head_dim=16)
+SHAPES = {family: WIDE | {"max_position_embeddings": 1024} for family in FAMILIES}
+SHAPES["mistral"] = WIDE | {"max_position_embeddings": 1024, "sliding_window": None}
+SHAPES["gpt2"] = {"n_embd": 128, "n_inner": 384, "n_head": 8, "n_positions": 1024}
+SHAPES["gpt_neox"] = {
+    name: n for name, n in SHAPES["gpt_neox"].items() if name not in ("num_key_value_heads", "head_dim")
+}
+MEMORIES = {
+    "armt": {"d_mem": 16},
+    "decay": {"d_mem": 16, "state_decay": 0.9},
+    "rmt": {"memory_kind": "rmt"},
+    "transformer_xl": {"memory_kind": "transformer_xl", "sliding_window": 120},
+}
+
+
+def stored(tensor):
+    """Bytes of a tensor, what is repeated by a stride of 0 counted once."""
+    return (
+        tensor.element_size()
+        * torch.Size(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride).numel()
+    )
+
+
+class Moved(TorchDispatchMode):
+    """Adds up what operations that are neither products nor attention read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.count = Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        if name in NO_KERNEL:
+            return out
+        self.count += 1
+        if name not in PRODUCTS and "attention" not in name:
+            read = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+            written = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+            self.bytes[name] += sum(map(stored, [*read.values(), *written]))
+        return out
+
+
+def moved_by_a_cell(family, dtype, memory):
+    """Bytes and operations of one cell, forward and backward."""
+    options = {"num_mem_tokens": 8, **memory, "segment_tokens": TOKENS}
+    if options.get("memory_kind") == "transformer_xl":
+        del options["num_mem_tokens"]
+    if options.get("memory_kind", "armt") != "armt":
+        options.pop("d_mem", None)
+    model = small_model(family, base=SHAPES[family], **options).to(dtype).eval()
+    layer, x = model.backbone.layers[0], torch.randn(1, TOKENS + model.config.other_rows, 128, dtype=dtype)
+    context, state = model.context(x, None), layer.memory.initial_state(1, "cpu")
+    with torch.no_grad(), Moved() as forward:
+        layer.cell(x, state, context)
+    cell = run_again(layer, x, state, context)
+    with Moved() as backward:
+        gradients_of(cell, tuple(map(torch.ones_like, cell.outputs)), tuple(layer.parameters()))
+    return forward, backward
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cell_moves_the_planned_bytes(family, dtype, memory):
+    measured = moved_by_a_cell(family, dtype, MEMORIES[memory])
+    given = {"memory_kind": "armt", "num_mem_tokens": 8, "sliding_window": 0, **MEMORIES[memory]}
+    if given["memory_kind"] == "transformer_xl":
+        given["num_mem_tokens"] = None
+    sizes = model_sizes({"model_type": family, **BASES[family], **SHAPES[family]}, memory_fields(given, TOKENS))
+    planned = cell_work(sizes, StepWork(TOKENS, TOKENS, dtype_bytes=dtype.itemsize))
+    for found, said in zip(measured, planned, strict=True):
+        assert said.moved == pytest.approx(sum(found.bytes.values()), rel=0.12)
+    backward = measured[1].count + len(sizes.layer_tensors)
+    assert planned[1].kernels == pytest.approx(backward, rel=0.25)
+
+
+def test_every_family_has_a_row():
+    assert set(MOVED) == set(FAMILIES)
+
+
+def test_rows_of_a_batch_share_kernels_and_sums_of_gradients():
+    forward, backward = cell_work(MODELS["llama-1b"], StepWork(2**15))
+    step = StepWork(2**15)
+    for each in (forward, backward):
+        one, four = (seconds(each, rows, step, H100) for rows in (1, 4))
+        assert four < 4 * one
+    assert backward.moved_once == 10 * MODELS["llama-1b"].trainable_layer_parameters
+    assert forward.moved_once == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bytes_per_s", "measured_s"),
+    # benchmarks/results: an H100 and an H200, whose memory is faster.
+    [(32768, 3.0e12, 1.74), (131072, 3.0e12, 6.65), (32768, 4.3e12, 1.63)],
+)
+def test_planned_steps_take_what_was_measured_on_a_gpu(tokens, bytes_per_s, measured_s):
+    hardware = H100._replace(elementwise_bytes_per_s=bytes_per_s)
+    assert plan(MODELS["llama-1b"], StepWork(tokens), Layout(), hardware).step_s == pytest.approx(measured_s, rel=0.06)
