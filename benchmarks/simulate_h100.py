@@ -97,7 +97,8 @@ def markdown_row(row: dict) -> str:
 
 def markdown(rows: list[dict]) -> str:
     """Title, assumptions, and one table per model and cap."""
-    assumed = "\n".join(f"- `{name}` = {value:g}" for name, value in H100._asdict().items())
+    given = {name: value for name, value in H100._asdict().items() if isinstance(value, float)}
+    assumed = "\n".join(f"- `{name}` = {value:g}" for name, value in given.items())
     text = (
         "# Simulated: the wavefront on H100 clusters\n\n"
         "Simulated, not measured. Command: `python benchmarks/simulate_h100.py`. Efficiency is the share of all GPUs' "
@@ -107,7 +108,7 @@ def markdown(rows: list[dict]) -> str:
         "A global batch without limit hides every bubble behind more sequences; with one of 64M tokens the "
         "long rows of 512 and 4096 GPUs "
         "show where one sequence no longer feeds the cluster (sp far above R × L × M_c).\n\n"
-        f"Assumptions (`armt_dist/hardware.py`):\n{assumed}\n"
+        f"Assumptions (`armt_dist/schedule/hardware.py`):\n{assumed}\n"
     )
     for model in dict.fromkeys(row["model"] for row in rows):
         for cap in CAPS:

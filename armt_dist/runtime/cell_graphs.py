@@ -9,7 +9,7 @@ Shapes: B batch rows, N positions of a segment's row, D model width.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
-from .cells import Cell, Cells, EagerCells, gradients_of, run_again
+from .cells import Cell, Cells, EagerCells, draws, gradients_of, run_again
 
 # Runs before a capture, in which libraries make their handles and choose their algorithms.
 WARM_UPS = 2
@@ -33,10 +33,11 @@ class Buffers(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Buffers":
-        """Return buffers for a layer whose parameters are whole."""
+        """Return buffers for a layer, whose parameters need not be whole yet."""
         own = [p for *_, p in places(layer)]
-        sums = [torch.zeros_like(p.data, dtype=torch.float32) for p in own if p.requires_grad]
-        return cls([nn.Parameter(torch.empty_like(p.data), requires_grad=p.requires_grad) for p in own], sums)
+        sums = [torch.zeros(whole_shape(p), device=p.device) for p in own if p.requires_grad]
+        values = [torch.zeros(whole_shape(p), dtype=p.dtype, device=p.device) for p in own]
+        return cls([nn.Parameter(v, requires_grad=p.requires_grad) for v, p in zip(values, own, strict=True)], sums)
 
     @property
     def trained(self) -> tuple[nn.Parameter, ...]:
@@ -182,7 +183,7 @@ class CellGraphs:
         return eager if eager.draws or self.refused else GraphedCells(layer, eager, self, trains)
 
     def kind(self, layer: ARMTLayer) -> tuple[int, Buffers]:
-        """Return the number of a layer's kind, and its buffers. The layer's parameters are whole."""
+        """Return the number of a layer's kind, and its buffers."""
         if (layer, layer.training) not in self.known:
             kind = kind_of(layer)
             _, parameters, own = kind
@@ -204,6 +205,35 @@ class CellGraphs:
         if trains:
             self.recordings[key].record_backward()
         return self.recordings[key]
+
+    def prepare(self, layers: Iterable[ARMTLayer], rows: Iterable[tuple[Tensor, Context]], trains: bool) -> None:
+        """Record the cells of a pass before it begins: rows x [B, N, D] of all segments, with their contexts.
+
+        A capture waits for the device. Within a pass of several ranks the device may be waiting for a state that
+        another rank cannot send before this one takes part in its next gather.
+        """
+        kinds: dict[int, ARMTLayer] = {}
+        for layer in layers:
+            if not draws(layer):
+                kinds.setdefault(self.kind(layer)[0], layer)
+        different = {(x.shape, id(context)): (x, context) for x, context in rows}
+        for layer in kinds.values():
+            for x, context in different.values():
+                if self.refused:
+                    return
+                self.try_recording(layer, x, layer.memory.initial_state(len(x), x.device), context, trains)
+
+    def try_recording(
+        self, layer: ARMTLayer, x: Tensor, state: tuple, context: Context, trains: bool
+    ) -> Recording | None:
+        """Return the recording for inputs like these; None where the cell cannot be recorded."""
+        try:
+            return self.recording(layer, x, state, context, trains)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.refuse(error)
+            return None
 
     def refuse(self, error: RuntimeError) -> None:
         """Run all cells operation by operation from now on, and say why."""
@@ -238,15 +268,8 @@ class GraphedCells:
         if key not in self.seen and self.graphs.refused:
             self.seen[key] = None
         if key not in self.seen:
-            try:
-                self.seen[key] = self.graphs.recording(self.layer, x, state, context, self.trains)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.graphs.refuse(error)
-                self.seen[key] = None
-            # Warming up has added to them.
-            torch._foreach_zero_(self.sums)
+            # Made before the pass began.
+            self.seen[key] = self.graphs.try_recording(self.layer, x, state, context, self.trains)
         return self.seen[key]
 
     def forward(self, x: Tensor, state: tuple, context: Context, keep: bool) -> tuple[Tensor, MemoryUpdate, tuple]:
@@ -290,6 +313,11 @@ def recorded_at(layer: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterato
             module._parameters[name] = own
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter that ZeRO-3 may have partitioned."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def kind_of(layer: nn.Module) -> tuple:
     """Return what layers that are alike have in common: modules, their settings, and shapes of parameters.
 
@@ -299,7 +327,7 @@ def kind_of(layer: nn.Module) -> tuple:
         (name, type(module), tuple(sorted((k, v) for k, v in vars(module).items() if is_setting(k, v))))
         for name, module in layer.named_modules()
     )
-    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    parameters = tuple((name, whole_shape(p), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
     return settings, parameters, id(layer) if any(True for _ in layer.buffers()) else 0
 
 

@@ -3,7 +3,7 @@
 Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model width, n scored positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,15 @@ class LossHead(nn.Module):
 def joined(chunks: Sequence[tuple]) -> tuple:
     """Return the state [B, ...] of a micro-batch from those of its chunks."""
     return type(chunks[0])(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def rows_of(
+    blocks: Sequence[Tensor], rows: Sequence[Sequence[int]], contexts: Sequence[Sequence[Sequence[Context]]]
+) -> Iterator[tuple[Tensor, Context]]:
+    """Yield the row [b, N, D] of each chunk and segment with its context; blocks [B, sum of N, D]."""
+    for x, lengths, by_chunk in zip(blocks, rows, contexts, strict=True):
+        for part, of_segments in zip(x.tensor_split(len(by_chunk)), by_chunk, strict=True):
+            yield from zip(part.split(list(lengths), dim=1), of_segments, strict=True)
 
 
 def mask_on(mask: Tensor | None, device: torch.device) -> Tensor | None:
@@ -152,6 +161,8 @@ class ScheduledLM(nn.Module):
         contexts = [
             self.contexts(*each, piece.grid.chunks, shared) for each in zip(blocks, rows, masks, starts, strict=True)
         ]
+        if self.graphs:
+            self.graphs.prepare(layers, rows_of(blocks, rows, contexts), torch.is_grad_enabled())
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
         cells = self.graphs.cells if self.graphs else eager_cells

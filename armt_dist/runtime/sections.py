@@ -14,8 +14,8 @@ class BPTTConfig(Section):
     """store: all states are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
     recompute: from the block's first state, at the cost of one more forward pass of the block."""
     graphs: bool | None = None
-    """Whether cells are recorded as CUDA graphs, so that the host launches a cell at once; null: on GPUs with
-    parallel.sp=1, as it was tried on one GPU only. Layers with dropout are not recorded. Example: false"""
+    """Whether cells are recorded as CUDA graphs, so that the host launches a cell at once; null: on GPUs. Layers with
+    dropout are not recorded. Example: false"""
 
 
 class ParallelConfig(Section):

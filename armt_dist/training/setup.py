@@ -117,8 +117,5 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     link: Local | Wire = Local()
     if batches.mesh.sp > 1:
         link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)
-    graphs = config.bptt.graphs
-    if graphs is None:
-        # A capture begins with a wait for the device, on which a rank of a wavefront has receives posted already.
-        graphs = batches.device.type == "cuda" and batches.mesh.sp == 1
+    graphs = batches.device.type == "cuda" if config.bptt.graphs is None else config.bptt.graphs
     return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, graphs=graphs, link=link)

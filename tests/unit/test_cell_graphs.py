@@ -11,7 +11,7 @@ import torch
 from support.models import small_model
 from support.oracle import GRID, random_batch, random_starts, scheduled_loss
 
-from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, Recording, kind_of
+from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, Recorded, Recording, kind_of
 from armt_dist.runtime.cells import EagerCells, draws
 
 KINDS = {
@@ -55,6 +55,24 @@ def test_families(family):
             module.p = 0.0
     batch = random_batch()
     assert same(scheduled_loss(model, *batch), scheduled_loss(model, *batch, graphs=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_recordings_are_made_before_the_first_layer(kind, monkeypatch):
+    """A capture waits for the device, which within a pass may be waiting for another rank."""
+    made, begin, events = Recorded.__init__, GraphedCells.begin, []
+    monkeypatch.setattr(Recorded, "__init__", lambda self, *args: events.append("recorded") or made(self, *args))
+    monkeypatch.setattr(GraphedCells, "begin", lambda self: events.append("began") or begin(self))
+    model = small_model(**KINDS[kind]).train()
+    for pad, documents, chunks in ((0, False, 1), (11, False, 2), (0, True, 1)):
+        ids, labels, mask = random_batch(pad=pad)
+        scheduled_loss(
+            model, ids, labels, mask, random_starts(ids) if documents else None, graphs=True,
+            grid=GRID._replace(chunks=chunks),
+        )  # fmt: skip
+        first = events.index("began")
+        assert "recorded" in events[:first] and "recorded" not in events[first:]
+        events.clear()
 
 
 def test_layers_that_are_alike_share_one_recording_and_others_do_not():
