@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import claimed_rank, discover
-from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, judge, report
+from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, exceptional, judge, report
 
 # By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
 # one kind agree within a few percent; CPUs are shared, only a broken one is told apart.
@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     add("--clock-s", type=float, default=5.0, help="largest difference of the clocks (default %(default)s)")
     add("--slow", type=float, help=f"slow from this multiple of the median (default by device: {DEFAULTS})")
     add("--timeout-s", type=float, default=120.0, help="longest wait for the other nodes (default %(default)s)")
+    add("--unfit", type=Path, help="file to which the names of unfit nodes are written, if most nodes are fit")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> None:
         print(report(facts, payload_bytes), flush=True)
     faults = judge(facts, Thresholds(args.gpus, args.need_gib * GIB, args.clock_s, args.slow or slow))
     if faults:
+        if args.unfit and ranks.rank == 0 and (names := exceptional(faults, nodes)):
+            args.unfit.write_text(",".join(names) + "\n")
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise ConfigError("; ".join(faults[:SHOWN_FAULTS]) + more)
     if ranks.rank == 0:

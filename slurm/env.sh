@@ -26,6 +26,8 @@
 # The network that NCCL and gloo meet on. Both guess; where a node has several networks, say which.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # InfiniBand: export NCCL_IB_HCA=mlx5
+# A node with several rails: NCCL takes the adapters nearest to each GPU by itself. Leave out those of the storage network:
+# export NCCL_IB_HCA=^mlx5_2,mlx5_5
 # AWS EFA, with aws-ofi-nccl on LD_LIBRARY_PATH: export FI_PROVIDER=efa FI_EFA_USE_DEVICE_RDMA=1
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 

@@ -35,10 +35,17 @@ read -ra container <<< "$CONTAINER"
 restarts=${SLURM_RESTART_COUNT:-0}
 run=${RUN_DIR:-runs/$SLURM_JOB_NAME${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}
 
+# Its launcher starts all ranks of a node, so one task must see all GPUs of it.
+if [[ ${SLURM_GPUS_PER_TASK:-} ]]; then
+    complain "SLURM_GPUS_PER_TASK=$SLURM_GPUS_PER_TASK: one task starts all ranks of a node; use --gpus-per-node"
+    exit 2
+fi
 # One rank per GPU, or one gloo rank on nodes without. Asked of the host: a container that was started without its GPU
 # option then fails in the preflight instead of training on CPU.
 found=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
-gpus=$((found > 0 ? ${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-found}} : 0))
+# A site may count by type: h100:8.
+allocated=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-$found}}
+gpus=$((found > 0 ? ${allocated##*:} : 0))
 ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 # Each rank's threads next to its GPU.
 binding=()
@@ -52,21 +59,40 @@ ARMT_JOB_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 MASTER_PORT=$((15000 + 16#${ARMT_JOB_SECRET:0:8} % 15000))
 export ARMT_JOB_SECRET MASTER_ADDR MASTER_PORT
 
+# An array's task by its own name: the id of one of them is also that of the whole array.
+id=$SLURM_JOB_ID
+if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+
 # Checkpointed, and wants to go on: back into the queue under the same job id.
 requeue() {
     if ((restarts >= MAX_RESTARTS)); then
         complain "MAX_RESTARTS=$MAX_RESTARTS reached; submit again to resume"
         exit 75
     fi
-    # An array's task by its own name: the id of one of them is also that of the whole array.
-    local id=$SLURM_JOB_ID
-    if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     say "requeue $id"
     if ! scontrol requeue "$id"; then
         complain "job $id may not requeue; submit again to resume"
         exit 75
     fi
     exit 0
+}
+
+# Into the queue without the nodes that the preflight named. Once: a job that meets unfit nodes again has another reason.
+# Returns where that cannot be done.
+requeue_elsewhere() {
+    local once=$run/logs/$SLURM_JOB_ID.excluded unfit='' before
+    if [[ -s $logs/unfit ]]; then IFS= read -r unfit < "$logs/unfit" || true; fi
+    if [[ ! $unfit =~ ^[A-Za-z0-9._,-]+$ || -e $once ]] || ((restarts >= MAX_RESTARTS)); then return; fi
+    before=$(scontrol show job "$id" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    if [[ $before && $before != "(null)" ]]; then unfit=$before,$unfit; fi
+    touch "$once"
+    say "requeue $id without $unfit"
+    # A job's nodes can be changed while it waits, and this shell is ended once it does.
+    trap '' TERM
+    if scontrol requeuehold "$id" && scontrol update "jobid=$id" "ExcNodeList=$unfit" && scontrol release "$id"; then
+        exit 0
+    fi
+    complain "job $id may not requeue; submit again with --exclude=$unfit"
 }
 
 # USR1 comes to this shell alone (B: above). Before training there is nothing to save, it is only remembered.
@@ -88,7 +114,7 @@ if [[ $SRUN_OPTIONS ]]; then check=(srun --quiet --nodes=1 --ntasks=1 "${srun_op
 logs=$run/logs/$SLURM_JOB_ID.$restarts
 mkdir -p "$logs"
 # Only the launchers of this start write it.
-rm -rf "$logs/exit_code"
+rm -rf "$logs/exit_code" "$logs/unfit"
 # Both names: torch renamed the variable.
 export TORCH_FR_DUMP_TEMP_FILE=$PWD/$logs/collectives_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$logs/collectives_rank_
 
@@ -100,8 +126,14 @@ say "job $SLURM_JOB_ID start $restarts: $SLURM_NNODES nodes x $ranks_per_node ra
 launch=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --cpu-bind=none "${srun_options[@]}"
     "${container[@]}" "$PYTHON")
 
-"${launch[@]}" launch/preflight.py --nodes="$SLURM_NNODES" --gpus="$gpus" --folder="$run"
+code=0
+"${launch[@]}" launch/preflight.py --nodes="$SLURM_NNODES" --gpus="$gpus" --folder="$run" --unfit="$logs/unfit" ||
+    code=$?
 if ((preempted)); then requeue; fi
+if ((code)); then
+    requeue_elsewhere
+    exit "$code"
+fi
 
 # In the background, because bash runs a trap only between commands, and `wait` is one that a signal interrupts.
 "${launch[@]}" launch/node.py --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks_per_node" --rdzv-id="$SLURM_JOB_ID" \

@@ -189,6 +189,12 @@ def judge(facts: list[Facts], limits: Thresholds) -> list[str]:
     return faults + odd_ones(facts) + weak_ones(facts, limits) + slow_ones(facts, limits.slow)
 
 
+def exceptional(faults: list[str], nodes: int) -> list[str]:
+    """Return the nodes that `judge` found unfit; none where they are no minority: others would be no better."""
+    names = list(dict.fromkeys(fault.split(":", 1)[0] for fault in faults))
+    return names if 2 * len(names) < nodes else []
+
+
 def odd_ones(facts: list[Facts]) -> list[str]:
     """Name the nodes whose versions or GPUs differ from the majority's."""
     table = [{**fact.versions, "GPUs": ", ".join(fact.gpus) or "none"} for fact in facts]

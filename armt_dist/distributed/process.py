@@ -1,4 +1,4 @@
-"""Settings of the process: what becomes of freed host memory, and kernels that are deterministic.
+"""Settings of the process: what becomes of freed memory, and kernels that are deterministic.
 
 glibc maps memory for every tensor above 128 kB (later: above the largest one freed, at most 32 MB), unmaps it when the
 tensor is freed, and the kernel zeroes the pages each time. While a model is built that is right: its tensors are whole
@@ -29,6 +29,19 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return any(mallopt(M_MMAP_THRESHOLD, size) for size in HUGE) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+# torch has two names for it; the older one is read by all versions.
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def expand_segments() -> None:
+    """Let torch grow its segments of GPU memory, unless the user set its allocator; call before torch uses a GPU.
+
+    Where lengths grow from stage to stage, segments of a fixed size that fitted the old tensors fit none of the new.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 # cuBLAS reads the first when its first handle is made; with it GEMMs do not share workspaces between streams. NCCL's

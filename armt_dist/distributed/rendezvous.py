@@ -19,7 +19,7 @@ from ..config import ConfigError, one_line
 from ..deadline import within
 from .launchers import MPI, Ranks
 from .machine import check_alike, check_networks, find_cuda
-from .process import return_freed_memory
+from .process import expand_segments, return_freed_memory
 from .store import digest, open_store
 
 # Longest wait for ranks that may not come, after the last step or an error on which all ranks should have agreed.
@@ -47,6 +47,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
         MASTER_PORT=str(port),
     )
     if cuda:
+        expand_segments()
         torch.cuda.set_device(gpu)
     else:
         # Must be in place before deepspeed is imported: it picks its accelerator then.

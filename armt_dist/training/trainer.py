@@ -283,6 +283,8 @@ class Trainer:
             self.say(f"stage {following.stage} starts from {best}")
         self.progress, self.carried = following, None
         self.log.enter_stage()
+        # Its samples may have another length: what is cached for the old one fits none of its tensors.
+        torch.cuda.empty_cache()
 
     def validate(self, stage: Stage, total: int) -> int:
         """Validate, and return the total number of steps, of the run's `total`: the stage may end here."""

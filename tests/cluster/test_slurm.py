@@ -111,10 +111,46 @@ def test_not_requeued(slurm, counting, arguments, environ, exit_code, words):
     assert words in log_of(counting, "a", job)
 
 
-def test_preflight_by_plain_srun_names_the_slow_node_and_the_odd_one(slurm, checkout):
+def fake_transformers(checkout):
+    """A folder that shows another version of transformers."""
     fake = checkout / "site/transformers-0.0.1.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+    return fake.parent
+
+
+def test_an_unfit_node_is_excluded_once(slurm, counting):
+    python = counting / "python"
+    python.write_text(
+        f"#!/bin/bash\ncase $SLURMD_NODENAME in n[$UNFIT]) export PYTHONPATH={fake_transformers(counting)};; esac\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    own = {**ENVIRON, "PYTHON": str(python)}
+    (counting / "runs/a").mkdir(parents=True)
+    (counting / "runs/a/stop").touch()
+    options = ("--nodes=3", "--nodelist=n1", "--exclude=n8", "slurm/train_armt_8node.sh")
+    one, two = (
+        slurm.submit(f"--job-name={name}", *options, cwd=counting, **own, UNFIT=unfit)
+        for name, unfit in (("a", "2"), ("b", "2-7"))
+    )
+    end, log = slurm.wait(one, 120), log_of(counting, "a", one)
+    assert (end.state, end.restarts) == ("COMPLETED", 1), log
+    assert "n2: transformers=0.0.1" in log and f"requeue {one} without n8,n2" in log
+    assert end.fields["ExcNodeList"] in ("n8,n2", "n[2,8]") and "n2" not in end.fields["NodeList"]
+    # Most nodes differ from n1 here: the others would be no better.
+    end, log = slurm.wait(two, 120), log_of(counting, "b", two)
+    assert (end.state, end.exit_code, end.restarts) == ("FAILED", 2, 0) and "without" not in log, log
+
+
+def test_one_gpu_for_each_task_is_refused(slurm, checkout):
+    job = slurm.submit("slurm/train_armt_1node.sh", cwd=checkout, **ENVIRON, SLURM_GPUS_PER_TASK="1")
+    assert slurm.wait(job, 30).exit_code == 2
+    assert log_of(checkout, "armt", job).splitlines()[-1].endswith("use --gpus-per-node")
+
+
+def test_preflight_by_plain_srun_names_the_slow_node_and_the_odd_one(slurm, checkout):
+    fake = fake_transformers(checkout)
     slow = checkout / "slow/sitecustomize.py"
     slow.parent.mkdir()
     slow.write_text(
@@ -123,7 +159,7 @@ def test_preflight_by_plain_srun_names_the_slow_node_and_the_odd_one(slurm, chec
         "torch.Tensor.__matmul__ = lambda a, b: time.sleep(0.1) or multiply(a, b)\n"
     )
     script = (
-        f"case $SLURMD_NODENAME in n2) export PYTHONPATH={slow.parent};; n3) export PYTHONPATH={fake.parent};; esac; "
+        f"case $SLURMD_NODENAME in n2) export PYTHONPATH={slow.parent};; n3) export PYTHONPATH={fake};; esac; "
         f"export PYTHONPATH=$PYTHONPATH:{ROOT}; exec {sys.executable} launch/preflight.py --nodes=4 --need-gib=0"
     )
     with pytest.raises(subprocess.CalledProcessError) as error:

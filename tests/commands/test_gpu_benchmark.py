@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh on a CPU: its steps, and a report of what went wrong."""
+"""benchmarks/gpu.sh and gpu_node.sh on a CPU: their steps, and a report of what went wrong."""
 
 import json
 import subprocess
@@ -21,6 +21,19 @@ def test_steps_and_report(tmp_path):
     assert parity["right"] == parity["paths"] > 40 and not parity["wrong"]
     report = (tmp_path / "gpu_on_cpu.md").read_text()
     assert f"{parity['paths']} of {parity['paths']} paths are right" in report and "planned" in report
+
+
+def test_steps_of_several_ranks(tmp_path):
+    """Without the one that kills a rank, which takes a minute: tests/commands has the same with fewer steps."""
+    steps = ["ring", "wavefront"]
+    command = ["bash", "benchmarks/gpu_node.sh", "--device", "cpu", "--gpus", "2", "--out", tmp_path, "--only", *steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_node_on_cpu.json").read_text())
+    assert found["ring"]["result"]["all-gather"]["gb_per_s"] > 0
+    wavefront = found["wavefront"]["result"]
+    assert [(row["sp"], row["dp"]) for row in wavefront["rows"]] == [(1, 2), (2, 1)]
+    assert wavefront["loss_off"] < 1e-5 and wavefront["same_order"]
 
 
 @pytest.fixture

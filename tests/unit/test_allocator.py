@@ -1,10 +1,13 @@
 """Tensors of megabytes come from the heap, which stays with the process, rather than from mappings of their own."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from support.paths import ROOT
+
+from armt_dist.distributed import process
 
 MAPPED = """
 import ctypes, torch
@@ -41,3 +44,17 @@ def test_tensors_come_from_the_heap():
     assert mapped(freed, 24) == 0
     assert mapped(f"process.return_freed_memory(); {freed}", 24) == 1
     assert mapped("process.HUGE = process.HUGE[1:]; assert process.keep_freed_memory()", 24) == 0
+
+
+@pytest.mark.parametrize("name", [None, *process.ALLOCATOR])
+def test_segments_grow_unless_the_user_set_the_allocator(monkeypatch, name):
+    for each in process.ALLOCATOR:
+        monkeypatch.delenv(each, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    process.expand_segments()
+    found = {each: os.environ[each] for each in process.ALLOCATOR if each in os.environ}
+    os.environ.pop(process.ALLOCATOR[0], None)
+    assert found == (
+        {name: "max_split_size_mb:64"} if name else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    )
