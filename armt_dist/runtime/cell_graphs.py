@@ -206,18 +206,22 @@ class CellGraphs:
             self.recordings[key].record_backward()
         return self.recordings[key]
 
-    def prepare(self, layers: Iterable[ARMTLayer], rows: Iterable[tuple[Tensor, Context]], trains: bool) -> None:
+    def prepare(
+        self, layers: Sequence[ARMTLayer], first_trained: int, rows: Iterable[tuple[Tensor, Context]]
+    ) -> None:
         """Record the cells of a pass before it begins: rows x [B, N, D] of all segments, with their contexts.
+
+        first_trained: the first of the layers that will run backward.
 
         A capture waits for the device. Within a pass of several ranks the device may be waiting for a state that
         another rank cannot send before this one takes part in its next gather.
         """
-        kinds: dict[int, ARMTLayer] = {}
-        for layer in layers:
+        kinds: dict[tuple[int, bool], ARMTLayer] = {}
+        for i, layer in enumerate(layers):
             if not draws(layer):
-                kinds.setdefault(self.kind(layer)[0], layer)
+                kinds.setdefault((self.kind(layer)[0], i >= first_trained), layer)
         different = {(x.shape, id(context)): (x, context) for x, context in rows}
-        for layer in kinds.values():
+        for (_, trains), layer in kinds.items():
             for x, context in different.values():
                 if self.refused:
                     return
@@ -258,7 +262,7 @@ class GraphedCells:
         _, buffers = self.graphs.kind(self.layer)
         copy([p.data for p in buffers.parameters], [p.data for *_, p in places(self.layer)])
         self.sums = buffers.sums
-        torch._foreach_zero_(self.sums)
+        zero(self.sums)
         # What is not recorded adds to the same sums.
         self.eager.sums = self.sums
 
@@ -360,6 +364,12 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors of equal shapes, with few kernels."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
+
+
+def zero(targets: Sequence[Tensor]) -> None:
+    """Set tensors to zero, with few kernels."""
+    if targets:
+        torch._foreach_zero_(list(targets))
 
 
 def copies(sources: Sequence[Tensor]) -> list[Tensor]:

@@ -161,13 +161,15 @@ class ScheduledLM(nn.Module):
         contexts = [
             self.contexts(*each, piece.grid.chunks, shared) for each in zip(blocks, rows, masks, starts, strict=True)
         ]
+        first_trained = self.first_trained(x) if torch.is_grad_enabled() else len(layers)
         if self.graphs:
-            self.graphs.prepare(layers, rows_of(blocks, rows, contexts), torch.is_grad_enabled())
+            self.graphs.prepare(layers, first_trained, rows_of(blocks, rows, contexts))
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
         cells = self.graphs.cells if self.graphs else eager_cells
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
-        store, link = STORES[self.offload](self.copy_stream), self.open_link(calls, len(x), piece.grid.chunks)
+        store = STORES[self.offload](self.copy_stream)
+        link = self.open_link(calls, first_trained, len(x), piece.grid.chunks)
         self.trace, learned = trace, None
         final = piece.grid.sp * piece.grid.rounds - 1
         last: list[list[tuple]] | None = [[] for _ in layers] if keep_last and final in own else None
@@ -188,6 +190,9 @@ class ScheduledLM(nn.Module):
                 work = work._replace(first=first[gather.layer])
             if gather.block == final and last:
                 work = work._replace(last=last[gather.layer])
+            if gather.layer == first_trained and not blocks[i].requires_grad:
+                # All layers below are frozen. ZeRO-3 releases a layer when the gradient of its input is there.
+                blocks[i] = blocks[i].detach().requires_grad_()
             trace(gather)
             blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
         trace(None)
@@ -219,11 +224,23 @@ class ScheduledLM(nn.Module):
         memory = self.model.config.memory_rows
         return MemoryRows.of(self.model.backbone.norm(hidden[:, -memory:]), memory)
 
-    def open_link(self, calls: Sequence[Call], batch: int, chunks: int) -> Link:
+    def first_trained(self, x: Tensor) -> int:
+        """Return the first layer that runs backward: the lowest with trained parameters, or 0 where x has a gradient.
+
+        The number of layers where none is trained.
+        """
+        layers = self.model.layers
+        if x.requires_grad:
+            return 0
+        return next(
+            (i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), len(layers)
+        )
+
+    def open_link(self, calls: Sequence[Call], first_trained: int, batch: int, chunks: int) -> Link:
         """Return the link of one pass, which knows what it will receive and in which shapes."""
         receives = [i for call in calls for i in call.forward if i.op is Op.RECV]
-        if torch.is_grad_enabled():
-            receives += [i for call in reversed(calls) for i in call.backward if i.op is Op.RECV_GRAD]
+        trained = [call for call in reversed(calls) if call.gather.layer >= first_trained]
+        receives += [i for call in trained for i in call.backward if i.op is Op.RECV_GRAD]
         rows = [len(chunk) for chunk in torch.empty(batch).tensor_split(chunks)]
         layers = self.model.layers
         return self.link.open(receives, lambda i: layers[i.layer].memory.initial_state(rows[i.chunk], "meta"))

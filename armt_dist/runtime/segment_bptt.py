@@ -240,8 +240,14 @@ class SegmentBPTT(torch.autograd.Function):
 
 
 def segment_bptt(layer: ARMTLayer, x: Tensor, work: LayerWork) -> Tensor:
-    """Run the layer over a block of segments; for `ARMTLayer.forward` as `run`. [B, sum of N, D] -> the same shape."""
-    call = LayerCall(layer, work)
+    """Run the layer over a block of segments; for `ARMTLayer.forward` as `run`. [B, sum of N, D] -> the same shape.
+
+    An x that needs no gradient comes from frozen layers into one that is frozen too: it runs forward only.
+    """
     if not torch.is_grad_enabled():
-        return call.forward(x)
+        return LayerCall(layer, work).forward(x)
+    if not x.requires_grad:
+        with torch.no_grad():
+            return LayerCall(layer, work._replace(states="recompute")).forward(x)
+    call = LayerCall(layer, work)
     return SegmentBPTT.apply(x, call, *call.parameters)

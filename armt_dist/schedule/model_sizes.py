@@ -66,6 +66,8 @@ class ModelSizes(NamedTuple):
     gating: bool = False
     state_decay: float | str | None = None
     freeze_mem: bool = False
+    freeze_base: bool = False
+    """Whether all but the memory is frozen."""
     sink: int = 0
     sliding_window: int = 0
     """Rows of keys and values that stay visible across a segment border; 0: none."""
@@ -152,12 +154,15 @@ class ModelSizes(NamedTuple):
     @property
     def trainable_layer_parameters(self) -> int:
         """Of one layer, those that get a gradient."""
-        return self.layer_parameters - (sum(self.memory_tensors) if self.freeze_mem else 0)
+        base = 0 if self.freeze_base else sum(self.family.layer(self.widths))
+        return base + (0 if self.freeze_mem else sum(self.memory_tensors))
 
     @property
     def trainable_parameters(self) -> int:
         """Of the whole model, those that get a gradient and an optimizer state."""
-        return self.num_hidden_layers * self.trainable_layer_parameters + self.outer_parameters
+        rows = (self.num_mem_tokens + self.sink) * self.hidden_size
+        outer = rows if self.freeze_base else self.outer_parameters
+        return self.num_hidden_layers * self.trainable_layer_parameters + outer
 
     def persistent(self, tensors: list[int], threshold: int) -> int:
         """Elements of those `tensors` that ZeRO-3 keeps whole on every rank: at most `threshold` elements each."""

@@ -174,7 +174,10 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         min(count(parallel, "chunks", "parallel.", 1), sizes.micro),
         choice(parallel, "schedule", "parallel.", (None, *SCHEDULES)),
     )
-    return PlannedRun(read_model(section(trees.run, "model", ""), samples), work, layout)
+    model = read_model(section(trees.run, "model", ""), samples)
+    # What patterns of names freeze is planned as if it were trained: the names are known with the model only.
+    freeze_base = section(trees.run, "train", "").get("freeze") == "base"
+    return PlannedRun(model._replace(freeze_base=freeze_base), work, layout)
 
 
 class BatchSizes(NamedTuple):

@@ -157,7 +157,7 @@ def head_bytes(held: Held) -> dict[str, float]:
         "masks": mask_bytes(held),
         "states": work.micro_batch * states_bytes(held, rerun=False),
         "loss head": scored * model.hidden_size * width + LOGITS_COPIES * logits,
-        "whole gradients": model.vocab_size * model.hidden_size * work.dtype_bytes,
+        "whole gradients": 0 if model.freeze_base else model.vocab_size * model.hidden_size * work.dtype_bytes,
     }
 
 
@@ -257,7 +257,8 @@ def cell_bytes(held: Held) -> float:
     states = 4 * held.chunk_rows * model.state_bytes
     layer = model.trainable_layer_parameters
     sums = layer * FP32_BYTES if held.block > 1 else 0
-    down = model.intermediate_size * model.hidden_size + (0 if model.freeze_mem else sum(model.memory_tensors[1:]))
+    down = 0 if model.freeze_base else model.intermediate_size * model.hidden_size
+    down += 0 if model.freeze_mem else sum(model.memory_tensors[1:])
     first = positions * (read + rest + mlp_gradients + output) + down * work.dtype_bytes
     last = positions * (read + 2 * output) + layer * work.dtype_bytes
     return max(first, last) + sums + states + write_graph_bytes(held)

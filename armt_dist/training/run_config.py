@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -44,6 +44,9 @@ class TrainConfig(Section):
     carry_state: Fraction = 0.0
     """Probability that a row starts from the memory with which another row ended a step earlier, in stages that do not
     say another. Example: 0.9"""
+    freeze: Literal["base"] | Annotated[list[str], Field(min_length=1)] | None = None
+    """Parameters that are not trained: `base`, all but the memory, or patterns of names of an export, where `*` stands
+    for anything and `base` may be one of them. Example: ['*.embed_tokens.weight', '*.layers.0.*']"""
     max_skipped: Positive = 5
     """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None

@@ -18,7 +18,7 @@ PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "da
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.
-FIXED_KEYS = ("train.carry_state",)
+FIXED_KEYS = ("train.carry_state", "train.freeze")
 # But not where something is kept.
 FREE_KEYS = ("data.text.cache",)
 # Text files that the run has read.
@@ -63,7 +63,8 @@ def check_same(folder: Path, config: RunConfig) -> None:
 def fixed(config: dict) -> dict[str, object]:
     """Return what may not change when a run resumes, by key."""
     leaves = (leaf for section, value in config.items() for leaf in flat(value, section).items())
-    kept = {key: value for key, value in leaves if key.partition(".")[0] in FIXED or key in FIXED_KEYS}
+    below = tuple(f"{key}." for key in FIXED_KEYS)
+    kept = {k: v for k, v in leaves if k.partition(".")[0] in FIXED or k in FIXED_KEYS or k.startswith(below)}
     return {key: value for key, value in kept.items() if key not in FREE_KEYS}
 
 

@@ -22,7 +22,8 @@ from ..schedule.grid import Grid
 from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.step_memory import STATES, Held, resident_bytes
 from ..zero3.ds_config import Prepared, prepare
-from ..zero3.partitioned_model import armt_config, build_model, token_fields
+from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
+from ..zero3.trained_parameters import freeze_parameters
 from .checks import check_best, check_curriculum
 from .global_batch import Batches
 from .run_config import RunConfig, resolved
@@ -60,6 +61,9 @@ def set_up(
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
+    if config.train.freeze is not None:
+        # Before weights are loaded.
+        freeze_parameters(on_meta(armt), config.train.freeze)
     resuming = (out / RUN_CONFIG).exists()
     if resuming:
         check_same(out, config)
@@ -72,9 +76,10 @@ def set_up(
 def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:
     """Check that parameters, gradients and optimizer states fit on the device. Raises ConfigError.
 
-    What a step needs besides is not known well enough to refuse a run for it. Tasks of extensions are not planned.
+    What a step needs besides is not known well enough to refuse a run for it. Tasks of extensions are not planned, nor
+    what patterns freeze.
     """
-    if config.data.options is not None:
+    if config.data.options is not None or isinstance(config.train.freeze, list):
         return
     model = {name: getattr(armt, name) for name in ARMTFields.__annotations__} | {"base_config": armt.base.to_dict()}
     planned = planned_run(RunTree(resolved(config) | {"model": model}, ds_config), ranks.world_size)
@@ -114,6 +119,7 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     """Build the partitioned model, and the links between the ranks of an sp group. Collective."""
     batches, prepared = setup.batches, setup.prepared
     model = build_model(config.model, batches.armt, prepared.ds_config, config.train.seed)
+    freeze_parameters(model, config.train.freeze)
     link: Local | Wire = Local()
     if batches.mesh.sp > 1:
         link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)

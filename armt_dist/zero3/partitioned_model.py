@@ -92,6 +92,12 @@ def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: 
     return model
 
 
+def on_meta(armt: ARMTConfig) -> ARMTForCausalLM:
+    """Build the model without values, for the names and shapes of its parameters. Not collective."""
+    with torch.device("meta"):
+        return ARMTForCausalLM(armt)
+
+
 def is_armt(base: str) -> bool:
     """Tell whether `base` is an exported ARMT, which our own classes load rather than the code beside its weights."""
     return PreTrainedConfig.get_config_dict(base)[0].get("model_type") == ARMTConfig.model_type

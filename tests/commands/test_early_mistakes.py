@@ -90,6 +90,15 @@ def test_a_mistake_is_named_before_torch_is_loaded(says, folder, tmp_path):
     assert took < LIMIT_S, f"{took:.1f} s of the processor"
 
 
+@pytest.mark.parametrize("freeze", ["[nothing]", "['*']"])
+def test_what_cannot_be_frozen_is_named_before_the_model_is_built(freeze, tmp_path):
+    result = run_script("train.py", "--out", tmp_path / "run", f"train.freeze={freeze}")
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.returncode == 2 and len(errors) == 1, result.stderr
+    assert f"train.freeze={freeze if '*' in freeze else 'nothing'}: " in errors[0] and "optimizer" not in result.stdout
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
 def test_a_right_configuration_loads_torch(folder, tmp_path):
     """The packages above would be noticed."""
     result = run_script("train.py", "--out", tmp_path / "run", PYTHONPATH=f"{folder / 'fake'}:{ROOT}")

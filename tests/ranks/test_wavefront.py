@@ -19,6 +19,7 @@ from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import Ranks
 from armt_dist.distributed.mesh import make_mesh, ring
 from armt_dist.schedule.grid import Grid
+from armt_dist.zero3.trained_parameters import freeze_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,9 @@ WINDOWS = {
 }
 # Of two ranks.
 WINDOW_LAYOUT = (2, 2, 2)
+# What is frozen -> patterns; in `low`, the lowest layer and all below it, which then run forward only.
+FREEZES = {"base": "base", "low": ["*embed_tokens*", "memory_tokens.*", "*.layers.0.*"]}
+FROZEN_LAYOUTS = {1: [(1, 2, 1)], 2: [(1, 1, 2), (2, 2, 1)]}
 # Less than the norm of any step's gradient.
 CLIP = 0.5
 # Steps that change nothing.
@@ -53,7 +57,16 @@ def batch_for(seed):
 
 
 def engine_on(
-    folder, ranks, layout, states="store", rows=BATCH, timeout_s=60, offload=False, graphs=False, **ds_config
+    folder,
+    ranks,
+    layout,
+    states="store",
+    rows=BATCH,
+    timeout_s=60,
+    offload=False,
+    graphs=False,
+    freeze=None,
+    **ds_config,
 ):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
     from armt_dist.config import validate as section
@@ -61,6 +74,7 @@ def engine_on(
     from armt_dist.zero3 import partitioned_model
     from armt_dist.zero3.ds_config import prepare
     from armt_dist.zero3.engine import start_engine
+    from armt_dist.zero3.trained_parameters import freeze_parameters
 
     sp, rounds, chunks = layout
     mesh = make_mesh(ranks, sp)
@@ -70,6 +84,7 @@ def engine_on(
     config = section(partitioned_model.ModelConfig, {"base": str(folder)})
     armt = partitioned_model.armt_config(config, {}, None)
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
+    freeze_parameters(model, freeze)
     link = handoff.Wire(*ring(mesh, timeout_s), CPU) if sp > 1 else None
     runner = executor.ScheduledLM(model, states=states, offload=offload, graphs=graphs, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
@@ -134,6 +149,20 @@ def run_window(ranks, folder):
     return found
 
 
+def run_frozen(ranks, folder):
+    """Loss, gradients, and how many elements were reduced, with a part of the model frozen."""
+    found = {}
+    for name, layout in itertools.product(FREEZES, FROZEN_LAYOUTS.get(ranks.world_size, ())):
+        parts = engine_on(folder, ranks, layout, "rebuild", graphs=True, freeze=FREEZES[name], optimizer=STILL)
+        flat = sum(group.numel() for group in parts[0].optimizer.fp32_partitioned_groups_flat) * ranks.world_size
+        for attempt in range(PASSES):
+            loss = step(parts, ranks, *batch_for(1))
+            found[name, layout, attempt] = loss, full_gradients(parts[1]), flat
+            parts[0].step()
+        parts[0].destroy()
+    return found
+
+
 def run_golden(ranks, folders):
     """Loss and gradients of the golden cases, one segment or two a rank."""
     found = {}
@@ -189,8 +218,8 @@ def run_adamw(ranks, folder):
 def run_all(ranks, folders):
     """Everything of one world, so that its processes are started once. From rank 0."""
     found = run_layouts(ranks, folders / "random"), run_golden(ranks, folders), run_adamw(ranks, folders / "random")
-    if ranks.world_size == 2:
-        found = *found, {name: run_window(ranks, folders / name) for name in WINDOWS}
+    windows = {name: run_window(ranks, folders / name) for name in WINDOWS} if ranks.world_size == 2 else None
+    found = *found, windows, run_frozen(ranks, folders / "random")
     return found if ranks.rank == 0 else None
 
 
@@ -238,6 +267,22 @@ def test_loss_and_gradients(world, results):
         where = f"world {world}, (sp, rounds, chunks) {layout}, {states}, pass {attempt}"
         golden.assert_close(f"{where}: loss", found[0], loss, golden.TOLERANCES["loss"])
         golden.assert_gradients(found[1], gradients, where)
+
+
+@pytest.mark.parametrize("world", FROZEN_LAYOUTS)
+def test_frozen_parameters(world, results):
+    found = results(world)[4]
+    assert len(found) == PASSES * len(FREEZES) * len(FROZEN_LAYOUTS[world])
+    for (name, layout, attempt), (found_loss, found_gradients, flat) in found.items():
+        model = random_model()
+        freeze_parameters(model, FREEZES[name])
+        loss, gradients = oracle(model, *batch_for(1))
+        where = f"{name} frozen, world {world}, {layout}, pass {attempt}"
+        golden.assert_close(f"{where}: loss", found_loss, loss, golden.TOLERANCES["loss"])
+        golden.assert_gradients(found_gradients, gradients, where)
+        trained = sum(gradient.numel() for gradient in gradients.values())
+        # The optimizer's share of a parameter is padded to equal parts.
+        assert trained <= flat <= trained + world * len(gradients), f"{where}: elements with an optimizer state"
 
 
 @pytest.mark.parametrize("world", GOLDEN_WORLDS)

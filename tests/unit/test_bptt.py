@@ -11,6 +11,8 @@ from armt_dist.model.memory_kind import apply
 from armt_dist.runtime import executor, rerun
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
+from armt_dist.runtime.segment_bptt import LayerCall
+from armt_dist.zero3.trained_parameters import freeze_parameters
 
 
 @pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
@@ -65,6 +67,40 @@ def test_equals_the_oracle(family, options):
         fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=GRID._replace(chunks=2), states=states)
         assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
         assert_gradients(fast_gradients, gradients)
+
+
+# From the top: all but the memory; the two lowest layers with all below them; everything but the head.
+FREEZES = {
+    "base": (["base"], {}),
+    "memory": (["*.memory.*", "memory_tokens.*"], {}),
+    "below": (["*embed_tokens*", "memory_tokens.*", "*.layers.0.*", "*.layers.1.*"], {}),
+    "all_layers": (["*embed_tokens*", "memory_tokens.*", "*.layers.*"], {}),
+    "rmt_base": (["base"], dict(memory_kind="rmt")),
+    "rmt_below": (["*embed_tokens*", "*.layers.0.*", "*.layers.1.*"], dict(memory_kind="rmt")),
+    "decay": (["base"], dict(state_decay="learned", sliding_window=5, use_denom=False)),
+}
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", FREEZES)
+def test_frozen_parameters_have_no_gradient_and_change_no_other(name, graphs, monkeypatch):
+    patterns, options = FREEZES[name]
+    model, batch = small_model(base=dict(num_hidden_layers=3), **options).eval(), random_batch()
+    freeze_parameters(model, patterns)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    loss, gradients = oracle(model, *batch)
+    assert frozen and set(gradients) == {n for n, p in model.named_parameters()} - frozen
+    backwards, original = [], LayerCall.backward
+    monkeypatch.setattr(LayerCall, "backward", lambda call, *args: backwards.append(call.key) or original(call, *args))
+    for states in ("store", "rebuild", "recompute"):
+        backwards.clear()
+        grid = GRID._replace(chunks=2, rounds=1 if "rmt" in name else 2)
+        fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states, graphs=graphs)
+        assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
+        assert {n for n, gradient in fast_gradients.items() if gradient is None} == frozen
+        assert_gradients({n: g for n, g in fast_gradients.items() if g is not None}, gradients)
+        lowest = {"below": 2, "all_layers": 3}.get(name, 0)
+        assert {layer for _, layer in backwards} == set(range(lowest, 3)), "layers that run backward"
 
 
 class Forgetful(dict):

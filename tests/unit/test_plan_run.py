@@ -32,6 +32,7 @@ from armt_dist.training.run_config import RunConfig
 from armt_dist.zero3.partitioned_model import armt_config, token_fields
 from armt_dist.zero3.run_trees import read_trees
 from armt_dist.zero3.sections import ModelConfig
+from armt_dist.zero3.trained_parameters import freeze_parameters
 
 ZERO3 = ROOT / "ds_configs/zero3_fp32.json"
 CONFIGS = sorted((ROOT / "launch/configs").glob("*.yaml"))
@@ -81,6 +82,13 @@ def test_parameters_are_those_of_the_built_model(family, memory, tied):
     assert sorted(sizes.layer_tensors) == sorted(p.numel() for p in layer.parameters())
     assert sizes.parameters == sum(p.numel() for p in model.parameters())
     assert sizes.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Only the memory's: with a memory that has none, there is nothing to train.
+    if sizes._replace(freeze_base=True).trainable_parameters:
+        freeze_parameters(model, "base")
+    else:
+        model.requires_grad_(False)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert sizes._replace(freeze_base=True).trainable_parameters == sum(trained)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
