@@ -161,26 +161,52 @@ def flat_groups(engine: Any) -> list[FlatGroup]:
     """
     zero = engine.optimizer
     if zero.swap_optimizer:
-        raise ValueError("the optimizer's states are on NVMe disks; start as many ranks as wrote it")
+        raise ValueError(
+            "the optimizer's states are on NVMe disks; start as many ranks, with the groups, that wrote it"
+        )
     return [
         FlatGroup(flat, zero.optimizer.state.get(flat, {}), {zero.param_names[p]: p.ds_shape for p in group})
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
     ]
 
 
-def load_optimizer(engine: Any, states: list[dict], param_groups: list[dict]) -> None:
+def trained_layout(engine: Any) -> list[list[str]]:
+    """Return the names of the parameters in each flat group: `fp16_groups`, `param_names`, DeepSpeed 0.19.8."""
+    zero = engine.optimizer
+    return [[zero.param_names[p] for p in group] for group in zero.fp16_groups]
+
+
+# Of a group of the optimizer: what it holds, and how torch computes.
+NOT_SETTINGS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+
+@contextmanager
+def keeping_settings(engine: Any) -> Iterator[None]:
+    """Give the groups of the optimizer their rates, weight decays and other settings back after the block.
+
+    DeepSpeed loads those of the run that saved. How torch computes stays as loaded, because the states fit it.
+    `param_groups` of the engine's optimizer, seen in DeepSpeed 0.19.8.
+    """
+    groups = engine.optimizer.param_groups
+    before = [{key: value for key, value in group.items() if key not in NOT_SETTINGS} for group in groups]
+    yield
+    for group, settings in zip(engine.optimizer.param_groups, before, strict=True):
+        group.update(settings)
+
+
+def load_optimizer(engine: Any, states: list[dict]) -> None:
     """Give the optimizer its state for each flat group, and copy the master weights, already filled, to the model.
 
-    param_groups: of the base optimizer's `state_dict`. `load_state_dict` of the engine's optimizer takes what each rank
-    has saved, and uses its own. Raises ValueError where there are more or fewer groups. Seen in DeepSpeed 0.19.8.
+    `load_state_dict` of the engine's optimizer takes what each rank has saved, and uses its own. Seen in DeepSpeed
+    0.19.8.
     """
     zero = engine.optimizer
-    held: list[list[int]] = [[] for _ in param_groups]
+    held: list[list[int]] = [[] for _ in zero.param_groups]
     for number in range(len(states)):
         held[zero.sub_group_to_group_id[number]].append(number)
     base = {
         "state": dict(enumerate(states)),
-        "param_groups": [{**group, "params": numbers} for group, numbers in zip(param_groups, held, strict=True)],
+        "param_groups": [{**group, "params": numbers} for group, numbers in zip(zero.param_groups, held, strict=True)],
     }
     own = {
         "loss_scaler": zero.loss_scaler,

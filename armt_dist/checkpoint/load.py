@@ -1,12 +1,12 @@
 """Restores a run from a checkpoint, on any number of ranks.
 
-With as many ranks as wrote it, DeepSpeed loads its own files. Otherwise each rank reads its values from the shards of
-all (`resharding`). All files are read by torch's restricted unpickler.
+With as many ranks as wrote it, and the same groups of the optimizer, DeepSpeed loads its own files. Otherwise each rank
+reads its values from the shards of all (`resharding`). All files are read by torch's restricted unpickler.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 
 from ..config import ConfigError, one_line
 from ..distributed.collectives import together
-from .deepspeed_files import partitioned, read_tensors, restricted_unpickling
+from .deepspeed_files import keeping_settings, partitioned, read_tensors, restricted_unpickling
 from .folder import MANIFEST, CheckpointError, Manifest, rank_file, read_manifest, verify_together
-from .resharding import reshard
+from .resharding import fits_as_it_is, reshard
 from .rng_state import set_generators
 from .zero_shards import MODEL, OPTIMIZER
 
 # Where the names of all ranks' files begin to be alike.
 COMMON = "zero_pp_rank_"
+T = TypeVar("T")
 
 
 def load_checkpoint(engine: Any, root: Path, tag: str, say: Callable[[str], None], verified: bool = False) -> dict:
@@ -36,7 +37,7 @@ def load_checkpoint(engine: Any, root: Path, tag: str, say: Callable[[str], None
     manifest = together(lambda: read_manifest(root / tag))
     together(lambda: check_whole(root / tag, manifest))
     together(lambda: check_trust(root / tag))
-    if manifest.world_size == dist.get_world_size():
+    if together(lambda: fitting(root / tag, lambda: fits_as_it_is(engine, root / tag, manifest.world_size))):
         together(lambda: fitting(root / tag, lambda: load_own(engine, root, tag)))
     else:
         with partitioned(engine):
@@ -49,16 +50,16 @@ def load_checkpoint(engine: Any, root: Path, tag: str, say: Callable[[str], None
 
 def load_own(engine: Any, root: Path, tag: str) -> None:
     """Let DeepSpeed load what as many ranks have saved. Collective."""
-    with restricted_unpickling():
+    with restricted_unpickling(), keeping_settings(engine):
         path, _ = engine.load_checkpoint(str(root), tag=tag)
     if path is None:
         raise ValueError("DeepSpeed found nothing to load in it")
 
 
-def fitting(folder: Path, work: Callable[[], None]) -> None:
+def fitting(folder: Path, work: Callable[[], T]) -> T:
     """Do some work of loading. Raises CheckpointError where it fails: what does not fit the model raises much else."""
     try:
-        work()
+        return work()
     except ConfigError:
         raise
     except Exception as error:

@@ -1,4 +1,5 @@
-"""Loads a ZeRO-3 checkpoint on another number of ranks: each rank reads the values that it will own, and no others.
+"""Loads a ZeRO-3 checkpoint on another number of ranks, or with other groups of the optimizer: each rank reads the
+values that it will own, and no others.
 
 ZeRO-3 cuts each parameter, flat, into equal parts, one for each rank, the last one padded. A rank keeps its parts of
 all parameters one after another in flat groups: the master weights, and a tensor as long for each state of the
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .deepspeed_files import count_steps, flat_groups, frozen_parts, load_optimizer
+from .deepspeed_files import count_steps, flat_groups, frozen_parts, load_optimizer, trained_layout
 from .zero_shards import MODEL, OPTIMIZER, open_file, stretch_of
 
 # The name of the master weights among the states of a flat group.
@@ -32,7 +33,6 @@ class Shard(NamedTuple):
 
     states: dict[str, list[Tensor]]  # flat groups: of the master weights, and of each state
     plain: dict[str, Any]  # the other states, such as the number of steps, which are those of all ranks
-    param_groups: list[dict]
 
 
 class Shards:
@@ -67,7 +67,7 @@ def open_shard(folder: Path, rank: int) -> Shard:
     as_long = {name for name, value in first.items() if isinstance(value, Tensor) and value.dim()}
     states = {name: [base["state"][group][name] for group in range(len(flats))] for name in first if name in as_long}
     plain = {name: value for name, value in first.items() if name not in as_long}
-    return Shard({MASTER: flats, **states}, plain, base["param_groups"])
+    return Shard({MASTER: flats, **states}, plain)
 
 
 class Place(NamedTuple):
@@ -126,10 +126,20 @@ def reshard(engine: Any, folder: Path, old_world: int, say: Callable[[str], None
                 done += len(part)
                 say(f"reading {folder} of {old_world} ranks: {done / values:.0%}")
         states.append({**shard.plain, **state})
-    load_optimizer(engine, states, shard.param_groups)
+    load_optimizer(engine, states)
     for name, shape, part in frozen:
         fill(part, partial(old.frozen_values, name), places(shape.numel(), old_world, world, rank))
     count_steps(engine, old.model(0))
+
+
+def fits_as_it_is(engine: Any, folder: Path, old_world: int) -> bool:
+    """Tell whether each rank owns what it owned when the checkpoint of `old_world` ranks was written. Not collective.
+
+    Raises ConfigError for a damaged file.
+    """
+    if old_world != dist.get_world_size():
+        return False
+    return [list(group) for group in open_file(folder, MODEL, 0)["param_shapes"]] == trained_layout(engine)
 
 
 def check_shapes(saved: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:

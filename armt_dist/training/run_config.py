@@ -12,7 +12,7 @@ from ..data.sections import DataConfig
 from ..monitoring.sections import Rollback, WatchdogConfig
 from ..runtime.sections import BPTTConfig, ParallelConfig
 from ..zero3.ds_config import complete_ds_config, split_overrides
-from ..zero3.sections import ModelConfig
+from ..zero3.sections import ModelConfig, OptimizerGroup
 from .curriculum import Fraction, Stage
 
 
@@ -47,6 +47,8 @@ class TrainConfig(Section):
     freeze: Literal["base"] | Annotated[list[str], Field(min_length=1)] | None = None
     """Parameters that are not trained: `base`, all but the memory, or patterns of names of an export, where `*` stands
     for anything and `base` may be one of them. Example: ['*.embed_tokens.weight', '*.layers.0.*']"""
+    optimizer_groups: list[OptimizerGroup] = []
+    """Parameters with a rate or a weight decay of their own. Example: [{match: ['*.memory.*'], lr_scale: 10}]"""
     max_skipped: Positive = 5
     """Number of consecutive skipped steps (non-finite loss or gradients) that ends the run, exit code 1. Example: 10"""
     rollback: Rollback | None = None

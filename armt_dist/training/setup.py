@@ -23,10 +23,10 @@ from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.step_memory import STATES, Held, resident_bytes
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
-from ..zero3.trained_parameters import freeze_parameters
+from ..zero3.trained_parameters import freeze_parameters, parameter_groups
 from .checks import check_best, check_curriculum
 from .global_batch import Batches
-from .run_config import RunConfig, resolved
+from .run_config import RunConfig, TrainConfig, resolved
 from .run_folder import check_same, check_texts
 
 
@@ -61,9 +61,7 @@ def set_up(
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
-    if config.train.freeze is not None:
-        # Before weights are loaded.
-        freeze_parameters(on_meta(armt), config.train.freeze)
+    check_trained(config.train, armt, prepared.ds_config["optimizer"]["params"])
     resuming = (out / RUN_CONFIG).exists()
     if resuming:
         check_same(out, config)
@@ -96,6 +94,14 @@ def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks
             f"ranks for weights, gradients and optimizer states, and a rank has {have / 1e9:,.0f} GB; use more ranks, "
             "a smaller model or an offload (launch/plan.py shows what a run needs)"
         )
+
+
+def check_trained(config: TrainConfig, armt: ARMTConfig, optimizer: dict) -> None:
+    """Check the patterns of parameters before weights are loaded. Raises ConfigError."""
+    if config.freeze is not None or config.optimizer_groups:
+        model = on_meta(armt)
+        freeze_parameters(model, config.freeze)
+        parameter_groups(model, config.optimizer_groups, optimizer)
 
 
 def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:

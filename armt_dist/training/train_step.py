@@ -17,6 +17,7 @@ from ..monitoring.bad_steps import BadRows, find_bad_rows, spiked, weigh
 from ..monitoring.step_metrics import StepMetrics
 from ..runtime.executor import run_backward
 from ..runtime.host_copy import copied
+from ..zero3.trained_parameters import set_rates
 from .carried_states import Carrying
 from .curriculum import Stage, learning_rate
 from .global_batch import Batches, MicroBatch, MicroResult, Sums, add_up
@@ -61,8 +62,7 @@ def train_step(
     """
     started = time.perf_counter()
     rate = learning_rate(stage, progress.stage_step, parts.peak_lr)
-    for group in parts.engine.optimizer.param_groups:
-        group["lr"] = rate
+    rates = set_rates(parts.engine.optimizer.param_groups, rate)
     # What one rank cannot read ends all of them with its reason, before they wait for each other.
     micro_batches = together(lambda: parts.batches.micro_batches("train", progress.batch, stage.difficulty))
     carrying = parts.carrying
@@ -88,7 +88,7 @@ def train_step(
         # Hits are counted in validation only, unless the task has an accuracy.
         **(means if parts.counts else {"loss": means["loss"]}),
         "stage": after.stage,
-        "lr": rate,
+        **rates,
         "grad_norm": float(norm) if norm is not None else 0.0,
         "tokens": after.tokens,
         "tokens_per_s": tokens / seconds,

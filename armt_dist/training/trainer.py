@@ -27,6 +27,7 @@ from ..monitoring.watchdog import Watchdog, end_when_alone, remove_heartbeats, r
 from ..records import check_links
 from ..schedule.grid import pipeline_warning
 from ..zero3.engine import start_engine
+from ..zero3.trained_parameters import parameter_groups
 from .carried_states import carrying_of
 from .curriculum import Stage
 from .global_batch import RowLayout
@@ -69,7 +70,9 @@ class Trainer:
             self.say(f"warning: {warning}")
         self.say(f"optimizer: {setup.prepared.optimizer}")
         self.runner = build_runner(config, setup)
-        self.engine = start_engine(self.runner, setup.prepared.ds_config, setup.batches.grid, device)
+        ds = setup.prepared.ds_config
+        groups = parameter_groups(self.runner.model, config.train.optimizer_groups, ds["optimizer"]["params"])
+        self.engine = start_engine(self.runner, ds, setup.batches.grid, device, groups)
         self.watchdog.at = self.runner.at
         self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
         self.carrying = carrying_of(config, setup.batches, self.runner.model)

@@ -86,8 +86,13 @@ def clear_stale_locks() -> None:
                 print(f"removed {lock}, left over from an interrupted build", flush=True)
 
 
-def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device) -> Any:
-    """Return the DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits."""
+def start_engine(
+    runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device, groups: list[dict] | None = None
+) -> Any:
+    """Return the DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits.
+
+    groups: of the optimizer, as `parameter_groups`; None: one of all that is trained.
+    """
     import deepspeed
 
     clear_stale_locks()
@@ -100,10 +105,9 @@ def start_engine(runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device
     # from_pretrained leaves a model in evaluation, where dropout is off.
     runner.train()
     ds = derive_limits(ds, measure(runner), grid, device)
+    trained: list = [p for p in runner.parameters() if p.requires_grad] if groups is None else groups
     try:
-        engine, *_ = deepspeed.initialize(
-            model=runner, model_parameters=[p for p in runner.parameters() if p.requires_grad], config=ds
-        )
+        engine, *_ = deepspeed.initialize(model=runner, model_parameters=trained, config=ds)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"ds_config: DeepSpeed refuses it ({one_line(error, 400)})") from error
     # Registered after DeepSpeed's own hooks, so that the output is the tensor at which its backward hooks begin.

@@ -86,6 +86,14 @@ def whole_numel(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def whole_dimensions(parameter: Tensor) -> int:
+    """Count the dimensions of a parameter, of one that ZeRO-3 has partitioned as well.
+
+    A partitioned parameter has one, and `ds_shape` is its whole shape. Seen in DeepSpeed 0.19.8.
+    """
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def mark_gradients_ready(parameters: Iterable[Tensor], ready: bool) -> None:
     """Say whether ZeRO-3's hooks may reduce the next gradients of these parameters, or more are to be added first.
 

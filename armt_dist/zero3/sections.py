@@ -24,6 +24,27 @@ class InitConfig(Section):
     """Standard deviation of memory rows and sinks; null: that of the token embeddings. Example: 0.1"""
 
 
+class OptimizerGroup(Section):
+    """Parameters with a rate or a weight decay of their own. A parameter is in the first group that matches it."""
+
+    match: Annotated[list[str], Field(min_length=1)]
+    """Patterns of names of an export, where `*` stands for anything, or `base`, all but the memory.
+    Example: ['*.memory.*']"""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate where the others have ds_config.optimizer.params.lr; it follows the curriculum. Example: 2.0e-3"""
+    lr_scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor of the others' learning rate, in place of `lr`; null: 1. Example: 10"""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay; null: the optimizer's, and none for parameters of one dimension and memory rows. Example: 0.01"""
+
+    @model_validator(mode="after")
+    def one_rate(self) -> Self:
+        """Refuse two rates."""
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError(f"train.optimizer_groups lr={self.lr}, lr_scale={self.lr_scale}: give one of them")
+        return self
+
+
 class BaseSection(Section):
     """Where the base model comes from; the other fields of the model section are those of ARMTFields."""
 

@@ -1,4 +1,5 @@
-"""A checkpoint on another number of ranks: every value of every state is what it was, to the bit."""
+"""A checkpoint on another number of ranks, or with other groups of the optimizer: every value of every state is what it
+was, to the bit."""
 
 import shutil
 
@@ -17,10 +18,14 @@ GPT2 = {"model_type": "gpt2", "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positi
 RUNS = {
     "frozen_bf16": ({"base_config": GPT2, "freeze_mem": True}, True, {"sub_group_size": 300}),
     "one_group": ({"base_config": TINY_LLAMA}, False, {"stage3_param_persistence_threshold": 0}),
+    "regrouped": ({"base_config": TINY_LLAMA}, False, {}),
 }
+# Without weight decay there is one group, as in checkpoints of before there were groups.
+DECAYS = {"regrouped": 0.1}
+GROUPS = {"regrouped": [{"match": ["*.memory.*"], "lr_scale": 2}, {"match": ["*.self_attn.*"], "weight_decay": 0.3}]}
 
 
-def start_run(ranks, out, model: dict, bf16: bool, zero: dict):
+def start_run(ranks, out, model: dict, bf16: bool, zero: dict, groups: list = (), decay: float = 0.0):
     """A trainer for two steps."""
     from armt_dist.config import validate
     from armt_dist.monitoring.lease import Lease
@@ -30,10 +35,11 @@ def start_run(ranks, out, model: dict, bf16: bool, zero: dict):
     config = {
         "model": {**model, "num_mem_tokens": 2, "d_mem": 4},
         "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
-        "train": {"save_every": 2, "validate_every": 5},
+        "train": {"save_every": 2, "validate_every": 5, "optimizer_groups": list(groups)},
         "curriculum": [{"pairs": 2, "steps": 2}],
     }
     ds = {"train_batch_size": 12, "zero_optimization": {"stage": 3, **zero}, "bf16": {"enabled": bf16}}
+    ds["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": decay}}
     return Trainer(validate(RunConfig, config), ds, out, ranks, torch.device("cpu"), Lease(out))
 
 
@@ -71,10 +77,14 @@ def load(ranks, root) -> dict:
     """Load each run's checkpoint, into a fresh engine and again into one that has states; what it holds then."""
     found = {}
     for name, run in RUNS.items():
-        trainer = start_run(ranks, root / name, *run)
+        decay = DECAYS.get(name, 0.0)
+        trainer = start_run(ranks, root / name, *run, GROUPS.get(name, ()), decay)
         for _ in range(2):
             trainer.restore("auto")
             found[name] = held(trainer)
+            settings = [(g["lr_scale"], g["weight_decay"]) for g in trainer.engine.optimizer.param_groups]
+            expected = {(2, decay), (2, 0.0), (1, 0.3), (1, decay), (1, 0.0)} if name in GROUPS else {(1, 0.0)}
+            assert set(settings) == expected and len(settings) == len(expected), "the settings of this run hold"
             for group in trainer.engine.optimizer.fp32_partitioned_groups_flat:
                 group.data.zero_()
         trainer.restore("auto")
@@ -118,7 +128,7 @@ def trained(tmp_path_factory):
     return root, spawn(3, train, root)[0]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_value_is_what_it_was(trained, world, tmp_path):
     root, before = trained
     shutil.copytree(root, tmp_path / "runs")

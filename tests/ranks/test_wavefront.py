@@ -19,7 +19,8 @@ from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import Ranks
 from armt_dist.distributed.mesh import make_mesh, ring
 from armt_dist.schedule.grid import Grid
-from armt_dist.zero3.trained_parameters import freeze_parameters
+from armt_dist.zero3.sections import OptimizerGroup
+from armt_dist.zero3.trained_parameters import freeze_parameters, set_rates
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,11 @@ FROZEN_LAYOUTS = {1: [(1, 2, 1)], 2: [(1, 1, 2), (2, 2, 1)]}
 CLIP = 0.5
 # Steps that change nothing.
 STILL = {"type": "AdamW", "params": {"lr": 1e-30, "weight_decay": 0.0}}
+# Rates and weight decays of their own: the memory, and one matrix.
+GROUPS = [
+    OptimizerGroup(match=["*.memory.*"], lr_scale=0.5),
+    OptimizerGroup(match=["*.0.layer.mlp.up_proj.weight"], lr=2e-4, weight_decay=0.4),
+]
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
@@ -66,6 +72,7 @@ def engine_on(
     offload=False,
     graphs=False,
     freeze=None,
+    groups=(),
     **ds_config,
 ):
     """An engine that keeps no parameter whole after use; its runner, the model's configuration, grid and mesh."""
@@ -74,7 +81,7 @@ def engine_on(
     from armt_dist.zero3 import partitioned_model
     from armt_dist.zero3.ds_config import prepare
     from armt_dist.zero3.engine import start_engine
-    from armt_dist.zero3.trained_parameters import freeze_parameters
+    from armt_dist.zero3.trained_parameters import freeze_parameters, parameter_groups
 
     sp, rounds, chunks = layout
     mesh = make_mesh(ranks, sp)
@@ -88,7 +95,8 @@ def engine_on(
     link = handoff.Wire(*ring(mesh, timeout_s), CPU) if sp > 1 else None
     runner = executor.ScheduledLM(model, states=states, offload=offload, graphs=graphs, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
-    return start_engine(runner, prepared.ds_config, grid, CPU), runner, armt, grid, mesh
+    groups = parameter_groups(model, groups, prepared.ds_config["optimizer"]["params"])
+    return start_engine(runner, prepared.ds_config, grid, CPU, groups), runner, armt, grid, mesh
 
 
 def step(parts, ranks, ids, labels, mask, starts=None):
@@ -188,7 +196,7 @@ def run_adamw(ranks, folder):
     layout, accumulation = ADAMW[ranks.world_size]
     optimizer = {"type": "AdamW", "params": OPTIONS}
     options = {"gradient_accumulation_steps": accumulation, "gradient_clipping": CLIP}
-    parts = engine_on(folder, ranks, layout, optimizer=optimizer, **options)
+    parts = engine_on(folder, ranks, layout, optimizer=optimizer, groups=GROUPS, **options)
     engine, runner, armt, grid, mesh = parts
     losses, ahead = [], []
     gathers = engine.optimizer.parameter_offload.get_param_coordinator()
@@ -202,6 +210,8 @@ def run_adamw(ranks, folder):
     for t in range(ADAMW_STEPS):
         losses.append(step(parts, ranks, *batch_for(t)))
         ahead.append(gathers.is_complete_trace())
+        rates = set_rates(engine.optimizer.param_groups, OPTIONS["lr"])
+        assert rates == {"lr": OPTIONS["lr"], "lr_group_0": OPTIONS["lr"] * 0.5, "lr_group_1": 2e-4}
         engine.step()
         with torch.no_grad():
             ids, labels, mask = batch_for(100)
@@ -313,6 +323,18 @@ def test_packed_documents_on_two_ranks(name, results):
     golden.assert_gradients(found[1], gradients)
 
 
+def settings_of(name, parameter):
+    """A group of AdamW for one parameter, as GROUPS and the defaults have it."""
+    group = {"params": [parameter], "weight_decay": OPTIONS["weight_decay"]}
+    if parameter.ndim < 2 or name == "memory_tokens.weight":
+        group["weight_decay"] = 0.0
+    if "memory." in name:
+        group["lr"] = OPTIONS["lr"] * 0.5
+    if name == "base.model.layers.0.layer.mlp.up_proj.weight":
+        group.update(lr=2e-4, weight_decay=0.4)
+    return group
+
+
 @pytest.mark.parametrize("world", ADAMW)
 def test_steps_of_adamw(world, results):
     """With rounds, accumulation, changing lengths and evaluation between the steps."""
@@ -322,7 +344,7 @@ def test_steps_of_adamw(world, results):
     assert releases == calls, "layers stay gathered after a backward, so that nothing is gathered ahead in the next"
     assert ahead[1:] == [True] * (ADAMW_STEPS - 1), "the order of modules changed, so nothing is gathered ahead"
     model = random_model()
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    optimizer = torch.optim.AdamW([settings_of(*named) for named in model.named_parameters()], **OPTIONS)
     for t in range(ADAMW_STEPS):
         ids, labels, mask = batch_for(t)
         loss = model(ids, attention_mask=mask, labels=labels).loss

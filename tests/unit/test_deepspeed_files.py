@@ -42,6 +42,8 @@ def test_loading_on_other_ranks_rests_on_these_parts_of_the_optimizer():
     for key in ("LOSS_SCALER", "'dynamic_loss_scale'", "'overflow'", "OPTIMIZER_STATE_DICT", "FP32_FLAT_GROUPS"):
         assert f"state_dict[{key}]" in rigid, key
     assert "sub_group_to_group_id" in inspect.getsource(Zero._set_fp32_optimizer_param_groups)
+    # `trained_layout` has the order of what is saved as `param_shapes`.
+    assert "self.optimizer.fp16_groups" in engine_source("_get_zero_param_shapes")
 
 
 def test_restricted_readers_take_the_classes_that_checkpoints_hold_and_nothing_else(tmp_path):
