@@ -33,7 +33,7 @@ class OptimizerParams(OpenSection):
     betas: list[float] = DEFAULT_BETAS
     """Decay rates of Adam's moments. Example: [0.9, 0.95]"""
     weight_decay: Annotated[float, Field(ge=0)] = DEFAULT_WEIGHT_DECAY
-    """Decoupled weight decay (AdamW), but of norms, biases and memory rows; see train.optimizer_groups. Example: 0.01"""
+    """Decoupled weight decay (AdamW), but of norms, biases, memory rows; see train.optimizer_groups. Example: 0.01"""
 
 
 class OptimizerKeys(Section):
