@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from ..config import ConfigError
 from ..schedule.planner import divisors
 from .sampling import Split, generator
-from .sections import RetrievalConfig, TextConfig
+from .sections import InstructionsConfig, RetrievalConfig, TextConfig
 
 Measure = Literal["accuracy", "perplexity"]
 Unit = Literal["pairs", "segments"]
@@ -130,21 +130,33 @@ class SegmentLengths(NamedTuple):
         if self.most is not None and n * self.segment_tokens > self.most:
             raise ConfigError(
                 f"segments={n} of {self.segment_tokens} tokens exceed sequence_tokens={self.most}; "
-                f"use at most {self.most // self.segment_tokens} or raise text.sequence_tokens"
+                f"use at most {self.most // self.segment_tokens} or raise the task's sequence_tokens"
             )
         return n * self.segment_tokens
 
 
 def text_lengths(config: TextConfig, segment_tokens: int | None) -> SegmentLengths:
     """Return the lengths of the task text. Raises ConfigError unless segments divide a sequence."""
-    sequence = config.sequence_tokens
+    return divided(config.sequence_tokens, segment_tokens, "perplexity")
+
+
+def instruction_lengths(config: InstructionsConfig, segment_tokens: int | None) -> SegmentLengths:
+    """Return the lengths of the task instructions; of texts alone it has no accuracy, which only the rows tell.
+
+    Raises ConfigError unless segments divide a sequence.
+    """
+    return divided(config.sequence_tokens, segment_tokens, "accuracy")
+
+
+def divided(sequence: int, segment_tokens: int | None, measure: Measure) -> SegmentLengths:
+    """Return the lengths of sequences of at most `sequence` tokens. Raises ConfigError unless segments divide one."""
     tokens = segment_tokens or sequence
     if sequence % tokens:
         raise ConfigError(
             f"segment_tokens={tokens} does not divide sequence_tokens={sequence}; "
             f"try {min(divisors(sequence), key=lambda d: abs(d - tokens))}"
         )
-    return SegmentLengths(tokens, sequence, "perplexity")
+    return SegmentLengths(tokens, sequence, measure)
 
 
 def babilong_lengths(segment_tokens: int | None) -> SegmentLengths:

@@ -48,7 +48,7 @@ OTHER_BUILDERS = (
 )
 
 
-class DatasetConfig(Section):
+class HubDataset(Section):
     """Arguments of `datasets.load_dataset`; `name` json, text, csv, parquet or arrow with `data_files` reads files."""
 
     name: str
@@ -59,23 +59,28 @@ class DatasetConfig(Section):
     """Local files for name json, text or parquet. Example: books/*.jsonl"""
     split: str = "train"
     """Split to train on. Example: train[:90%]"""
-    column: str = "text"
-    """Column that holds the text. Example: content"""
-    streaming: bool = True
-    """Whether the split is read in order while training; false: all of it is tokenised into memory and shuffled."""
     validation_split: str | None = None
-    """Split to validate on; null: no validation. Example: validation"""
-    validation_texts: Annotated[int, Field(ge=1)] = 64
-    """Texts read from the beginning of the validation split. Example: 128"""
+    """Split to validate on; null: none. Example: validation"""
 
     @model_validator(mode="after")
-    def reads_plain_files(self) -> "DatasetConfig":
+    def reads_plain_files(self) -> "HubDataset":
         """Refuse builders that are not for text, some of which run what they read."""
         if self.name in OTHER_BUILDERS:
             raise ValueError(
                 f"dataset.name={self.name}: not for text; use one of {', '.join(BUILDERS)}, or a data set on the Hub"
             )
         return self
+
+
+class DatasetConfig(HubDataset):
+    """Arguments of `datasets.load_dataset`; `name` json, text, csv, parquet or arrow with `data_files` reads files."""
+
+    column: str = "text"
+    """Column that holds the text. Example: content"""
+    streaming: bool = True
+    """Whether the split is read in order while training; false: all of it is tokenised into memory and shuffled."""
+    validation_texts: Annotated[int, Field(ge=1)] = 64
+    """Texts read from the beginning of the validation split. Example: 128"""
 
 
 class TextConfig(Section):
@@ -115,6 +120,38 @@ class TextConfig(Section):
             )
         if self.dataset is not None and self.validation_files is not None:
             raise ValueError("validation_files belongs to text.files; with a dataset set dataset.validation_split")
+        return self
+
+
+class InstructionsConfig(Section):
+    """Give `files` or `dataset`. Rows are texts, prompts with completions, chats, or questions on documents."""
+
+    files: str | list[str] | None = None
+    """JSON lines (.jsonl, .json) or Parquet: a file, a folder, a glob, or a list of them. Example: chats.jsonl"""
+    validation_files: str | list[str] | None = None
+    """Files to validate on; they are left out of `files`. Example: held_out.jsonl"""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the rows held out for validation where it has no files or split of its own; 0: none. Example: 0.05"""
+    dataset: HubDataset | None = None
+    """Data set to read in place of `files`. Example: {name: HuggingFaceH4/ultrachat_200k, split: train_sft}"""
+    tokenizer: str = "byte"
+    """Tokenizer: byte, or the name or folder of a Hugging Face tokenizer; chats need its template. Example: gpt2"""
+    leading_tokens: bool = True
+    """Whether a row that is no chat begins with the tokens that the tokenizer puts before a text, such as BOS."""
+    sequence_tokens: Annotated[int, Field(ge=2)] = 8192
+    """Tokens of the longest sample, a multiple of model.segment_tokens. Example: 131072"""
+    too_long: Literal["cut", "skip", "error"] = "cut"
+    """What becomes of longer rows: cut leaves out the beginning of their context. Texts are divided. Example: skip"""
+    cache: str | None = None
+    """Folder of tokenised rows, shared by ranks and runs; null: in the Hugging Face cache. Example: /scratch/tokens"""
+
+    @model_validator(mode="after")
+    def one_source(self) -> "InstructionsConfig":
+        """Check that there is one source, with its own validation data."""
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("data.instructions.files, data.instructions.dataset: give exactly one of them")
+        if self.dataset is not None and self.validation_files is not None:
+            raise ValueError("validation_files belongs to files; with a dataset set dataset.validation_split")
         return self
 
 
@@ -175,7 +212,8 @@ class DataConfig(Section):
     """`task` and its own section; the section of another task is an error."""
 
     task: str = "rewrite"
-    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, or an extension's. Example: text"""
+    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, instructions, or an extension's.
+    Example: text"""
     seed: Seed = 42
     """Seed of samples and their order. Example: 1"""
     carry_memory: bool = False
@@ -186,6 +224,8 @@ class DataConfig(Section):
     """Settings of the task text. Example: {files: benchmarks/data/plays}"""
     babilong: BabilongConfig | None = None
     """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
+    instructions: InstructionsConfig | None = None
+    """Settings of the task instructions. Example: {files: chats.jsonl, tokenizer: my_tokenizer}"""
     options: dict[str, Any] | None = None
     """Settings of a task that an extension registers. Example: {length: 8}"""
 
@@ -235,8 +275,14 @@ SCHEMAS: dict[str, type[Section]] = {
     "remember": RetrievalConfig,
     "text": TextConfig,
     "babilong": BabilongConfig,
+    "instructions": InstructionsConfig,
 }
-FIELDS: dict[type[Section], str] = {RetrievalConfig: "retrieval", TextConfig: "text", BabilongConfig: "babilong"}
+FIELDS: dict[type[Section], str] = {
+    RetrievalConfig: "retrieval",
+    TextConfig: "text",
+    BabilongConfig: "babilong",
+    InstructionsConfig: "instructions",
+}
 
 
 def field_of(task: str) -> str:

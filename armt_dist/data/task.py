@@ -122,6 +122,12 @@ def merged_state(task: Task, states: list[dict]) -> dict:
     return states[0] if merge is None else merge(states)
 
 
+def notes_of(task: Task) -> list[str]:
+    """Return what a task has found in its data, line by line; none unless the task has `notes`."""
+    notes = getattr(task, "notes", None)
+    return [] if notes is None else notes()
+
+
 def real_tokens(batch: Batch, row: int) -> torch.Tensor:
     """Return the tokens of one row without padding."""
     ids, mask = batch.input_ids[row], batch.attention_mask

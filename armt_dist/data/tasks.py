@@ -10,6 +10,7 @@ from ..config import ConfigError
 from . import retrieval
 from .babilong import task as babilong
 from .babilong.task import Babilong
+from .instructions.task import Instructions
 from .retrieval import Retrieval
 from .sections import DataConfig
 from .task import Run, Task
@@ -29,6 +30,7 @@ KINDS = {
     "remember": Kind(retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=True)),
     "text": Kind(lambda config: load_tokenizer(config.tokenizer), Text),
     "babilong": Kind(babilong.babilong_tokenizer, Babilong),
+    "instructions": Kind(lambda config: load_tokenizer(config.tokenizer), Instructions),
 }
 
 

@@ -115,7 +115,7 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str], trusted:
         raise ConfigError(f"task={name}: no such task; one of {', '.join(SCHEMAS)}{hint}")
     section = field_of(name)
     settings = dict(saved.get(section) or {})
-    if section in ("text", "babilong"):
+    if section in ("text", "babilong", "instructions"):
         # The tokenizer that training named may no longer exist; the export has a copy.
         settings["tokenizer"] = str(folder)
         # Where tokens are kept is up to this machine.

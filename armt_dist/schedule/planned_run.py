@@ -235,7 +235,7 @@ def gradient_bytes(ds_config: Mapping[str, Any]) -> int:
 def longest_samples(run: Mapping[str, Any]) -> Samples:
     """The samples of the curriculum's longest stage."""
     data, asked = section(run, "data", ""), section(run, "model", "").get("segment_tokens")
-    task = choice(data, "task", "data.", ("rewrite", "remember", "text", "babilong"))
+    task = choice(data, "task", "data.", ("rewrite", "remember", "text", "babilong", "instructions"))
     if task in ("rewrite", "remember"):
         return retrieval_samples(section(data, "retrieval", "data."), run, asked)
     length = longest_stage(run, "segments")
@@ -244,17 +244,17 @@ def longest_samples(run: Mapping[str, Any]) -> Samples:
         babilong = section(data, "babilong", "data.")
         padded = section(babilong, "published", "data.babilong.").get("set") == PADDED_SET
         return Samples(tokens, length * tokens, ANSWER_TOKENS, word_tokens(babilong), padded)
-    text = section(data, "text", "data.")
-    most = count(text, "sequence_tokens", "data.text.", SEQUENCE_TOKENS)
+    text, path = section(data, task, "data."), f"data.{task}."
+    most = count(text, "sequence_tokens", path, SEQUENCE_TOKENS)
     tokens = count({"segment_tokens": asked}, "segment_tokens", "model.", most)
     if length * tokens > most:
         raise ConfigError(
-            f"curriculum segments={length} of {tokens} tokens exceed data.text.sequence_tokens={most}; use at most "
-            f"{most // tokens} or raise data.text.sequence_tokens"
+            f"curriculum segments={length} of {tokens} tokens exceed {path}sequence_tokens={most}; use at most "
+            f"{most // tokens} or raise {path}sequence_tokens"
         )
     # The ends of texts are shorter than their batch; of texts that are joined only the very last one is.
-    pack = flag(text, "pack", "data.text.")
-    packed = pack and not flag(text, "cross_documents", "data.text.")
+    pack = flag(text, "pack", path)
+    packed = pack and not flag(text, "cross_documents", path)
     vocabulary = BYTE_TOKENS if text.get("tokenizer", "byte") == "byte" else None
     return Samples(tokens, length * tokens, 0, vocabulary, not pack, packed)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..config import ConfigError, one_line
-from ..data.lengths import Lengths, PairLengths, babilong_lengths, pair_lengths, text_lengths
-from ..data.sections import BabilongConfig, DataConfig, RetrievalConfig, TextConfig
+from ..data.lengths import Lengths, PairLengths, babilong_lengths, instruction_lengths, pair_lengths, text_lengths
+from ..data.sections import BabilongConfig, DataConfig, InstructionsConfig, RetrievalConfig, TextConfig
 from ..data.text.files import check_files
 from ..distributed.launchers import check_groups
 from ..hub import check_names
@@ -66,7 +66,7 @@ def check_out(out: Path) -> None:
 def check_paths(data: DataConfig) -> None:
     """Check that the text files exist. Raises ConfigError."""
     section = data.section
-    if isinstance(section, TextConfig):
+    if isinstance(section, TextConfig | InstructionsConfig):
         named = {"files": section.files, "validation_files": section.validation_files}
     elif isinstance(section, BabilongConfig):
         named = {"background": section.background, "validation_background": section.validation_background}
@@ -96,7 +96,7 @@ def hub_names(config: RunConfig) -> dict[str, str]:
     """Return what may have to be fetched from the Hugging Face Hub, by field."""
     section = config.data.section
     names = {} if config.model.base is None else {"model.base": config.model.base}
-    if isinstance(section, TextConfig | BabilongConfig) and section.tokenizer not in BUILT_IN:
+    if isinstance(section, TextConfig | BabilongConfig | InstructionsConfig) and section.tokenizer not in BUILT_IN:
         names[f"data.{config.data.task}.tokenizer"] = section.tokenizer
     return names
 
@@ -104,7 +104,7 @@ def hub_names(config: RunConfig) -> dict[str, str]:
 def fetches_data(data: DataConfig) -> bool:
     """Return whether a data set may have to be fetched from the Hub."""
     section = data.section
-    if isinstance(section, TextConfig) and section.dataset is not None:
+    if isinstance(section, TextConfig | InstructionsConfig) and section.dataset is not None:
         return section.dataset.data_files is None and not Path(section.dataset.name).exists()
     return isinstance(section, BabilongConfig) and section.published is not None and section.published.files is None
 
@@ -131,6 +131,8 @@ def lengths_of(data: DataConfig, segment_tokens: int | None) -> Lengths | None:
         return pair_lengths(section, data.task == "remember", segment_tokens)
     if isinstance(section, TextConfig):
         return text_lengths(section, segment_tokens)
+    if isinstance(section, InstructionsConfig):
+        return instruction_lengths(section, segment_tokens)
     return babilong_lengths(segment_tokens) if isinstance(section, BabilongConfig) else None
 
 

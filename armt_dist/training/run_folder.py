@@ -20,7 +20,7 @@ FIXED = ("model", "data", "curriculum")
 # And keys of the others.
 FIXED_KEYS = ("train.carry_state", "train.freeze")
 # But not where something is kept.
-FREE_KEYS = ("data.text.cache",)
+FREE_KEYS = ("data.text.cache", "data.instructions.cache")
 # Text files that the run has read.
 TEXTS = "texts.json"
 

@@ -14,7 +14,7 @@ from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, p
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
 from ..config import ConfigError, one_line
-from ..data.task import merged_state
+from ..data.task import merged_state, notes_of
 from ..distributed.collectives import gather_json, together, together_slowly
 from ..distributed.launchers import Ranks
 from ..distributed.process import keep_freed_memory
@@ -68,7 +68,8 @@ class Trainer:
         warning = pipeline_warning(setup.batches.grid)
         if warning:
             self.say(f"warning: {warning}")
-        self.say(f"optimizer: {setup.prepared.optimizer}")
+        for line in (*notes_of(self.task), f"optimizer: {setup.prepared.optimizer}"):
+            self.say(line)
         self.runner = build_runner(config, setup)
         ds = setup.prepared.ds_config
         groups = parameter_groups(self.runner.model, config.train.optimizer_groups, ds["optimizer"]["params"])

@@ -23,7 +23,10 @@ from armt_dist.schedule.program import SCHEDULES, backward_program, build_progra
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 # Settings of sections whose defaults do not name a source.
-SOURCES = {"text": {"files": "{folder}", "sequence_tokens": 64}}
+SOURCES = {
+    "text": {"files": "{folder}/*.txt", "sequence_tokens": 64},
+    "instructions": {"files": "{folder}/*.jsonl", "sequence_tokens": 64},
+}
 
 
 @pytest.fixture
@@ -31,11 +34,14 @@ def make(tmp_path):
     """A function that builds a task by its name."""
     for i in range(10):
         (tmp_path / f"text{i}.txt").write_text("".join(f"{i}:{j} " for j in range(40 + 7 * i)))
+    rows = "".join(f'{{"prompt": "{i}+1=", "completion": "{i + 1}"}}\n' for i in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
 
     def build(name):
         section = field_of(name)
         fields = {
-            key: str(tmp_path) if value == "{folder}" else value for key, value in SOURCES.get(section, {}).items()
+            key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
+            for key, value in SOURCES.get(section, {}).items()
         }
         config = validate(DataConfig, {"task": name, section: fields})
         return make_task(config, None if section == "retrieval" else 16, global_batch=4)

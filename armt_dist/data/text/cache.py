@@ -31,26 +31,29 @@ Progress = Callable[[str], None]
 Make = Callable[[Path], None]
 
 
-def cached(folder: str | None, identity: Any, make: Make, progress: Progress) -> TokenStore:
+def cached(
+    folder: str | None, identity: Any, make: Make, progress: Progress, field: str = "data.text.cache"
+) -> TokenStore:
     """Return the store of `identity` below `folder`, which `make` writes into an empty folder if there is none yet.
 
     folder: None: in the cache of huggingface_hub. identity: JSON. progress: called with a line while this process, or
-    the one that it waits for, gets on. Raises ConfigError, also where the disk is full.
+    the one that it waits for, gets on. field: what messages call the folder. Raises ConfigError, also where the disk is
+    full.
     """
     root = Path(folder).expanduser() if folder else Path(constants.HF_ASSETS_CACHE, "armt_dist", "text")
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        wait_for(root / key, make, progress)
-        return open_store(root / key)
+        wait_for(root / key, make, progress, field)
+        return open_store(root / key, field)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise ConfigError(
-            f"data.text.cache={root}: tokens cannot be kept there ({reason}); make room, or set another folder"
+            f"{field}={root}: tokens cannot be kept there ({reason}); make room, or set another folder"
         ) from None
 
 
-def wait_for(target: Path, make: Make, progress: Progress) -> None:
+def wait_for(target: Path, make: Make, progress: Progress, field: str) -> None:
     """Return once the folder `target` exists, made by this process or another one. Raises ConfigError and OSError."""
     lock = FileLock(target.with_suffix(".lock"), poll_interval=POLL_S / 4)
     before, since = -1, time.monotonic()
@@ -66,7 +69,7 @@ def wait_for(target: Path, make: Make, progress: Progress) -> None:
                 progress(f"another process tokenises the texts: {size / 1e6:,.0f} MB of tokens so far")
             elif time.monotonic() - since > STALLED_S:
                 raise ConfigError(
-                    f"data.text.cache={target.parent}: the process that holds {lock.lock_file} has written nothing for "
+                    f"{field}={target.parent}: the process that holds {lock.lock_file} has written nothing for "
                     f"{STALLED_S:.0f} s; end it, or set another folder"
                 ) from None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...config import ConfigError, one_line
-from ..sections import DatasetConfig
+from ..sections import DatasetConfig, HubDataset
 from .dealing import Dealer, Dealt, Mark
 from .pieces import NOTHING, TextPiece, TokenizedText
 
@@ -47,7 +47,7 @@ def open_texts(config: DatasetConfig, split: str) -> "datasets.IterableDataset":
     return stream
 
 
-def fingerprint(config: DatasetConfig) -> str:
+def fingerprint(config: HubDataset) -> str:
     """Return what changes with the content of the data set: its place in the cache of `datasets`."""
     import datasets
 

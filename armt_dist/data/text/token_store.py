@@ -101,8 +101,12 @@ class TokenStore:
         return begins[begins < len(self)]
 
 
-def open_store(folder: Path) -> TokenStore:
-    """Open a store that was written. Raises ConfigError where a file is missing or damaged, and OSError."""
+def open_store(folder: Path, field: str = "data.text.cache") -> TokenStore:
+    """Open a store that was written. Raises ConfigError where a file is missing or damaged, and OSError.
+
+    field: what messages call the folder that it lies in.
+    """
+    where = f"{field}: {folder}"
     manifest = read_json(folder / MANIFEST)
     try:
         if manifest["format"] != FORMAT:
@@ -116,16 +120,16 @@ def open_store(folder: Path) -> TokenStore:
             raise ValueError(f"{TOKENS} has {size} bytes instead of {count * dtype.itemsize}")
         about = list(manifest["about"])
     except KeyError:
-        raise damaged(folder, f"{MANIFEST} is missing or damaged") from None
+        raise damaged(where, f"{MANIFEST} is missing or damaged") from None
     except (FileNotFoundError, TypeError, ValueError) as error:
-        raise damaged(folder, str(error)) from None
+        raise damaged(where, str(error)) from None
     # An empty file cannot be mapped.
     tokens = np.memmap(folder / TOKENS, dtype, "r") if count else np.empty(0, dtype)
-    store = TokenStore(tokens, np.frombuffer(read[ENDS], "<i8"), np.frombuffer(read[SUMS], "<u8"), str(folder))
+    store = TokenStore(tokens, np.frombuffer(read[ENDS], "<i8"), np.frombuffer(read[SUMS], "<u8"), where)
     store.about = about
     return store
 
 
-def damaged(folder: str | Path, why: str) -> ConfigError:
+def damaged(where: str, why: str) -> ConfigError:
     """Return the error of a store that cannot be used."""
-    return ConfigError(f"data.text.cache: {folder} is damaged ({why}); delete it, and the next start makes it anew")
+    return ConfigError(f"{where} is damaged ({why}); delete it, and the next start makes it anew")

@@ -1,0 +1,1 @@
+"""Data as people have it: texts, prompts with completions, chats, and questions on documents."""
