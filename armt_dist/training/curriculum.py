@@ -1,11 +1,12 @@
 """Stages of training: how long samples are, how long a stage lasts, and the learning rate within it."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import Positive, Section
+from ..config import ConfigError, Positive, Section
 from ..data.lengths import Difficulty
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -33,8 +34,8 @@ class Stage(Section):
     """Retrieval: symbols of a key that vary, those before them are 0; null: all. Example: 2"""
     symbols: Annotated[int, Field(ge=2)] | None = None
     """Retrieval: number of different symbols in keys; few make keys alike; null: all. Example: 4"""
-    steps: Positive
-    """Largest number of optimizer steps of the stage. Example: 1000"""
+    steps: Positive | None = None
+    """Largest number of optimizer steps of the stage; null: as many as train.epochs takes. Example: 1000"""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; null: ds_config.optimizer.params.lr. Example: 5.0e-4"""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -55,7 +56,7 @@ class Stage(Section):
         """Check the length and the warm-up."""
         if (self.pairs is None) == (self.segments is None):
             raise ValueError("curriculum stage: give exactly one of pairs and segments")
-        if self.warmup_steps >= self.steps:
+        if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"curriculum warmup_steps={self.warmup_steps}: must be below steps={self.steps}")
         return self
 
@@ -63,6 +64,12 @@ class Stage(Section):
     def length(self) -> int:
         """Return the longest sample in the task's unit."""
         return self.pairs or self.segments or 0
+
+    @property
+    def total_steps(self) -> int:
+        """Return its steps, which `with_steps` has set where the recipe left them out."""
+        assert self.steps is not None, "the steps of a stage follow from the data, which are not open"
+        return self.steps
 
     @property
     def keys(self) -> dict[str, int | None]:
@@ -87,6 +94,30 @@ def learning_rate(stage: Stage, step: int, peak: float) -> float:
     peak = stage.lr or peak
     if step < stage.warmup_steps:
         return peak * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps - 1)
+    done = (step - stage.warmup_steps) / max(1, stage.total_steps - stage.warmup_steps - 1)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[stage.schedule]
     return peak * (stage.final + (1 - stage.final) * shape)
+
+
+def with_steps(stages: Sequence[Stage], epochs: float | None, size: int | None, global_batch: int) -> list[Stage]:
+    """Return the stages; those without steps get as many as `epochs` passes over `size` training samples take.
+
+    Every step takes `global_batch` samples, and none comes twice in an epoch, also across stages. Raises ConfigError
+    where samples are unlimited, size None, and for a warm-up that is too long.
+    """
+    found = list[Stage]()
+    for i, stage in enumerate(stages):
+        if stage.steps is None:
+            assert epochs is not None, "a stage without steps needs train.epochs"
+            if size is None:
+                raise ConfigError(
+                    f"train.epochs={epochs}: the task's training samples are unlimited; set curriculum.{i}.steps"
+                )
+            stage = stage.model_copy(update={"steps": math.ceil(epochs * size / global_batch)})
+            if stage.warmup_steps >= stage.total_steps:
+                raise ConfigError(
+                    f"curriculum.{i}.warmup_steps={stage.warmup_steps}: must be below the {stage.steps} steps of "
+                    f"train.epochs={epochs}"
+                )
+        found.append(stage)
+    return found

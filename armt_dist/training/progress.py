@@ -84,4 +84,4 @@ def stage_over(stage: Stage, progress: Progress, patience: int | None) -> bool:
         and sum(progress.recent) / len(progress.recent) >= stage.until.accuracy
     )
     stale = patience is not None and progress.stale >= patience
-    return progress.stage_step >= stage.steps or learned or stale
+    return progress.stage_step >= stage.total_steps or learned or stale

@@ -23,6 +23,8 @@ class TrainConfig(Section):
     """Seed of the initial weights and of dropout. Example: 1"""
     max_steps: Positive | None = None
     """Number of optimizer steps after which the run ends, in whatever stage; null: no limit. Example: 1000"""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over a finite training set in each stage without `steps`; null: all stages have them. Example: 3"""
     log_every: Positive = 10
     """Steps between two lines of the log; metrics.jsonl has every step. Example: 50"""
     save_every: Positive = 500
@@ -105,6 +107,18 @@ class RunConfig(Section):
     """Whether only kernels that give the same bits in every run are used; slower."""
     digests: bool = False
     """Whether digests of all memory states are written, for `python -m armt_dist.digest RUN_A RUN_B`; slow."""
+
+    @model_validator(mode="after")
+    def every_stage_ends(self) -> "RunConfig":
+        """Check that the steps of every stage are given, or follow from the epochs."""
+        open_ended = [i for i, stage in enumerate(self.curriculum) if stage.steps is None]
+        if open_ended and self.train.epochs is None:
+            raise ValueError(
+                f"curriculum.{open_ended[0]}.steps: missing; set it, or train.epochs for a finite training set"
+            )
+        if self.train.epochs is not None and not open_ended:
+            raise ValueError(f"train.epochs={self.train.epochs}: every stage has steps; remove it, or a stage's steps")
+        return self
 
 
 def load_run(config: Path, ds_config: Path | None, default_ds_config: Path, overrides: Sequence[str] = ()) -> RunConfig:

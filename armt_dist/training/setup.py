@@ -9,7 +9,7 @@ import torch
 
 from ..config import ConfigError
 from ..data.extensions import METRICS
-from ..data.task import Task
+from ..data.task import Task, notes_of
 from ..data.tasks import make_task
 from ..distributed.launchers import Ranks
 from ..distributed.mesh import make_mesh, ring
@@ -25,6 +25,7 @@ from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
 from ..zero3.trained_parameters import freeze_parameters, parameter_groups
 from .checks import check_best, check_curriculum
+from .curriculum import Stage, with_steps
 from .global_batch import Batches
 from .run_config import RunConfig, TrainConfig, resolved
 from .run_folder import check_same, check_texts
@@ -35,7 +36,19 @@ class Setup(NamedTuple):
 
     batches: Batches
     prepared: Prepared
+    stages: list[Stage]  # of the curriculum, with their steps
     resuming: bool  # whether the run folder holds a run
+
+    def notes(self) -> list[str]:
+        """Return what was found in the data, and the steps that follow from it, line by line."""
+        size, rows = self.batches.task.size("train"), self.batches.sizes.global_batch
+        steps = [
+            f"curriculum.{i}: {stage.total_steps:,} steps of {rows} samples, {stage.total_steps * rows / size:.3g} epochs "
+            f"of the {size:,} for training"
+            for i, stage in enumerate(self.stages)
+            if size
+        ]
+        return [*notes_of(self.batches.task), *steps]
 
 
 def set_up(
@@ -62,13 +75,14 @@ def set_up(
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
     check_trained(config.train, armt, prepared.ds_config["optimizer"]["params"])
+    sizes = prepared.sizes
+    stages = with_steps(config.curriculum, config.train.epochs, task.size("train"), sizes.global_batch)
     resuming = (out / RUN_CONFIG).exists()
     if resuming:
         check_same(out, config)
         check_texts(out, task)
-    sizes = prepared.sizes
     batches = Batches(task, armt, grid, config.parallel.schedule, mesh, sizes, device, config.loss)
-    return Setup(batches, prepared, resuming)
+    return Setup(batches, prepared, stages, resuming)
 
 
 def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:

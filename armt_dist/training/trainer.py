@@ -14,7 +14,7 @@ from ..checkpoint.folder import CheckpointError, clean, find_newest, find_tag, p
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.save import Saver
 from ..config import ConfigError, one_line
-from ..data.task import merged_state, notes_of
+from ..data.task import merged_state
 from ..distributed.collectives import gather_json, together, together_slowly
 from ..distributed.launchers import Ranks
 from ..distributed.process import keep_freed_memory
@@ -65,10 +65,11 @@ class Trainer:
         # An error of one rank alone, such as a missing file, must end all ranks before they wait for each other.
         setup = together_slowly(self.set_up, lambda: self.watchdog.enter("setup"))
         self.task, self.armt, self.resuming = setup.batches.task, setup.batches.armt, setup.resuming
+        self.stages = setup.stages
         warning = pipeline_warning(setup.batches.grid)
         if warning:
             self.say(f"warning: {warning}")
-        for line in (*notes_of(self.task), f"optimizer: {setup.prepared.optimizer}"):
+        for line in (*setup.notes(), f"optimizer: {setup.prepared.optimizer}"):
             self.say(line)
         self.runner = build_runner(config, setup)
         ds = setup.prepared.ds_config
@@ -123,7 +124,7 @@ class Trainer:
         total = self.begin(resume)
         steps_here = 0
         while self.progress.step < total or self.progress.validation_due:
-            stage = self.config.curriculum[self.progress.stage]
+            stage = self.stages[self.progress.stage]
             if self.progress.validation_due:
                 total = self.validate(stage, total)
                 continue
@@ -190,7 +191,7 @@ class Trainer:
         """Restore what `save` passed with the tensors. Raises CheckpointError if it does not fit this run."""
         try:
             self.progress = Progress.restored(state.get("progress", {}))
-            if tag_of(self.progress.step) != tag or self.progress.stage >= len(self.config.curriculum):
+            if tag_of(self.progress.step) != tag or self.progress.stage >= len(self.stages):
                 raise ValueError(f"its progress is step {self.progress.step} of stage {self.progress.stage}")
             self.task.load_state_dict(state["task"])
             self.carried = self.restore_carried(tag, state.get("carried", {}))
@@ -270,15 +271,15 @@ class Trainer:
 
     def steps_left(self) -> int:
         """Return the steps of the current and later stages if none ends early. Not collective."""
-        stages = self.config.curriculum[self.progress.stage :]
+        stages = self.stages[self.progress.stage :]
         if stage_over(stages[0], self.progress, self.config.train.patience):
-            return sum(stage.steps for stage in stages[1:])
-        return sum(stage.steps for stage in stages) - self.progress.stage_step
+            return sum(stage.total_steps for stage in stages[1:])
+        return sum(stage.total_steps for stage in stages) - self.progress.stage_step
 
     def enter_next_stage(self) -> None:
         """Begin the next stage, from this one's best checkpoint if the stage says so."""
         following, best = self.progress.next_stage(), self.progress.best_tag
-        from_best = self.config.curriculum[following.stage].start == "best"
+        from_best = self.stages[following.stage].start == "best"
         self.attempt(self.saver.wait)
         if from_best and best and not (self.root / best).is_dir():
             self.say(f"warning: {best} was not saved; stage {following.stage} starts from the last step instead")

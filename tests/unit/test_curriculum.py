@@ -4,7 +4,7 @@ import pytest
 
 from armt_dist.config import ConfigError, validate
 from armt_dist.training.checks import check_curriculum, lengths_of
-from armt_dist.training.curriculum import Stage, learning_rate
+from armt_dist.training.curriculum import Stage, learning_rate, with_steps
 from armt_dist.training.progress import Progress, stage_over
 from armt_dist.training.run_config import RunConfig
 
@@ -50,3 +50,24 @@ def test_a_stage_with_samples_too_short_for_the_ranks_is_found_at_the_start(para
     says = rf"= {blocks} blocks: curriculum.0 may draw samples of {segments} segments; raise its at_least"
     with pytest.raises(ConfigError, match=says):
         check_curriculum(config, lengths)
+
+
+def test_the_steps_of_epochs_follow_from_the_set():
+    stages = [Stage(segments=2), Stage(segments=2, steps=7), Stage(segments=2, schedule="linear")]
+    found = with_steps(stages, 1.5, size=101, global_batch=10)
+    assert [stage.total_steps for stage in found] == [16, 7, 16]
+    assert learning_rate(found[2], 15, 1.0) == 0.0
+    with pytest.raises(ConfigError, match=r"train.epochs=3: .* unlimited; set curriculum.0.steps"):
+        with_steps(stages, 3, None, 10)
+    with pytest.raises(ConfigError, match=r"curriculum.0.warmup_steps=9: must be below the 6 steps of train.epochs=2"):
+        with_steps([Stage(segments=2, warmup_steps=9)], 2, 30, 10)
+
+
+@pytest.mark.parametrize(
+    "epochs, steps, says",
+    [(None, None, "curriculum.0.steps: missing; set it, or train.epochs"), (2, 5, "train.epochs=2")],
+)
+def test_a_stage_has_steps_or_epochs(epochs, steps, says):
+    tree = {"model": {"base": "x"}, "train": {"epochs": epochs}, "curriculum": [{"segments": 1, "steps": steps}]}
+    with pytest.raises(ConfigError, match=says):
+        validate(RunConfig, tree)
