@@ -11,6 +11,11 @@ import torch.distributed as dist
 
 from ..config import ConfigError
 
+# Streams that a rank of a wavefront uses at once: computing, hand-off, gathers, reductions, copies, and those of three
+# communicators. tests/unit/test_communication_order.py shows what happens where they share hardware queues.
+LEAST_QUEUES = 8
+MOST_QUEUES = 32
+
 
 def find_cuda(devices: Path = Path("/dev")) -> bool:
     """Return whether this process trains on GPUs. Raises ConfigError where torch cannot use those that are there.
@@ -27,6 +32,25 @@ def find_cuda(devices: Path = Path("/dev")) -> bool:
             "CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     return False
+
+
+def ask_for_queues() -> None:
+    """Ask CUDA for as many hardware queues as it has; without the variable, which it reads at its start, it takes 8."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(MOST_QUEUES))
+
+
+def check_queues(sp: int) -> None:
+    """Raise ConfigError for fewer hardware queues than the streams of a rank that shares a sequence.
+
+    In a queue work starts in the order of its launch. A receive that waits for another rank would hold up the send for
+    which that rank waits.
+    """
+    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    if given.isdecimal() and int(given) < LEAST_QUEUES:
+        raise ConfigError(
+            f"CUDA_DEVICE_MAX_CONNECTIONS={given}: with parallel.sp={sp} ranks would wait for each other for ever; "
+            f"leave it unset, or set {MOST_QUEUES}"
+        )
 
 
 def check_networks(cuda: bool) -> None:

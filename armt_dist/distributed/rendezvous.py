@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..config import ConfigError, one_line
 from ..deadline import within
 from .launchers import MPI, Ranks
-from .machine import check_alike, check_networks, find_cuda
+from .machine import ask_for_queues, check_alike, check_networks, find_cuda
 from .process import expand_segments, return_freed_memory
 from .store import digest, open_store
 
@@ -33,6 +33,7 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
     MASTER_ADDR and MASTER_PORT, which torch and DeepSpeed read. Raises ConfigError for too few GPUs, an unreachable
     master or a port that is taken.
     """
+    ask_for_queues()
     cuda = find_cuda()
     check_networks(cuda)
     gpu = own_gpu(ranks, torch.cuda.device_count()) if cuda else 0

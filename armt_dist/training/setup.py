@@ -12,6 +12,7 @@ from ..data.extensions import METRICS
 from ..data.task import Task, notes_of
 from ..data.tasks import make_task
 from ..distributed.launchers import Ranks
+from ..distributed.machine import check_queues
 from ..distributed.mesh import make_mesh, ring
 from ..model.configuration_armt import ARMTConfig
 from ..model.fields import ARMTFields
@@ -43,8 +44,8 @@ class Setup(NamedTuple):
         """Return what was found in the data, and the steps that follow from it, line by line."""
         size, rows = self.batches.task.size("train"), self.batches.sizes.global_batch
         steps = [
-            f"curriculum.{i}: {stage.total_steps:,} steps of {rows} samples, {stage.total_steps * rows / size:.3g} epochs "
-            f"of the {size:,} for training"
+            f"curriculum.{i}: {stage.total_steps:,} steps of {rows} samples, "
+            f"{stage.total_steps * rows / size:.3g} epochs of the {size:,} for training"
             for i, stage in enumerate(self.stages)
             if size
         ]
@@ -142,6 +143,8 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     freeze_parameters(model, config.train.freeze)
     link: Local | Wire = Local()
     if batches.mesh.sp > 1:
+        if batches.device.type == "cuda":
+            check_queues(batches.mesh.sp)
         link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)
     graphs = batches.device.type == "cuda" if config.bptt.graphs is None else config.bptt.graphs
     return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, graphs=graphs, link=link)

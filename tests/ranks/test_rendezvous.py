@@ -1,6 +1,7 @@
 """Ranks meet, share edges and errors; one that fails or stays alone says so in one line."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from support.paths import ROOT
 from support.ranks import spawn
 
 from armt_dist.config import ConfigError
-from armt_dist.distributed.collectives import agree
+from armt_dist.distributed import mesh
+from armt_dist.distributed.collectives import agree, gather_json
 from armt_dist.distributed.mesh import make_mesh, ring
 
 
@@ -45,6 +47,33 @@ def test_four_ranks_share_edges_and_errors():
             expected = rank // sp * sp + (rank + (1 if name == "after" else -1)) % sp
             assert (peer, total) == (expected, 10.0**rank + 10.0**expected), f"rank {rank}, sp={sp}, {name}"
     assert raised == ([None, "ValueError: disk full (on rank 2)", "same everywhere"],) * 4
+
+
+def stay_away(ranks, absent):
+    """What a rank is told, and after how many seconds, where one of four has met the others, but makes no edge."""
+    mesh.TELL_S = 3.0
+    start = time.monotonic()
+    if ranks.rank == absent:
+        gather_json("its node")
+        # Until the others have given up: what it does next would be a collective.
+        time.sleep(14)
+        return "away", 0.0
+    try:
+        ring(make_mesh(ranks, 4), timeout_s=4)
+    except ConfigError as error:
+        return str(error), time.monotonic() - start
+    return "an edge to nobody", 0.0
+
+
+def test_an_edge_that_cannot_be_made_is_named_within_the_limit():
+    told = spawn(4, stay_away, 3)
+    messages = {message for message, _ in told} - {"away"}
+    assert len(messages) == 1, "all ranks must say the same"
+    assert re.match(
+        r"parallel\.timeout_s=4: rank 2 on .* and rank 3 on its node cannot exchange a message .*; check the network",
+        messages.pop(),
+    )
+    assert max(seconds for _, seconds in told) < 12
 
 
 def fail_on_rank_1(ranks):

@@ -86,3 +86,21 @@ def test_ranks_on_different_devices(devices, says):
     for error in said.values():
         with pytest.raises(ConfigError, match=f"some ranks see GPUs and others none {says}"):
             raise error
+
+
+@pytest.mark.parametrize("given", ["", "8", "32"])
+def test_enough_hardware_queues_for_a_wavefront(given, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    machine.check_queues(sp=2)
+
+
+def test_too_few_hardware_queues_for_a_wavefront(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS=1: with parallel.sp=2 .* or set 32"):
+        machine.check_queues(sp=2)
+    machine.ask_for_queues()
+    assert machine.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1", "what a user sets stays"
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    machine.ask_for_queues()
+    assert machine.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
