@@ -206,9 +206,7 @@ class CellGraphs:
             self.recordings[key].record_backward()
         return self.recordings[key]
 
-    def prepare(
-        self, layers: Sequence[ARMTLayer], first_trained: int, rows: Iterable[tuple[Tensor, Context]]
-    ) -> None:
+    def prepare(self, layers: Sequence[ARMTLayer], first_trained: int, rows: Iterable[tuple[Tensor, Context]]) -> None:
         """Record the cells of a pass before it begins: rows x [B, N, D] of all segments, with their contexts.
 
         first_trained: the first of the layers that will run backward.
