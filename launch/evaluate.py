@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   python launch/evaluate.py --model model --task babilong --data 'data.babilong.tasks=[qa1, qa2]' --lengths 4 16 64
   python launch/evaluate.py --model model --zero-memory     # without memory, for comparison
   python launch/evaluate.py --model model --audit --lengths 500      # which layer's memory fails at this length
+  python launch/evaluate.py --model model --control --lengths 64 --data data.text.validation_files=held_out/
 """
 
 
@@ -54,6 +55,10 @@ def arguments() -> argparse.Namespace:
     add("--zero-memory", action="store_true", help="empty the memory before every segment")
     add("--audit", action="store_true", help="at the longest length, also tell what each layer's memory does with it, "
         "which layer does harm, and how far back the loss reaches: audit_TASK.json and .png")  # fmt: skip
+    add("--control", action="store_true", help="at the longest length of task text, also tell whether the memory "
+        "carries content: bits with another text's memory, and with none: control_text.json and .png")  # fmt: skip
+    add("--full-attention", type=int, metavar="TOKENS", help="with --control, let the base also read up to so many "
+        "tokens in one pass")  # fmt: skip
     add("--out", type=Path, help="folder of the results (default: MODEL/evaluation, or MODEL/evaluation_zero_memory)")
     add("--no-self-check", action="store_true", help="skip the comparison of cached with uncached logits")
     add("--strict-versions", action="store_true", help="fail if a package is outside its tested range")
@@ -112,6 +117,28 @@ def write_audit(out: Path, model: "ARMTForCausalLM", name: str, task: "Task", le
         plot_audit(found, out / f"audit_{name}.png", f"{name}: {length} {task.unit}")
 
 
+def write_control(out: Path, model: "ARMTForCausalLM", task: "Task", length: int, args: argparse.Namespace) -> None:
+    """Compare memories, print what was found, and write control_text.json and .png. Raises ConfigError."""
+    from armt_dist.evaluation.control import control
+    from armt_dist.evaluation.control_report import as_json, control_table, plot_control, sentence
+
+    found = control(model, task, length, args.samples, args.batch, full_tokens=args.full_attention)
+    print(f"{control_table(found)}\n{sentence(found)}")
+    with writing(out):
+        write_json(out / "control_text.json", as_json(found))
+        plot_control(found, out / "control_text.png", f"text: {length} {task.unit}")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that exclude each other."""
+    if args.batch < 1:
+        raise ConfigError(f"batch={args.batch}: must be at least 1")
+    if args.full_attention is not None and not args.control:
+        raise ConfigError(f"full-attention={args.full_attention}: is a part of --control; give both")
+    if args.control and args.zero_memory:
+        raise ConfigError("control: measures what --zero-memory does, too; give one of them")
+
+
 def main() -> None:
     """Evaluate, print tables, and write the results."""
     args = arguments()
@@ -122,14 +149,14 @@ def main() -> None:
     from armt_dist.checkpoint.exported_code import REFRESH, is_stale
     from armt_dist.data.extensions import load_extensions
     from armt_dist.data.tasks import make_task
+    from armt_dist.evaluation.control import check_control
     from armt_dist.evaluation.evaluate import check_lengths, evaluate
     from armt_dist.evaluation.evaluation_report import evaluation_table
     from armt_dist.evaluation.exported import default_lengths, load_model, read_task, self_check
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if args.batch < 1:
-        raise ConfigError(f"batch={args.batch}: must be at least 1")
+    check_options(args)
     out = args.out or args.model / ("evaluation_zero_memory" if args.zero_memory else "evaluation")
     model = load_model(args.model, args.device)
     if is_stale(args.model):
@@ -145,6 +172,8 @@ def main() -> None:
     for task in parts.values():
         lengths = lengths if lengths is not None else default_lengths(task)
         check_lengths(task, lengths, args.samples, args.batch)
+        if args.control:
+            check_control(model, task, max(lengths), args.full_attention)
     # Checked before the work, whose results would be lost.
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -156,6 +185,8 @@ def main() -> None:
         print(evaluation_table(found[name], task.measure))
         if args.audit:
             write_audit(out, model, name, task, max(lengths), args.samples)
+        if args.control:
+            write_control(out, model, task, max(lengths), args)
     facts = {"model": str(args.model), "data": data.model_dump(mode="json", exclude_none=True)}
     facts |= {"measure": task.measure, "zero_memory": args.zero_memory}
     with writing(out):

@@ -114,9 +114,13 @@ class Corpus:
     def __len__(self) -> int:
         return int(self.counted[-1]) if len(self.counted) else 0
 
+    def text_of(self, number: int) -> int:
+        """Return which of the texts that are cut a piece is a part of."""
+        return int(np.searchsorted(self.counted, number, side="right"))
+
     def piece(self, number: int) -> TokenizedText:
         """Return a piece. Raises ConfigError where the store is damaged."""
-        i = int(np.searchsorted(self.counted, number, side="right"))
+        i = self.text_of(number)
         before = int(self.counted[i - 1]) if i else 0
         start = int(self.ends[i] - self.sizes[i]) + (number - before) * self.length
         end = min(start + self.length, int(self.ends[i]))

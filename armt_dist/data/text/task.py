@@ -147,6 +147,12 @@ class Text:
             return 0
         return len(source.corpus) if isinstance(source, Samples) else None
 
+    def text_of(self, number: int) -> int:
+        """Return which validation text a sample is a part of; with `pack` nobody knows, and each is one of its own."""
+        source = self.sources["validation"]
+        assert isinstance(source, Samples), "only training reads a stream"
+        return number if self.config.pack else source.corpus.text_of(number)
+
     def pads(self) -> bool:
         """Return whether a piece is shorter than the longest sequence; for a stream, whether one may be."""
         return any(
