@@ -203,7 +203,7 @@ def score_batch(model: ARMTForCausalLM, batch: Batch, partners: Tensor) -> dict[
             # The last one is its own, with which the text goes on.
             hidden, states = model.segment(ids, state, None, borders)
             add_scores(model, hidden, labels, nll[name][:, s])
-    return {name: part.cpu() for name, part in nll.items()}
+    return {name: nll[name].cpu() for name in (OWN, OTHER, NONE)}
 
 
 @torch.inference_mode()
