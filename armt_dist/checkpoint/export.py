@@ -5,6 +5,7 @@ its place in a safetensors file.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from ..config import ConfigError, one_line, read_object, read_yaml
 from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import write_json
+from .adapters import Parameter, merged, read_lora
 from .folder import STAGING, building, read_pointer, verify_checkpoint
 from .model_card import write_model_card
 from .published import copy_known_files, public, without_code
-from .zero_shards import StoredParameter, is_checkpoint, open_checkpoint
+from .zero_shards import is_checkpoint, open_checkpoint
 
 # The engine wraps ScheduledLM, whose `model` is the one to export.
 PREFIX = "model."
@@ -58,7 +60,7 @@ def export(
         raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
     verify_checkpoint(found.checkpoint)
     model = skeleton(found.run / "model", dtype)
-    parameters = match(model, open_checkpoint(found.checkpoint), found.checkpoint)
+    parameters = open_parameters(found, model)
     try:
         with building(out) as folder:
             left_out = copy_known_files(found.run / "model", folder)
@@ -70,7 +72,7 @@ def export(
     return found._replace(left_out=tuple(left_out))
 
 
-def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, StoredParameter], folder: Path) -> None:
+def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, Parameter], folder: Path) -> None:
     """Write configuration, modelling code, task and model card into `folder`."""
     config: Any = model.config
     # A run's configuration may name code; what is recorded from here on is ours.
@@ -147,7 +149,17 @@ def on_meta(folder: Path) -> ARMTForCausalLM:
         return ARMTForCausalLM(config)
 
 
-def match(model: ARMTForCausalLM, stored: dict[str, StoredParameter], folder: Path) -> dict[str, StoredParameter]:
+def open_parameters(source: Source, model: ARMTForCausalLM) -> dict[str, Parameter]:
+    """Map the model's parameters, with adapters merged. Raises ConfigError for a checkpoint that does not fit."""
+    stored, lora = open_checkpoint(source.checkpoint), read_lora(source.run)
+    try:
+        found = stored if lora is None else merged(stored, model, PREFIX, lora)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ConfigError(f"checkpoint={source.checkpoint}: its adapters do not fit ({one_line(error)})") from None
+    return match(model, found, source.checkpoint)
+
+
+def match(model: ARMTForCausalLM, stored: Mapping[str, Parameter], folder: Path) -> dict[str, Parameter]:
     """Return the model's parameters, tied ones under one name only. Raises ConfigError if one is missing."""
     tied = model.all_tied_weights_keys
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
@@ -159,9 +171,7 @@ def match(model: ARMTForCausalLM, stored: dict[str, StoredParameter], folder: Pa
     return {name: stored[PREFIX + name] for name in shapes}
 
 
-def write_weights(
-    parameters: dict[str, StoredParameter], folder: Path, dtype: torch.dtype, max_shard_size: str
-) -> None:
+def write_weights(parameters: dict[str, Parameter], folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     """Write safetensors files of at most `max_shard_size` each, and an index if there are several."""
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     try:
@@ -179,7 +189,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
-def write_shard(path: Path, parameters: dict[str, StoredParameter], dtype: torch.dtype, bar: tqdm) -> None:
+def write_shard(path: Path, parameters: dict[str, Parameter], dtype: torch.dtype, bar: tqdm) -> None:
     """Write one safetensors file piece by piece; the library's own writer needs all tensors in memory.
 
     Format: length of the header (uint64, little-endian), header as JSON padded to 8 bytes, values.

@@ -23,7 +23,16 @@ SECTIONS = (
 )
 KEYS = {
     "model": (
-        *("base", "base_config", "trust_remote_code", "init", "memory_kind", "segment_tokens", "num_mem_tokens"),
+        *(
+            "base",
+            "base_config",
+            "trust_remote_code",
+            "init",
+            "lora",
+            "memory_kind",
+            "segment_tokens",
+            "num_mem_tokens",
+        ),
         *("d_mem", "nu", "n_heads", "maths", "use_denom", "correction", "gating", "freeze_mem", "wrap_pos"),
         *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
@@ -175,8 +184,10 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         choice(parallel, "schedule", "parallel.", (None, *SCHEDULES)),
     )
     model = read_model(section(trees.run, "model", ""), samples)
-    # What patterns of names freeze is planned as if it were trained: the names are known with the model only.
-    freeze_base = section(trees.run, "train", "").get("freeze") == "base"
+    # What patterns of names freeze is planned as if it were trained: the names are known with the model only. Adapters
+    # are too small to be planned.
+    lora = section(trees.run, "model", "").get("lora") is not None
+    freeze_base = lora or section(trees.run, "train", "").get("freeze") == "base"
     return PlannedRun(model._replace(freeze_base=freeze_base), work, layout)
 
 

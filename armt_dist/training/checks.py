@@ -4,6 +4,7 @@ What only the loaded base model, tokenizer and data tell is checked in `setup`.
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from ..data.text.files import check_files
 from ..distributed.launchers import check_groups
 from ..hub import check_names
 from ..schedule.planned_run import RunTree, batch_sizes, planned_run
+from ..zero3.sections import ModelConfig
 from .run_config import LossConfig, RunConfig, carry_probability, resolved
 
 # Tokenizers that the tasks build themselves.
@@ -32,6 +34,7 @@ def check_run(config: RunConfig, out: Path, world: int | None = None) -> None:
     if world is not None:
         check_groups(world, config.parallel.sp)
     check_paths(config.data)
+    check_peft(config.model)
     check_weights(config.model.base)
     check_names(hub_names(config), fetches_data(config.data))
     lengths = lengths_of(config.data, getattr(config.model, "segment_tokens", None))
@@ -75,6 +78,12 @@ def check_paths(data: DataConfig) -> None:
     for name, entries in named.items():
         if entries is not None:
             check_files(entries, f"data.{data.task}.{name}")
+
+
+def check_peft(model: ModelConfig) -> None:
+    """Check that what adapters need is installed. Raises ConfigError."""
+    if model.lora is not None and find_spec("peft") is None:
+        raise ConfigError("model.lora: needs the package peft; install it with: pip install 'peft>=0.21,<0.22'")
 
 
 def check_weights(base: str | None) -> None:

@@ -14,7 +14,7 @@ from ..records import RUN_CONFIG, read_json, write_json
 from ..versions import installed
 from .run_config import RunConfig, as_yaml, resolved
 
-PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
+PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy", "peft")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.

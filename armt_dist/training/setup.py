@@ -22,13 +22,14 @@ from ..runtime.handoff import Local, Wire
 from ..schedule.grid import Grid
 from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.step_memory import STATES, Held, resident_bytes
+from ..zero3.adapters import add_adapters, add_partitioned_adapters
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
 from ..zero3.trained_parameters import freeze_parameters, parameter_groups
 from .checks import check_best, check_curriculum
 from .curriculum import Stage, with_steps
 from .global_batch import Batches
-from .run_config import RunConfig, TrainConfig, resolved
+from .run_config import RunConfig, resolved
 from .run_folder import check_same, check_texts
 
 
@@ -75,7 +76,7 @@ def set_up(
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
-    check_trained(config.train, armt, prepared.ds_config["optimizer"]["params"])
+    check_trained(config, armt, prepared.ds_config["optimizer"]["params"])
     sizes = prepared.sizes
     stages = with_steps(config.curriculum, config.train.epochs, task.size("train"), sizes.global_batch)
     resuming = (out / RUN_CONFIG).exists()
@@ -111,12 +112,16 @@ def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks
         )
 
 
-def check_trained(config: TrainConfig, armt: ARMTConfig, optimizer: dict) -> None:
-    """Check the patterns of parameters before weights are loaded. Raises ConfigError."""
-    if config.freeze is not None or config.optimizer_groups:
+def check_trained(config: RunConfig, armt: ARMTConfig, optimizer: dict) -> None:
+    """Check names and patterns of what is trained before weights are loaded. Raises ConfigError."""
+    train, lora = config.train, config.model.lora
+    if train.freeze is not None or train.optimizer_groups or lora is not None:
         model = on_meta(armt)
-        freeze_parameters(model, config.freeze)
-        parameter_groups(model, config.optimizer_groups, optimizer)
+        if lora is not None:
+            with torch.device("meta"):
+                add_adapters(model, lora)
+        freeze_parameters(model, train.freeze)
+        parameter_groups(model, train.optimizer_groups, optimizer)
 
 
 def check_task(config: RunConfig, task: Task, armt: ARMTConfig) -> None:
@@ -140,6 +145,8 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     """Build the partitioned model, and the links between the ranks of an sp group. Collective."""
     batches, prepared = setup.batches, setup.prepared
     model = build_model(config.model, batches.armt, prepared.ds_config, config.train.seed)
+    if config.model.lora is not None:
+        add_partitioned_adapters(model, config.model.lora, prepared.ds_config, config.train.seed)
     freeze_parameters(model, config.train.freeze)
     link: Local | Wire = Local()
     if batches.mesh.sp > 1:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, create_model, model_validator
 
-from ..config import Section
+from ..config import Positive, Section
 from ..model.fields import ARMTFields, check_decay
 
 Std = Annotated[float, Field(gt=0)]
@@ -45,6 +45,19 @@ class OptimizerGroup(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters on linear maps of the base, which is frozen; the memory is trained. Needs the package peft."""
+
+    r: Positive = 16
+    """Rank of an adapter. Example: 8"""
+    alpha: Annotated[int, Field(gt=0)] = 32
+    """An adapter's output is multiplied by alpha / r. Example: 16"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of an adapter's input; above 0, cells are not recorded as CUDA graphs. Example: 0.05"""
+    targets: Annotated[list[str], Field(min_length=1)]
+    """Names of linear maps of the base's layers, or their ends. Example: [q_proj, v_proj]"""
+
+
 class BaseSection(Section):
     """Where the base model comes from; the other fields of the model section are those of ARMTFields."""
 
@@ -57,6 +70,9 @@ class BaseSection(Section):
     """Permission to run the Python code that comes with `base`."""
     init: InitConfig | None = None
     """Initialisation of a random base model. Example: {linear_std: 0.125, embedding_std: 0.1}"""
+
+    lora: LoraSection | None = None
+    """Low-rank adapters, trained in place of the base's weights; null: none. Example: {targets: [q_proj, v_proj]}"""
 
     @model_validator(mode="after")
     def one_source(self) -> Self:

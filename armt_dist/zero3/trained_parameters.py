@@ -11,7 +11,7 @@ from .private import whole_dimensions
 from .sections import OptimizerGroup
 
 BASE = "base"
-"""In place of a pattern: every parameter but those of the memory."""
+"""In place of a pattern: every parameter but those of the memory and of adapters."""
 
 
 def is_memory(name: str) -> bool:
@@ -21,7 +21,7 @@ def is_memory(name: str) -> bool:
 
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a pattern, or `BASE`, covers a parameter; `*` also stands for dots."""
-    return not is_memory(name) if pattern == BASE else fnmatchcase(name, pattern)
+    return not is_memory(name) and ".lora_" not in name if pattern == BASE else fnmatchcase(name, pattern)
 
 
 def check_patterns(names: Sequence[str], patterns: Iterable[str], field: str, what: str = "parameter") -> None:
