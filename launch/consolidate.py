@@ -18,12 +18,18 @@ EXAMPLES = """examples:
   python launch/consolidate.py runs/default --out runs/default/export
   python launch/consolidate.py runs/default --tag latest --dtype bfloat16 --out model
   python launch/consolidate.py runs/default/checkpoints/step_00000700 --out model --max-shard-size 1GB
+  python launch/consolidate.py runs/lora --adapter --out adapter   # adapters and memory, without the base
   python launch/consolidate.py --refresh model     # update the modelling code of an exported folder
 """
 NEXT = """wrote {out} ({size:.4g} MB) from {checkpoint}; next:
   python launch/evaluate.py --model {out}
   python -c 'from transformers import AutoModelForCausalLM; \
 print(AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True))'"""
+
+NEXT_ADAPTER = """wrote {out} from {checkpoint}; the whole model, with its base:
+  python -c 'from armt_dist.checkpoint.adapter_export import load_adapted; \
+from transformers import AutoModelForCausalLM; from pathlib import Path; \
+print(load_adapted(Path("{out}"), AutoModelForCausalLM.from_pretrained("BASE")))'"""
 
 
 def arguments() -> argparse.Namespace:
@@ -37,6 +43,11 @@ def arguments() -> argparse.Namespace:
     add("--tag", help="checkpoint: latest, best or a folder's name (default: best if there is one, else latest)")
     add("--dtype", default="float32", help="type of the weights: float32 (default) or bfloat16")
     add("--max-shard-size", default="5GB", help="largest size of a file (default %(default)s)")
+    add(
+        "--adapter",
+        action="store_true",
+        help="write only what a run with model.lora has trained: peft's adapter folder, with the memory in it",
+    )
     add("--refresh", type=Path, metavar="FOLDER", help="only replace the code in an exported folder by this version's")
     add(
         "--no-self-check",
@@ -65,6 +76,15 @@ def refresh(folder: Path) -> None:
     print(f"{folder}: replaced {', '.join(changed)}" if changed else f"{folder}: its code is this version's already")
 
 
+def export_alone(args: argparse.Namespace) -> None:
+    """Export adapters and memory without the base. Raises ConfigError."""
+    from armt_dist.checkpoint.adapter_export import export_adapter
+
+    found = export_adapter(args.run, args.out, args.tag, args.dtype)
+    print(f"published: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+    print(NEXT_ADAPTER.format(out=args.out, checkpoint=found.checkpoint))
+
+
 def check_code(folder: Path) -> None:
     """Run the self-check on a small model of the kind in `folder`. Raises ConfigError if it fails."""
     from armt_dist.evaluation.exported import self_check, small_twin
@@ -87,6 +107,9 @@ def main() -> None:
         refresh(args.refresh)
         if not args.no_self_check:
             check_code(args.refresh)
+        return
+    if args.adapter:
+        export_alone(args)
         return
     found = export(args.run, args.out, args.tag, args.dtype, args.max_shard_size)
     if not args.no_self_check:

@@ -54,11 +54,8 @@ def export(
     `out` appears only when it is complete. Raises ConfigError if the source is missing or damaged, or if `out` is in
     use or cannot be written.
     """
-    found = locate(Path(source), tag)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
-    verify_checkpoint(found.checkpoint)
+    found = open_source(Path(source), out, tag)
     model = skeleton(found.run / "model", dtype)
     parameters = open_parameters(found, model)
     try:
@@ -70,6 +67,15 @@ def export(
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({one_line(error)}); give another folder") from None
     return found._replace(left_out=tuple(left_out))
+
+
+def open_source(source: Path, out: Path, tag: str | None) -> Source:
+    """Find and verify the checkpoint to be exported to `out`. Raises ConfigError as `export`."""
+    found = locate(source, tag)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
+    verify_checkpoint(found.checkpoint)
+    return found
 
 
 def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, Parameter], folder: Path) -> None:

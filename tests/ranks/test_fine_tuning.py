@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from support.commands import curve
+from support.commands import call_script, curve
 from support.models import TINY_LLAMA
 from support.ranks import spawn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from armt_dist.checkpoint.adapter_export import export_adapter, load_adapted
 from armt_dist.checkpoint.adapters import A, whole
 from armt_dist.checkpoint.export import export
 from armt_dist.checkpoint.zero_shards import open_checkpoint
+from armt_dist.config import ConfigError
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.zero3.trained_parameters import is_memory
 
@@ -145,3 +148,42 @@ def test_adapters_begin_alike_on_any_number_of_ranks(runs):
         # Two steps apart from their first values, which are drawn up to 0.29.
         torch.testing.assert_close(whole(one[name]), whole(two[name]), rtol=0, atol=5e-3)
     assert not torch.allclose(whole(one[drawn[0]]), whole(one[drawn[2]]), atol=0.05)
+
+
+# peft's own use of transformers.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_folder_is_what_peft_reads(name, runs, bases, tmp_path, monkeypatch, capsys):
+    run, out = runs[0] / "whole" / name, tmp_path / "adapter"
+    code, said, errors = call_script(
+        "consolidate.py", [run, "--adapter", "--tag", "latest", "--out", out], monkeypatch, capsys
+    )
+    assert not code and f"wrote {out}" in said, errors
+    assert {path.name for path in out.iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "memory.safetensors",
+    }
+    assert str(bases) not in "".join(path.read_text() for path in out.glob("*.json"))
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(bases / RUNS[name][0]).eval()
+
+    export(run, tmp_path / "merged", "latest")
+    whole = ARMTForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    adapted = PeftModel.from_pretrained(base(), out).eval()
+    loaded = load_adapted(out, base()).eval()
+    with torch.no_grad():
+        # The base without memory: segments do not matter to it.
+        plain = whole.base.__class__.from_pretrained(bases / RUNS[name][0]).eval()
+        weights = {n.replace(".layer.", "."): p for n, p in whole.base.named_parameters() if ".memory." not in n}
+        plain.load_state_dict(weights, strict=False)
+        torch.testing.assert_close(adapted(TEST_IDS).logits, plain(TEST_IDS).logits, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(adapted(TEST_IDS).logits, base()(TEST_IDS).logits, atol=1e-4), "the adapter is 0"
+        torch.testing.assert_close(loaded(TEST_IDS).logits, runs[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_adapter_is_one_line(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no adapters \(model.lora\); export it without --adapter"):
+        export_adapter(runs[0] / "whole/frozen", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
