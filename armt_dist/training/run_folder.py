@@ -1,5 +1,6 @@
 """What a run records about itself before its first step, and what may not change when it resumes."""
 
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -10,17 +11,21 @@ from ..config import ConfigError, one_line, read_yaml
 from ..data.task import Task
 from ..files import write_atomically
 from ..model.configuration_armt import ARMTConfig
-from ..records import RUN_CONFIG, read_json, write_json
+from ..records import RUN_CONFIG, read_json, read_json_lines, write_json
 from ..versions import installed
+from ..zero3.ds_config_keys import OptimizerKeys
 from .run_config import RunConfig, as_yaml, resolved
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy", "peft")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.
-FIXED_KEYS = ("train.carry_state", "train.freeze")
-# But not where something is kept.
+FIXED_KEYS = ("train.carry_state", "train.freeze", "ds_config.optimizer.type")
+# But not where something is kept, and how fast it is trained.
 FREE_KEYS = ("data.text.cache", "data.instructions.cache")
+FREE_OF_STAGES = ("lr", "warmup_steps", "schedule", "final")
+# What a run changed when it resumed.
+CHANGES = "changes.jsonl"
 # Text files that the run has read.
 TEXTS = "texts.json"
 
@@ -62,10 +67,53 @@ def check_same(folder: Path, config: RunConfig) -> None:
 
 def fixed(config: dict) -> dict[str, object]:
     """Return what may not change when a run resumes, by key."""
-    leaves = (leaf for section, value in config.items() for leaf in flat(value, section).items())
     below = tuple(f"{key}." for key in FIXED_KEYS)
-    kept = {k: v for k, v in leaves if k.partition(".")[0] in FIXED or k in FIXED_KEYS or k.startswith(below)}
-    return {key: value for key, value in kept.items() if key not in FREE_KEYS}
+    kept = {
+        k: v
+        for k, v in leaves(config).items()
+        if k.partition(".")[0] in FIXED or k in FIXED_KEYS or k.startswith(below)
+    }
+    kept.setdefault("ds_config.optimizer.type", OptimizerKeys().type)
+    return {key: value for key, value in kept.items() if key not in FREE_KEYS and not is_rate(key)}
+
+
+def is_rate(key: str) -> bool:
+    """Tell whether a key is about the learning rate of a stage."""
+    return key.startswith("curriculum.") and key.rpartition(".")[2] in FREE_OF_STAGES
+
+
+def record_changes(folder: Path, config: RunConfig, step: int, ranks: int) -> str:
+    """Add a line to CHANGES if this start differs from the one before; return what differs, for people.
+
+    To be called before `describe_run`; config: with the complete `ds_config`. The line has `step` and `ranks`, and
+    under `changed` the values before and now, by key. The first start of a run has a line without changes.
+    """
+    path = folder / CHANGES
+    try:
+        lines = list(read_json_lines(path))
+    except (OSError, ValueError):
+        # None so far, or a damaged file.
+        lines = []
+    changed = {}
+    if (folder / RUN_CONFIG).exists():
+        old, new = leaves(read_yaml(folder / RUN_CONFIG)), leaves(resolved(config))
+        differ = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        changed = {key: {"before": old.get(key), "now": new.get(key)} for key in differ}
+    before = lines[-1].get("ranks") if lines else None
+    if lines and not changed and before == ranks:
+        return ""
+    record = json.dumps({"step": step, "ranks": ranks, "changed": changed}, default=str)
+    try:
+        write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines) + f"{record}\n")
+    except OSError as error:
+        raise ConfigError(f"out={folder}: {error.strerror}; give --out a folder that can be written") from None
+    said = [f"{key} {one_line(each['before'])} -> {one_line(each['now'])}" for key, each in changed.items()]
+    return ", ".join([*said, *[f"ranks {before} -> {ranks}"] * (before not in (None, ranks))])
+
+
+def leaves(config: dict) -> dict[str, object]:
+    """Return all values of a configuration by key."""
+    return {key: value for section, child in config.items() for key, value in flat(child, section).items()}
 
 
 def write_texts(folder: Path, task: Task) -> None:

@@ -81,7 +81,7 @@ def set_up(
     stages = with_steps(config.curriculum, config.train.epochs, task.size("train"), sizes.global_batch)
     resuming = (out / RUN_CONFIG).exists()
     if resuming:
-        check_same(out, config)
+        check_same(out, config.model_copy(update={"ds_config": ds_config}))
         check_texts(out, task)
     batches = Batches(task, armt, grid, config.parallel.schedule, mesh, sizes, device, config.loss)
     return Setup(batches, prepared, stages, resuming)

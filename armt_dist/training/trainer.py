@@ -34,7 +34,7 @@ from .global_batch import RowLayout
 from .out_of_memory import Need, describe, is_out_of_memory
 from .progress import Progress, stage_over
 from .run_config import RunConfig
-from .run_folder import describe_run
+from .run_folder import describe_run, record_changes
 from .setup import Setup, build_runner, set_up
 from .train_step import StepParts, StepResult, train_step, validate
 
@@ -213,6 +213,10 @@ class Trainer:
 
     def describe(self) -> None:
         """Write the run folder. Rank 0 only."""
+        complete = self.config.model_copy(update={"ds_config": self.ds_config})
+        changed = record_changes(self.out, complete, self.progress.step, self.ranks.world_size)
+        if changed:
+            self.say(f"changed from here on: {changed}")
         describe_run(self.out, self.config, self.ds_config, self.armt, self.task)
         self.root.mkdir(exist_ok=True)
         remove_heartbeats(self.out, self.ranks.world_size)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..config import ConfigError, as_number, assign, describe_errors, one_line, read_object
 from ..schedule.planned_run import BatchSizes, batch_sizes
-from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED, DsConfigKeys
+from .ds_config_keys import DEFAULT_BETAS, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, HONOURED, DsConfigKeys, OptimizerKeys
 from .optimizer import choose
 
 if TYPE_CHECKING:
@@ -210,6 +210,8 @@ def prepare(config: dict, dp: int, world: int, device: "torch.device") -> Prepar
     check_secondary(ds, world)
     defaults = {"lr": DEFAULT_LR, "betas": list(DEFAULT_BETAS), "weight_decay": DEFAULT_WEIGHT_DECAY}
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": defaults})
+    # Without a type DeepSpeed makes no optimizer at all.
+    optimizer.setdefault("type", OptimizerKeys().type)
     params = optimizer.setdefault("params", {})
     lr = params.setdefault("lr", DEFAULT_LR)
     chosen = choose(ds, device.type)

@@ -12,7 +12,16 @@ from armt_dist.records import check_links
 
 # All that a run writes by itself.
 WRITTEN = (
-    *("config.yaml", "ds_config.json", "environment.json", "texts.json", "metrics.jsonl", "report.md", "report.png"),
+    *(
+        "config.yaml",
+        "ds_config.json",
+        "environment.json",
+        "texts.json",
+        "changes.jsonl",
+        "metrics.jsonl",
+        "report.md",
+        "report.png",
+    ),
     *("model", "model/config.json", "checkpoints", "checkpoints/latest", "checkpoints/.latest.tmp", "lease"),
     *("checkpoints/staging-step_00000002", "stacks/rank_0.txt", "heartbeat/rank_0.json", "digests/rank_0.jsonl"),
     *("tensorboard", "profile"),

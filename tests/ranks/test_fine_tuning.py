@@ -1,5 +1,6 @@
 """Runs that train a part of a pretrained model: stopped, continued on as many and on fewer ranks, and exported."""
 
+import json
 import re
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.commands import call_script, curve
+from support.commands import call_script, curve, records
 from support.models import TINY_LLAMA
 from support.ranks import spawn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -187,3 +188,39 @@ def test_what_has_no_adapter_is_one_line(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"has no adapters \(model.lora\); export it without --adapter"):
         export_adapter(runs[0] / "whole/frozen", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def train_on(ranks, out, steps, batch, lr, decay, beta):
+    """Start a run, or go on with another rate, batch, weight decay and betas. Its optimizer's groups then."""
+    from armt_dist.config import validate
+    from armt_dist.monitoring.lease import Lease
+    from armt_dist.training.run_config import RunConfig
+    from armt_dist.training.trainer import Trainer
+
+    config = {
+        "model": {"base_config": TINY_LLAMA, "num_mem_tokens": 2, "d_mem": 4},
+        "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
+        "train": {"max_steps": steps, "optimizer_groups": [{"match": ["*.memory.*"], "lr_scale": 3}]},
+        "curriculum": [{"pairs": 2, "steps": 10, "lr": lr}],
+    }
+    # The type is left out: it is AdamW.
+    params = {"lr": 1e-3, "weight_decay": decay, "betas": [beta, 0.99]}
+    ds = {"train_batch_size": batch, "zero_optimization": {"stage": 3}, "optimizer": {"params": params}}
+    trainer = Trainer(validate(RunConfig, config), ds, out, ranks, torch.device("cpu"), Lease(out))
+    assert trainer.run("auto") == 0 and trainer.progress.step == steps
+    keys = ("lr", "weight_decay", "betas")
+    return [{key: group[key] for key in keys} for group in trainer.engine.optimizer.param_groups]
+
+
+def test_a_resume_with_other_settings_has_them(tmp_path):
+    spawn(1, train_on, tmp_path / "run", 1, 4, 0.01, 0.1, 0.9)
+    (groups,) = spawn(1, train_on, tmp_path / "run", 2, 8, 0.02, 0.2, 0.8)
+    expected = {(rate, decay) for rate in (0.02, 0.06) for decay in (0.2, 0.0)}
+    assert {(round(group["lr"], 9), group["weight_decay"]) for group in groups} == expected
+    assert all(tuple(group["betas"]) == (0.8, 0.99) for group in groups)
+    first, second = records(tmp_path / "run")
+    assert (first["lr"], first["lr_group_0"], second["lr"]) == pytest.approx((0.01, 0.03, 0.02))
+    changes = [json.loads(line) for line in (tmp_path / "run/changes.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["ranks"]) for line in changes] == [(0, 1), (1, 1)]
+    assert changes[1]["changed"]["ds_config.train_batch_size"] == {"before": 4, "now": 8}
+    assert changes[1]["changed"]["curriculum.0.lr"] == {"before": 0.01, "now": 0.02}
