@@ -43,7 +43,10 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder that launch/consolidate.py wrote")
-    add("--task", help="rewrite, remember, text, babilong or instructions (default: the one the model was trained on)")
+    add(
+        "--task",
+        help="rewrite, remember, text, babilong, instructions or mixture (default: the one the model was trained on)",
+    )
     add("--lengths", nargs="*", type=int, help="pairs or segments (default: 5 10 20 50 pairs or 1 2 4 ... 64 segments, "
         "as far as the task can make them)")  # fmt: skip
     add("--samples", type=int, default=256, help="samples of each length (default %(default)s)")

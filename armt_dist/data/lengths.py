@@ -3,6 +3,7 @@
 Known from the configuration alone, without torch, so that a curriculum is checked before anything else is loaded.
 """
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal, NamedTuple, Protocol
 
@@ -103,6 +104,34 @@ class PairLengths(NamedTuple):
                 f"use at most {count} pairs, a longer key or task=rewrite"
             )
         return count
+
+
+class MixedLengths(NamedTuple):
+    """Samples of several tasks, of one length in each step."""
+
+    parts: tuple[Lengths, ...]
+    measure: Measure
+    unit: Unit
+    segment_tokens: int
+
+    def sequence_tokens(self, n: int) -> int:
+        """Return the tokens N of a sample of length `n`. Raises ConfigError if one of the tasks cannot make it."""
+        return max(part.sequence_tokens(n) for part in self.parts)
+
+
+def mixed_lengths(parts: Sequence[Lengths]) -> MixedLengths:
+    """Return the lengths of a mixture. Raises ConfigError unless all parts count the same, in equal segments."""
+    first = parts[0]
+    for i, part in enumerate(parts):
+        for name in ("unit", "segment_tokens"):
+            found, wanted = getattr(part, name), getattr(first, name)
+            if found != wanted:
+                raise ConfigError(
+                    f"data.mixture.parts.{i}: its {name} is {found}, and that of parts.0 is {wanted}; rows of a step "
+                    "have one length, so mix tasks that count the same"
+                )
+    measure: Measure = "accuracy" if all(part.measure == "accuracy" for part in parts) else "perplexity"
+    return MixedLengths(tuple(parts), measure, first.unit, first.segment_tokens)
 
 
 def pair_lengths(config: RetrievalConfig, unique_keys: bool, segment_tokens: int | None) -> PairLengths:

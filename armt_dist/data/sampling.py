@@ -10,7 +10,7 @@ import numpy as np
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # Independent random streams.
-STREAMS = {"length": 0, "rows": 1, "epoch": 2, "carry": 3}
+STREAMS = {"length": 0, "rows": 1, "epoch": 2, "carry": 3, "mixture": 4}
 
 
 def generator(stream: str, seed: int, split: Split, *where: int) -> np.random.Generator:

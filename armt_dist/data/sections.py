@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import Section, Seed, validate
+from ..config import ConfigError, Section, Seed, validate
 
 ALPHABET = string.digits + string.ascii_lowercase + string.ascii_uppercase
 # Strings are drawn as one 64-bit number modulo their count. Up to this count the bias is below 2^-32.
@@ -208,12 +208,55 @@ class BabilongConfig(Section):
         return self
 
 
+class MixtureConfig(Section):
+    """Every row is drawn from one of the parts, in proportion to their weights."""
+
+    parts: Annotated[list[dict[str, Any]], Field(min_length=2)]
+    """Data sections, with `weight` (1 if left out). Example: [{weight: 3, task: text, text: {files: plays}}, {}]"""
+
+    @model_validator(mode="after")
+    def parts_are_sections(self) -> "MixtureConfig":
+        """Check every part."""
+        for i, part in enumerate(self.parts):
+            weight = part.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"data.mixture.parts.{i}.weight={weight}: expected a number above 0")
+            for key in ("seed", "carry_memory"):
+                if key in part:
+                    raise ValueError(f"data.mixture.parts.{i}.{key}: belongs to the data section; remove it here")
+            if part.get("task") == "mixture":
+                raise ValueError(f"data.mixture.parts.{i}.task=mixture: write its parts here")
+            try:
+                section = self.section(i).section
+            except ConfigError as error:
+                raise ValueError(f"data.mixture.parts.{i}: {error}") from None
+            if isinstance(section, TextConfig) and section.dataset and section.dataset.streaming:
+                raise ValueError(
+                    f"data.mixture.parts.{i}: a stream is read in one order; set text.dataset.streaming=false"
+                )
+        return self
+
+    def section(self, i: int) -> "DataConfig":
+        """Return part `i`. Raises ConfigError."""
+        return validate(DataConfig, {key: value for key, value in self.parts[i].items() if key != "weight"})
+
+    @property
+    def sections(self) -> list["DataConfig"]:
+        """The parts."""
+        return [self.section(i) for i in range(len(self.parts))]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the parts."""
+        return [float(part.get("weight", 1)) for part in self.parts]
+
+
 class DataConfig(Section):
     """`task` and its own section; the section of another task is an error."""
 
     task: str = "rewrite"
-    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, instructions, or an extension's.
-    Example: text"""
+    """Task: rewrite (retrieval, repeated keys), remember (unique), text, babilong, instructions, mixture, or an
+    extension's. Example: text"""
     seed: Seed = 42
     """Seed of samples and their order. Example: 1"""
     carry_memory: bool = False
@@ -226,6 +269,8 @@ class DataConfig(Section):
     """Settings of the task babilong. Example: {tasks: [qa1], facts: 4}"""
     instructions: InstructionsConfig | None = None
     """Settings of the task instructions. Example: {files: chats.jsonl, tokenizer: my_tokenizer}"""
+    mixture: MixtureConfig | None = None
+    """Settings of the task mixture. Example: {parts: [{task: rewrite}, {task: remember}]}"""
     options: dict[str, Any] | None = None
     """Settings of a task that an extension registers. Example: {length: 8}"""
 
@@ -263,6 +308,11 @@ class DataConfig(Section):
             )
 
     @property
+    def parts(self) -> list["DataConfig"]:
+        """The parts of a mixture; of any other task, this section alone."""
+        return self.section.sections if isinstance(self.section, MixtureConfig) else [self]
+
+    @property
     def section(self) -> Section:
         """The section of the task, with its defaults if it was left out."""
         given = getattr(self, field_of(self.task))
@@ -276,12 +326,14 @@ SCHEMAS: dict[str, type[Section]] = {
     "text": TextConfig,
     "babilong": BabilongConfig,
     "instructions": InstructionsConfig,
+    "mixture": MixtureConfig,
 }
 FIELDS: dict[type[Section], str] = {
     RetrievalConfig: "retrieval",
     TextConfig: "text",
     BabilongConfig: "babilong",
     InstructionsConfig: "instructions",
+    MixtureConfig: "mixture",
 }
 
 

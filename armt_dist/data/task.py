@@ -7,7 +7,7 @@ Shapes: b rows asked for, N tokens of a sequence.
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Task(Lengths, Protocol):
 class Stateless:
     """Base of tasks whose unlimited samples depend on (seed, split, step, row) alone."""
 
-    carries: ClassVar[bool] = True
+    carries: bool = True
     """Whether a sample may start from the memory of another one (train.carry_state); true where a task does not say."""
 
     def size(self, split: Split) -> int | None:

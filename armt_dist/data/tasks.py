@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..config import ConfigError
-from . import retrieval
+from . import mixture, retrieval
 from .babilong import task as babilong
 from .babilong.task import Babilong
 from .instructions.task import Instructions
 from .retrieval import Retrieval
-from .sections import DataConfig
+from .sections import DataConfig, MixtureConfig
 from .task import Run, Task
 from .text.task import Text
 from .tokenizers import load_tokenizer
@@ -25,12 +25,28 @@ class Kind(NamedTuple):
     build: Callable[[Any, PreTrainedTokenizerBase, Run], Task]
 
 
+def mixture_tokenizer(config: MixtureConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of all parts. Raises ConfigError if they differ."""
+    return mixture.common_tokenizer([KINDS[part.task].tokenizer(part.section) for part in config.sections])
+
+
+def build_mixture(config: MixtureConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Task:
+    """Build the tasks of a mixture, and the mixture. Raises ConfigError as they do."""
+    tasks, names = [], []
+    for i, part in enumerate(config.sections):
+        # Parts of one kind would otherwise draw alike.
+        tasks.append(KINDS[part.task].build(part.section, tokenizer, run._replace(seed=run.seed + i)))
+        names.append(f"parts.{i} ({part.task})")
+    return mixture.Mixture(names, tasks, config.weights, run)
+
+
 KINDS = {
     "rewrite": Kind(retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=False)),
     "remember": Kind(retrieval.retrieval_tokenizer, partial(Retrieval, unique_keys=True)),
     "text": Kind(lambda config: load_tokenizer(config.tokenizer), Text),
     "babilong": Kind(babilong.babilong_tokenizer, Babilong),
     "instructions": Kind(lambda config: load_tokenizer(config.tokenizer), Instructions),
+    "mixture": Kind(mixture_tokenizer, build_mixture),
 }
 
 

@@ -115,11 +115,9 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str], trusted:
         raise ConfigError(f"task={name}: no such task; one of {', '.join(SCHEMAS)}{hint}")
     section = field_of(name)
     settings = dict(saved.get(section) or {})
-    if section in ("text", "babilong", "instructions"):
-        # The tokenizer that training named may no longer exist; the export has a copy.
-        settings["tokenizer"] = str(folder)
-        # Where tokens are kept is up to this machine.
-        settings.pop("cache", None)
+    parts = settings.get("parts") if section == "mixture" else [{section: settings}]
+    for part in parts if isinstance(parts, list) else ():
+        use_here(part, folder)
     tree = {"data": {**{key: saved[key] for key in ("seed",) if key in saved}, "task": name, section: settings}}
     for override in overrides:
         assign(tree, override)
@@ -127,6 +125,16 @@ def read_task(folder: Path, name: str | None, overrides: Sequence[str], trusted:
         given = [override.partition("=")[0] for override in overrides]
         check_places(folder, tree["data"][section], f"data.{section}", given)
     return validate(EvaluationData, tree).data
+
+
+def use_here(data: Any, folder: Path) -> None:
+    """Change a data section for this machine: tokenizers from the exported folder, the default cache."""
+    for name in ("text", "babilong", "instructions") if isinstance(data, dict) else ():
+        if isinstance(data.get(name), dict):
+            # The tokenizer that training named may no longer exist; the export has a copy.
+            data[name]["tokenizer"] = str(folder)
+            # Where tokens are kept is up to this machine.
+            data[name].pop("cache", None)
 
 
 # Keys of a task's section that say where data are, and those of a data set on the Hub.
@@ -142,7 +150,8 @@ def check_places(folder: Path, section: Any, path: str, given: Sequence[str]) ->
         own = f"{path}.{key}"
         if any(f"{own}.".startswith(f"{name}.") for name in given):
             continue
-        check_places(folder, value, own, given)
+        for child in value if isinstance(value, list) else [value]:
+            check_places(folder, child, own, given)
         values = value if isinstance(value, list) else [value]
         for place in values if key in PLACES else ():
             if isinstance(place, str) and (is_elsewhere(place) or is_remote(key, place, section)):

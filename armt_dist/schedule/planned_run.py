@@ -246,9 +246,11 @@ def gradient_bytes(ds_config: Mapping[str, Any]) -> int:
 def longest_samples(run: Mapping[str, Any]) -> Samples:
     """The samples of the curriculum's longest stage."""
     data, asked = section(run, "data", ""), section(run, "model", "").get("segment_tokens")
-    task = choice(data, "task", "data.", ("rewrite", "remember", "text", "babilong", "instructions"))
+    task = choice(data, "task", "data.", ("rewrite", "remember", "text", "babilong", "instructions", "mixture"))
     if task in ("rewrite", "remember"):
         return retrieval_samples(section(data, "retrieval", "data."), run, asked)
+    if task == "mixture":
+        return mixed_samples(section(data, "mixture", "data."), run)
     length = longest_stage(run, "segments")
     if task == "babilong":
         tokens = count({"segment_tokens": asked}, "segment_tokens", "model.", None)
@@ -268,6 +270,20 @@ def longest_samples(run: Mapping[str, Any]) -> Samples:
     packed = pack and not flag(text, "cross_documents", path)
     vocabulary = BYTE_TOKENS if text.get("tokenizer", "byte") == "byte" else None
     return Samples(tokens, length * tokens, 0, vocabulary, not pack, packed)
+
+
+def mixed_samples(mixture: Mapping[str, Any], run: Mapping[str, Any]) -> Samples:
+    """The longest of all parts, whose rows share batches."""
+    parts = mixture.get("parts")
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise ConfigError(f"data.mixture.parts={one_line(parts)}: expected a list of data sections")
+    found = [longest_samples({**run, "data": part}) for part in parts]
+    scored = [part.scored_tokens for part in found]
+    return found[0]._replace(
+        scored_tokens=max(scored) if all(scored) else 0,
+        padded=any(part.padded for part in found),
+        packed=any(part.packed for part in found),
+    )
 
 
 def carries(run: Mapping[str, Any]) -> bool:

@@ -10,8 +10,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..config import ConfigError, one_line
-from ..data.lengths import Lengths, PairLengths, babilong_lengths, instruction_lengths, pair_lengths, text_lengths
-from ..data.sections import BabilongConfig, DataConfig, InstructionsConfig, RetrievalConfig, TextConfig
+from ..data.lengths import (
+    Lengths,
+    PairLengths,
+    babilong_lengths,
+    instruction_lengths,
+    mixed_lengths,
+    pair_lengths,
+    text_lengths,
+)
+from ..data.sections import BabilongConfig, DataConfig, InstructionsConfig, MixtureConfig, RetrievalConfig, TextConfig
 from ..data.text.files import check_files
 from ..distributed.launchers import check_groups
 from ..hub import check_names
@@ -33,10 +41,11 @@ def check_run(config: RunConfig, out: Path, world: int | None = None) -> None:
     check_out(out)
     if world is not None:
         check_groups(world, config.parallel.sp)
-    check_paths(config.data)
+    for part in config.data.parts:
+        check_paths(part)
     check_peft(config.model)
     check_weights(config.model.base)
-    check_names(hub_names(config), fetches_data(config.data))
+    check_names(hub_names(config), any(map(fetches_data, config.data.parts)))
     lengths = lengths_of(config.data, getattr(config.model, "segment_tokens", None))
     if lengths is not None:
         check_curriculum(config, lengths)
@@ -103,10 +112,11 @@ def check_weights(base: str | None) -> None:
 
 def hub_names(config: RunConfig) -> dict[str, str]:
     """Return what may have to be fetched from the Hugging Face Hub, by field."""
-    section = config.data.section
     names = {} if config.model.base is None else {"model.base": config.model.base}
-    if isinstance(section, TextConfig | BabilongConfig | InstructionsConfig) and section.tokenizer not in BUILT_IN:
-        names[f"data.{config.data.task}.tokenizer"] = section.tokenizer
+    for part in config.data.parts:
+        section = part.section
+        if isinstance(section, TextConfig | BabilongConfig | InstructionsConfig) and section.tokenizer not in BUILT_IN:
+            names[f"data.{part.task}.tokenizer"] = section.tokenizer
     return names
 
 
@@ -142,6 +152,10 @@ def lengths_of(data: DataConfig, segment_tokens: int | None) -> Lengths | None:
         return text_lengths(section, segment_tokens)
     if isinstance(section, InstructionsConfig):
         return instruction_lengths(section, segment_tokens)
+    if isinstance(section, MixtureConfig):
+        parts = [lengths_of(part, segment_tokens) for part in section.sections]
+        known = [part for part in parts if part is not None]
+        return mixed_lengths(known) if len(known) == len(parts) else None
     return babilong_lengths(segment_tokens) if isinstance(section, BabilongConfig) else None
 
 

@@ -111,7 +111,7 @@ def with_steps(stages: Sequence[Stage], epochs: float | None, size: int | None, 
             assert epochs is not None, "a stage without steps needs train.epochs"
             if size is None:
                 raise ConfigError(
-                    f"train.epochs={epochs}: the task's training samples are unlimited; set curriculum.{i}.steps"
+                    f"train.epochs={epochs}: the task has no finite training set; set curriculum.{i}.steps"
                 )
             stage = stage.model_copy(update={"steps": math.ceil(epochs * size / global_batch)})
             if stage.warmup_steps >= stage.total_steps:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,9 +22,8 @@ PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "da
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.
 FIXED_KEYS = ("train.carry_state", "train.freeze", "ds_config.optimizer.type")
-# But not where something is kept, and how fast it is trained.
-FREE_KEYS = ("data.text.cache", "data.instructions.cache")
-FREE_OF_STAGES = ("lr", "warmup_steps", "schedule", "final")
+# But not where something is kept, in the section of any task, and how fast it is trained.
+FREE_KEY = re.compile(r"data\.(.*\.)?(text|instructions)\.cache|curriculum\..*\.(lr|warmup_steps|schedule|final)")
 # What a run changed when it resumed.
 CHANGES = "changes.jsonl"
 # Text files that the run has read.
@@ -74,12 +74,7 @@ def fixed(config: dict) -> dict[str, object]:
         if k.partition(".")[0] in FIXED or k in FIXED_KEYS or k.startswith(below)
     }
     kept.setdefault("ds_config.optimizer.type", OptimizerKeys().type)
-    return {key: value for key, value in kept.items() if key not in FREE_KEYS and not is_rate(key)}
-
-
-def is_rate(key: str) -> bool:
-    """Tell whether a key is about the learning rate of a stage."""
-    return key.startswith("curriculum.") and key.rpartition(".")[2] in FREE_OF_STAGES
+    return {key: value for key, value in kept.items() if not FREE_KEY.fullmatch(key)}
 
 
 def record_changes(folder: Path, config: RunConfig, step: int, ranks: int) -> str:

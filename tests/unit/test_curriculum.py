@@ -57,7 +57,7 @@ def test_the_steps_of_epochs_follow_from_the_set():
     found = with_steps(stages, 1.5, size=101, global_batch=10)
     assert [stage.total_steps for stage in found] == [16, 7, 16]
     assert learning_rate(found[2], 15, 1.0) == 0.0
-    with pytest.raises(ConfigError, match=r"train.epochs=3: .* unlimited; set curriculum.0.steps"):
+    with pytest.raises(ConfigError, match=r"train.epochs=3: .* no finite training set; set curriculum.0.steps"):
         with_steps(stages, 3, None, 10)
     with pytest.raises(ConfigError, match=r"curriculum.0.warmup_steps=9: must be below the 6 steps of train.epochs=2"):
         with_steps([Stage(segments=2, warmup_steps=9)], 2, 30, 10)

@@ -27,6 +27,8 @@ SOURCES = {
     "text": {"files": "{folder}/*.txt", "sequence_tokens": 64},
     "instructions": {"files": "{folder}/*.jsonl", "sequence_tokens": 64},
 }
+# Parts of a mixture are sections themselves.
+SOURCES["mixture"] = {"parts": [{"task": name, name: SOURCES[name]} for name in ("text", "instructions")]}
 
 
 @pytest.fixture
@@ -39,10 +41,7 @@ def make(tmp_path):
 
     def build(name):
         section = field_of(name)
-        fields = {
-            key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
-            for key, value in SOURCES.get(section, {}).items()
-        }
+        fields = json.loads(json.dumps(SOURCES.get(section, {})).replace("{folder}", str(tmp_path)))
         config = validate(DataConfig, {"task": name, section: fields})
         return make_task(config, None if section == "retrieval" else 16, global_batch=4)
 

@@ -110,26 +110,27 @@ class Instructions(Stateless):
         if not self.size(split):
             raise ConfigError(f"{FIELD}: there is no data for {split}; set validation_fraction or validation_files")
         order = Order(len(self.stores[split].ends), self.run.seed, split, self.global_batch)
-        numbers = [order.number(step, row) for row in range(order.global_batch)]
-        tokens = self.sequence_tokens(self.segments(split, [number for number, _ in numbers], difficulty))
+        tokens = self.sequence_tokens(self.segments(split, order, step, difficulty))
         words = row_words(self.run.seed, split, step, rows, 1)[:, 0] if split == "train" else [0] * len(rows)
         shape = len(rows), tokens
         input_ids, labels = np.full(shape, self.pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
+        mask, sample_ids = np.zeros(shape, dtype=np.int64), list[int]()
         for i, (row, word) in enumerate(zip(rows, words, strict=True)):
-            number, scored = numbers[row]
+            number, scored = order.number(step, row)
+            sample_ids.append(number)
             sample = self.window(split, self.sample(split, number), tokens, int(word))
             ids, n = (sample & IDS).astype(np.int64), len(sample)
             input_ids[i, :n], mask[i, :n] = ids, 1
             if scored:
                 labels[i, : n - 1] = np.where(sample[1:] & SCORED, ids[1:], IGNORE)
         attention_mask = None if mask.all() else torch.from_numpy(mask)
-        sample_ids = [numbers[row][0] for row in rows]
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), attention_mask, sample_ids)
 
-    def segments(self, split: Split, numbers: list[int], difficulty: Difficulty) -> int:
-        """Return the fewest segments that hold all of some samples, within the limits of `difficulty`."""
-        store = self.stores[split]
+    def segments(self, split: Split, order: Order, step: int, difficulty: Difficulty) -> int:
+        """Return the fewest segments that hold all samples of a step, within the limits of `difficulty`."""
+        if difficulty.minimum == difficulty.maximum:
+            return difficulty.maximum
+        store, numbers = self.stores[split], [order.number(step, row)[0] for row in range(order.global_batch)]
         longest = int((store.ends[numbers] - store.starts[numbers]).max())
         return max(difficulty.minimum, min(difficulty.maximum, -(-longest // self.segment_tokens)))
 
