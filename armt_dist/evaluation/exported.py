@@ -150,8 +150,9 @@ def check_places(folder: Path, section: Any, path: str, given: Sequence[str]) ->
         own = f"{path}.{key}"
         if any(f"{own}.".startswith(f"{name}.") for name in given):
             continue
-        for child in value if isinstance(value, list) else [value]:
-            check_places(folder, child, own, given)
+        check_places(folder, value, own, given)
+        for i, child in enumerate(value if isinstance(value, list) else ()):
+            check_places(folder, child, f"{own}.{i}", given)
         values = value if isinstance(value, list) else [value]
         for place in values if key in PLACES else ():
             if isinstance(place, str) and (is_elsewhere(place) or is_remote(key, place, section)):

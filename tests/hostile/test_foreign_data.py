@@ -64,6 +64,15 @@ ELSEWHERE = {
         "task": "text",
         "text": {"dataset": {"name": "json", "data_files": ["zip://a::http://host/b"]}},
     },
+    "data.instructions.files=/etc": {"task": "instructions", "instructions": {"files": "/etc"}},
+    "data.instructions.dataset.name=someone/something": {
+        "task": "instructions",
+        "instructions": {"dataset": {"name": "someone/something"}},
+    },
+    "data.mixture.parts.1.text.files=/etc": {
+        "task": "mixture",
+        "mixture": {"parts": [{}, {"task": "text", "text": {"files": "/etc"}}]},
+    },
     "data.babilong.background=/home": {"task": "babilong", "babilong": {"background": "/home"}},
     "data.babilong.published.set=facebook/babi_qa": {
         "task": "babilong",
