@@ -45,6 +45,17 @@ MISTAKES = {
     "parallel.sp=4 x parallel.rounds=1 = 4 blocks: curriculum.0 may draw": ["--check", "4", "parallel.sp=4"],
     "segments=9999 of": [*PLAYS, "curriculum=[{segments: 9999, steps: 2}]"],
     "data.text.files={folder}/none*: no such file": [*PLAYS, "data.text.files={folder}/none*"],
+    "data.instructions.files={folder}/none*: no such file": [
+        *PLAYS, "data={task: instructions, instructions: {files: '{folder}/none*'}}"
+    ],
+    "data.mixture.parts.1: text.files=3: Input should be": [
+        *PLAYS, "data={task: mixture, mixture: {parts: [{}, {task: text, text: {files: 3}}]}}"
+    ],
+    "data.mixture.parts.1: its unit is segments, and that of parts.0 is pairs": [
+        *PLAYS, "model.segment_tokens=4",
+        "data={task: mixture, mixture: {parts: [{}, {task: text, text: {files: {folder}, sequence_tokens: 64}}]}}"
+    ],
+    "train.epochs=2.0: every stage has steps": ["train.epochs=2"],
     "train.best=nonsense: no such validation metric": ["train.best=nonsense"],
     "base_config.num_attention_heads=3 does not divide hidden_size=16": [GPT2, "model.base_config.n_head=3"],
     "model_type=gpt5: no such backbone": ["model.base_config.model_type=gpt5"],

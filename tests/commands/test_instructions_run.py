@@ -70,13 +70,13 @@ def test_epochs_decide_the_steps_and_a_resume_goes_on(run):
 
 def test_an_export_is_evaluated_on_chats_held_out(run, tmp_path):
     folder, _ = run
-    export = run_script("consolidate.py", folder, "--out", tmp_path / "model")
+    export = run_script("consolidate.py", folder, "--out", tmp_path / "model", "--tag", "latest")
     assert export.returncode == 0, export.stderr[-2000:]
     found = run_script("evaluate.py", "--model", tmp_path / "model", "--trust-data", "--lengths", "3", "--data",
                        f"data.instructions.files={folder.parent / 'chats.jsonl'}",
                        f"data.instructions.validation_files={folder.parent / 'held_out.jsonl'}")  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
-    (row,) = json.loads((tmp_path / "model/evaluation/evaluation.json").read_text())["rows"]["instructions"]
+    (row,) = json.loads((tmp_path / "model/evaluation/evaluation.json").read_text())["rows"]
     (*_, last) = records(folder, "validation")
     assert row["samples"] == 3 and row["loss"] == pytest.approx(last["loss"], rel=1e-4)
     assert "accuracy" in found.stdout

@@ -12,6 +12,7 @@ from armt_dist.data.lengths import Difficulty
 from armt_dist.data.mixture import BLOCK, deal, shares
 from armt_dist.data.sections import DataConfig
 from armt_dist.data.tasks import make_task
+from armt_dist.schedule.planned_run import Samples, longest_samples
 from armt_dist.training.checks import lengths_of
 
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(100)]
@@ -126,3 +127,14 @@ def test_what_cannot_be_mixed(tmp_path):
         with pytest.raises(ConfigError, match=f"data.mixture.{says}") as caught:
             build([plays, part])
         assert "\n" not in str(caught.value)
+
+
+def test_the_planner_takes_the_largest_of_all_parts():
+    parts = [{"weight": 3, "task": "babilong"}, {"task": "instructions", "instructions": {"sequence_tokens": 64}}]
+    run = {"model": {"segment_tokens": 16}, "curriculum": [{"segments": 4}]}
+    found = longest_samples({**run, "data": {"task": "mixture", "mixture": {"parts": parts}}})
+    assert found == Samples(16, 64, 0, 177, padded=True)
+    with pytest.raises(ConfigError, match="data.instructions.sequence_tokens=64; use at most 4"):
+        longest_samples({**run, "data": parts[1], "curriculum": [{"segments": 5}]})
+    with pytest.raises(ConfigError, match="data.mixture.parts=3: expected a list"):
+        longest_samples({**run, "data": {"task": "mixture", "mixture": {"parts": 3}}})
