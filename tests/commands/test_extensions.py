@@ -54,7 +54,7 @@ def test_the_examples_train_validate_and_are_evaluated(folder):
         (
             "",
             ["extensions=[mine]"],
-            "data.task=copying: no such task; one of rewrite, remember, text, babilong, or name",
+            "data.task=copying: no such task; one of rewrite, remember, text, babilong, instructions, mixture, or name",
         ),
         (
             "from copying import Copying\nCopying.carries = False",
