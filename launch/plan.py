@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from armt_dist.config import ConfigError, read_object, run_main
-from armt_dist.schedule.calibration import calibrated
+from armt_dist.schedule.calibration import calibrated, with_network
 from armt_dist.schedule.grid import pipeline_warning
 from armt_dist.schedule.hardware import HARDWARE, Hardware
 from armt_dist.schedule.model_sizes import KINDS, MODELS, ModelSizes, StepWork, memory_fields, model_sizes
@@ -84,6 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--nodes", type=int, default=1, help="default %(default)s")
     add("--hardware", choices=HARDWARE, default="h100", help="default %(default)s")
     add("--calibrate", type=Path, action="append", default=[], metavar="RUN", help="run folder; may be repeated")
+    add("--network", type=Path, metavar="FILE", help="of launch/preflight.py --network: latency and bandwidth of links")
     add("--timeline", action="store_true", help="print the simulated timeline of one sp group")
     add("--png", type=Path, help="draw the simulated timeline to this file")
     only = parser.add_argument_group("with --model")
@@ -214,6 +215,8 @@ def main() -> int:
     """Print the plan. Returns the exit code."""
     options = parse(sys.argv[1:])
     hardware = HARDWARE[options.hardware]
+    if options.network:
+        hardware = with_network(hardware, options.network)
     if options.calibrate:
         hardware = calibrated(hardware, options.calibrate)
     run = read(options, hardware)

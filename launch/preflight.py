@@ -6,6 +6,7 @@ One rank per node is enough, under any launcher: srun, mpirun, torchrun, deepspe
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from armt_dist.config import ConfigError, run_main
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import claimed_rank, discover
-from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, exceptional, judge, report
+from armt_dist.distributed.preflight import GIB, MIB, Thresholds, examine, exceptional, judge, network, report
 
 # By device: payload of the collectives in bytes, and from which multiple of the median a node counts as slow. GPUs of
 # one kind agree within a few percent; CPUs are shared, only a broken one is told apart.
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
     add("--need-gib", type=float, default=1.0, help="free space that the folder must have (default %(default)s)")
     add("--clock-s", type=float, default=5.0, help="largest difference of the clocks (default %(default)s)")
     add("--slow", type=float, help=f"slow from this multiple of the median (default by device: {DEFAULTS})")
+    add("--network", type=Path, help="write latencies and bandwidths to this file, for launch/plan.py --network")
     add("--timeout-s", type=float, default=120.0, help="longest wait for the other nodes (default %(default)s)")
     add("--unfit", type=Path, help="file to which the names of unfit nodes are written, if most nodes are fit")
     add("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -50,6 +52,8 @@ def main(args: argparse.Namespace) -> None:
     parallel.stop()
     if ranks.rank == 0:
         print(report(facts, payload_bytes), flush=True)
+        if args.network and ranks.world_size > 1:
+            args.network.write_text(json.dumps(network(facts, payload_bytes), indent=1) + "\n")
     faults = judge(facts, Thresholds(args.gpus, args.need_gib * GIB, args.clock_s, args.slow or slow))
     if faults:
         if args.unfit and ranks.rank == 0 and (names := exceptional(faults, nodes)):

@@ -41,10 +41,14 @@ def make_mesh(ranks: Ranks, sp: int) -> Mesh:
 
 
 class Edge(NamedTuple):
-    """A neighbour in the ring of an sp group: its rank in the world, and the process group of the two."""
+    """A neighbour in the ring of an sp group: its rank in the world, the process group of the two, and its host."""
 
     peer: int
     group: dist.ProcessGroup
+    host: str = ""  # of the peer
+
+    def __str__(self) -> str:
+        return f"rank {self.peer} on {self.host}"
 
 
 def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
@@ -63,9 +67,11 @@ def ring(mesh: Mesh, timeout_s: float) -> tuple[Edge | None, Edge | None]:
             continue
         group = connect(pairs, rank, hosts, timeout_s)
         if mesh.sp_rank in starts:
-            after = Edge(mesh.sp_ranks[(mesh.sp_rank + 1) % mesh.sp], group)
+            peer = mesh.sp_ranks[(mesh.sp_rank + 1) % mesh.sp]
+            after = Edge(peer, group, hosts[peer])
         elif (mesh.sp_rank - 1) % mesh.sp in starts:
-            before = Edge(mesh.sp_ranks[mesh.sp_rank - 1], group)
+            peer = mesh.sp_ranks[mesh.sp_rank - 1]
+            before = Edge(peer, group, hosts[peer])
     return before, after
 
 

@@ -47,7 +47,8 @@ class Facts(NamedTuple):
     folder_free_bytes: int
     compute_s: float  # of the node's slowest device
     reduce_s: float  # of an all-reduce of the payload
-    send_s: float  # of handing the payload to the next rank
+    send_s: float  # of handing the payload to the next rank, and its answer
+    answer_s: float  # of a number there and back
 
 
 def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int) -> list[Facts]:
@@ -69,6 +70,7 @@ def examine(ranks: Ranks, device: torch.device, folder: Path, payload_bytes: int
         compute_s=max(compute_s(torch.device("cuda", i)) for i in gpus) if gpus else compute_s(device),
         reduce_s=best_s(lambda: dist.all_reduce(payload), device),
         send_s=send_s(ranks, payload),
+        answer_s=send_s(ranks, payload[:1].clone()),
     )
     return [Facts(*found) for found in gather_json(facts)]
 
@@ -255,6 +257,22 @@ def slow_ones(facts: list[Facts], slow: float) -> list[str]:
                 f"{fact.node}: slow link to {facts[after].node}, {fact.send_s * 1e3:.2f} ms, limit {send_s * 1e3:.2f}"
             )
     return faults
+
+
+def network(facts: list[Facts], payload_bytes: int) -> dict[str, float]:
+    """Return what the planner takes from a preflight: fields of `schedule.hardware.Hardware`, of the slowest link.
+
+    Bytes of an all-reduce: each of n ranks sends and receives 2 (n - 1) / n of the payload.
+    """
+    n, latency_s = len(facts), max(fact.answer_s for fact in facts) / 2
+    way_s = max(max(fact.send_s for fact in facts) - 2 * latency_s, 1e-9)
+    reduce_s = max(fact.reduce_s for fact in facts)
+    return {
+        "handoff_latency_s": latency_s,
+        "handoff_bytes_per_s": payload_bytes / way_s,
+        "collective_latency_s": latency_s,
+        "gather_bytes_per_s": 2 * (n - 1) / n * payload_bytes / reduce_s,
+    }
 
 
 def report(facts: list[Facts], payload_bytes: int) -> str:

@@ -213,11 +213,12 @@ LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset",
 
 @contextmanager
 def end_when_alone(
-    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None
+    at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None, neighbours: str = ""
 ) -> Iterator[None]:
     """End this process with exit code 1 and one line on stderr if the block fails because another rank is lost.
 
-    The line names this rank and its last instruction, which `at` returns; `dump` receives the line and the traceback.
+    The line names this rank, its host and last instruction, which `at` returns, and the `neighbours` to which it hands
+    states, as a collective does not say which rank it has lost. `dump` receives the line and the traceback.
     There is no clean-up, which could wait for the other ranks again.
     """
     try:
@@ -228,7 +229,9 @@ def end_when_alone(
             raise
         instruction = at()
         doing = f"in {instruction} (layer {instruction.layer})" if instruction else "outside the layers"
-        why = f"rank {dist.get_rank()} lost another rank {doing}: {text}"
+        why = f"rank {dist.get_rank()} on {socket.gethostname()} lost another rank {doing}: {text}"
+        if neighbours:
+            why += f"; it hands states to and from {neighbours}"
         report(f"error: {why}\n")
         # The failing frames have unwound and are missing from the stacks.
         dump(f"{why}\n{traceback.format_exc()}")

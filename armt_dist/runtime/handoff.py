@@ -29,6 +29,7 @@ class Local:
     """The link of a rank that holds the whole sequence: from one of its blocks to the next, without communication."""
 
     sent_bytes = 0
+    neighbours = ""
 
     def __init__(self) -> None:
         self.kept: dict[Instruction, tuple] = {}
@@ -55,8 +56,10 @@ class Wire:
         self.device = device
         # Buffers are filled and receives started without waiting for the layer that is running.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.sending: deque[tuple[dist.Work, Tensor, Edge]] = deque()
         self.sent_bytes = 0
+        # For messages: ranks and hosts, of the one before and the one after.
+        self.neighbours = " and ".join(dict.fromkeys(str(edge) for edge in (before, after) if edge))
 
     def open(self, receives: Iterable[Instruction], shapes: Shapes) -> "Pass":
         """Return the link of one pass with its `receives` in order. Waits for the sends of the pass before."""
@@ -91,7 +94,7 @@ class Wire:
         with self.beside():
             buffer = torch.cat([tensor.flatten() for tensor in state])
             work = dist.isend(buffer, dst=edge.peer, group=edge.group)
-        self.sending.append((running(work, instruction), buffer))
+        self.sending.append((running(work, instruction), buffer, edge))
         self.sent_bytes += buffer.nbytes
         # gloo reports completion only in wait(); `drain` frees its buffers.
         while self.sending and self.sending[0][0].is_completed():
@@ -101,7 +104,8 @@ class Wire:
         """Wait until all messages have left: the host for those in host memory, the stream for the device's."""
         with self.beside():
             while self.sending:
-                self.sending.popleft()[0].wait()
+                work, _, edge = self.sending.popleft()
+                await_neighbour(work, edge)
 
 
 class Pass:
@@ -128,7 +132,7 @@ class Pass:
             self.post()
         expected, work, buffer = self.posted.popleft()
         assert expected == instruction, f"{instruction} was asked for, but {expected} comes next"
-        work.wait()
+        await_neighbour(work, self.wire.edge(instruction))
         if buffer.is_cuda:
             # Allocated for the wire's stream, used on this one.
             buffer.record_stream(torch.cuda.current_stream())
@@ -139,6 +143,14 @@ class Pass:
         instruction = self.due.popleft()
         numel = sum(tensor.numel() for tensor in self.shapes(instruction))
         self.posted.append((instruction, *self.wire.post(instruction, numel)))
+
+
+def await_neighbour(work: dist.Work, edge: Edge) -> None:
+    """Wait for a message. Raises RuntimeError with the neighbour's name where it fails or the time is over."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise RuntimeError(f"hand-off with {edge}: {error}") from error
 
 
 def running(work: dist.Work | None, instruction: Instruction) -> dist.Work:

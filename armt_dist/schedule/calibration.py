@@ -4,6 +4,7 @@ One run fixes the rate at which cells compute and the share of the backward pass
 size also separate the time to launch a cell's kernels from the time to compute them.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ WARM_UP_STEPS = 2
 SAME_CELLS = 1e-4
 """Runs whose kernels and operations are proportional to this accuracy are alike."""
 LEAST_BACKWARD_RATIO = 0.5
+NETWORK = ("handoff_latency_s", "handoff_bytes_per_s", "collective_latency_s", "gather_bytes_per_s")
+"""Fields of Hardware that a preflight measures (`distributed.preflight.network`)."""
 
 
 class MeasuredRun(NamedTuple):
@@ -75,6 +78,16 @@ def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
     hardware = with_cells(base, runs)
     ratios = [backward_ratio(measured, hardware) for measured in runs]
     return hardware._replace(backward_ratio=statistics.median(ratios))
+
+
+def with_network(base: Hardware, file: Path) -> Hardware:
+    """`base` with the latencies and bandwidths that launch/preflight.py --network wrote. Raises ConfigError."""
+    found = read_object(file, "network")
+    numbers = {name: found.get(name) for name in NETWORK}
+    for name, number in numbers.items():
+        if not isinstance(number, float) or not 0 < number < math.inf:
+            raise ConfigError(f"network={file}: {name}={number!r}; give a file of launch/preflight.py --network")
+    return base._replace(**numbers)
 
 
 def with_cells(base: Hardware, runs: Sequence[MeasuredRun]) -> Hardware:

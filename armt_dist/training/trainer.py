@@ -104,7 +104,7 @@ class Trainer:
         resume: `auto` (from the newest checkpoint, if any), `never`, or a tag. Raises ConfigError.
         """
         try:
-            with end_when_alone(self.runner.at, self.watchdog.dump):
+            with end_when_alone(self.runner.at, self.watchdog.dump, self.runner.link.neighbours):
                 return self.train(resume)
         except ConfigError:
             # Restore the default handlers so that the launcher's SIGTERM ends this process.

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -398,6 +399,6 @@ def test_a_lost_rank_is_named_and_nobody_hangs(how, folders, tmp_path):
         workers[rank].join(max(0, deadline - time.monotonic()))
         assert workers[rank].exitcode == 1, f"rank {rank}: exit code {workers[rank].exitcode}"
         lines = [line for line in (tmp_path / f"stderr.{rank}").read_text().splitlines() if line.startswith("error:")]
-        assert len(lines) == 1 and f"rank {rank} lost another rank in " in lines[0], lines
+        assert len(lines) == 1 and f"rank {rank} on {socket.gethostname()} lost another rank in " in lines[0], lines
         assert "(layer " in lines[0] and f" b{rank}" in lines[0], lines
     workers[1].kill()

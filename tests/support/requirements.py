@@ -39,6 +39,24 @@ def cannot_mount() -> str:
     return ""
 
 
+def no_namespaces() -> str:
+    """Try them, with a link and both ways to spoil it."""
+    if absent := missing_programs("ip", "tc", "unshare")():
+        return absent
+    name = f"armt{os.getpid()}-try"
+    link = ["ip", "-n", name, "link", "add", "eth0", "type", "veth"]
+    ways = (["blackhole"], ["tbf", "rate", "1mbit", "burst", "64kb", "latency", "1ms"])
+    spoil = [["tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", *way] for way in ways]
+    try:
+        for command in (["ip", "netns", "add", name], link, *spoil):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return f"{' '.join(command)}: {done.stderr.strip()}"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    return ""
+
+
 def no_mpirun() -> str:
     return "" if find_mpirun() else "mpirun not found"
 
@@ -54,6 +72,7 @@ def no_downloads() -> str:
 
 REQUIREMENTS = {
     "root": Requirement(cannot_mount, "sudo bash tests/run.sh (in a container: docker run --privileged)"),
+    "network": Requirement(no_namespaces, "apt-get install iproute2; sudo bash tests/run.sh"),
     "slurm": Requirement(
         missing_programs("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo"),
         "apt-get install slurm-wlm munge",

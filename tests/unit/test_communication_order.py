@@ -60,7 +60,7 @@ FAULTS = {
     ),
     "a state is used before it has come": (
         "        work.wait()\n",
-        "",
+        "        pass\n",
         Hazard,
         r"(RUN|BACK) .* does not wait for recv",
     ),

@@ -24,7 +24,7 @@ from armt_dist.model.fields import ARMTFields
 from armt_dist.model.modeling_armt import ARMTForCausalLM
 from armt_dist.runtime.sections import BPTTConfig, ParallelConfig
 from armt_dist.schedule import backbone_sizes, planned_run
-from armt_dist.schedule.calibration import calibrated, read_run
+from armt_dist.schedule.calibration import NETWORK, calibrated, read_run, with_network
 from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.model_sizes import ModelSizes, memory_fields, model_sizes
 from armt_dist.schedule.planner import plan
@@ -344,6 +344,22 @@ def test_a_run_that_cannot_calibrate_says_why(tmp_path):
     write_run(tmp_path / "run", ["ds_config.train_batch_size=1"], steps=2)
     with pytest.raises(ConfigError, match="calibrate=.*fewer than 3 steps of the longest samples; train with"):
         calibrated(CPU, [tmp_path / "run"])
+
+
+def test_a_preflight_says_how_fast_the_network_is(tmp_path):
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(dict.fromkeys(NETWORK, 0.25)))
+    hardware = with_network(CPU, file)
+    assert {getattr(hardware, name) for name in NETWORK} == {0.25}
+    assert hardware._replace(**{name: getattr(CPU, name) for name in NETWORK}) == CPU
+
+
+@pytest.mark.parametrize("wrong", [{}, {"handoff_bytes_per_s": 0.0}, {"gather_bytes_per_s": "fast"}], ids=str)
+def test_a_file_that_is_no_preflight_says_so(wrong, tmp_path):
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(dict.fromkeys(NETWORK, 1.0) | wrong if wrong else {}))
+    with pytest.raises(ConfigError, match="network=.*s=.*; give a file of launch/preflight.py --network"):
+        with_network(CPU, file)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from armt_dist.distributed.preflight import GIB, MIB, Facts, Thresholds, judge, link_turn, report
+from armt_dist.distributed.preflight import GIB, MIB, Facts, Thresholds, judge, link_turn, network, report
 
 LIMITS = Thresholds(gpus=1, folder_bytes=GIB, clock_s=5.0, slow=1.5)
 FIT = Facts(
@@ -17,6 +17,7 @@ FIT = Facts(
     compute_s=1e-3,
     reduce_s=1e-3,
     send_s=1e-3,
+    answer_s=1e-4,
 )
 
 
@@ -82,3 +83,16 @@ def test_report_has_a_line_per_node_and_the_bandwidth():
     assert [line.split()[0] for line in lines[1:6]] == ["n1", "n2", "n3", "n4", "n5"]
     # 2 * 4 / 5 * 10 MiB / 1 ms
     assert "bus 16.78 GB/s" in lines[-1]
+
+
+def test_what_the_planner_takes_from_a_preflight_is_that_of_the_slowest_link():
+    facts = cluster(n2=dict(send_s=0.1 + 2e-3, answer_s=2e-3), n4=dict(reduce_s=0.5))
+    assert network(facts, payload_bytes=10**6) == pytest.approx(
+        {
+            "handoff_latency_s": 1e-3,
+            "handoff_bytes_per_s": 1e7,
+            "collective_latency_s": 1e-3,
+            # An all-reduce moves 8/5 of its bytes over each link of five.
+            "gather_bytes_per_s": 1.6e6 / 0.5,
+        }
+    )
