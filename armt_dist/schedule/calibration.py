@@ -83,11 +83,13 @@ def calibrated(base: Hardware, folders: Sequence[Path]) -> Hardware:
 def with_network(base: Hardware, file: Path) -> Hardware:
     """`base` with the latencies and bandwidths that launch/preflight.py --network wrote. Raises ConfigError."""
     found = read_object(file, "network")
-    numbers = {name: found.get(name) for name in NETWORK}
-    for name, number in numbers.items():
+    changed = base
+    for name in NETWORK:
+        number = found.get(name)
         if not isinstance(number, float) or not 0 < number < math.inf:
             raise ConfigError(f"network={file}: {name}={number!r}; give a file of launch/preflight.py --network")
-    return base._replace(**numbers)
+        changed = changed._replace(**{name: number})  # type: ignore[arg-type]
+    return changed
 
 
 def with_cells(base: Hardware, runs: Sequence[MeasuredRun]) -> Hardware:

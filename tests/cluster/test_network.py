@@ -49,4 +49,4 @@ def test_a_slow_link_is_measured_and_a_cut_one_is_named(tmp_path):
             (line,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
             says = rf"error: rank {rank} on node{rank + 1} lost another rank in .* rank {1 - rank} on node{2 - rank}"
             assert re.match(says, line), line
-            assert "launch/train.py\"" not in log.read_text(), "a traceback of ours"
+            assert 'launch/train.py"' not in log.read_text(), "a traceback of ours"
