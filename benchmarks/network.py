@@ -62,15 +62,14 @@ class Trial:
         folder.mkdir()
         self.run, self.starts = folder / "run", 0
 
-    def start(self, settings: list[str], script: list[str] | None = None, wait_s: float = 0.0, **environ: str) -> list:
-        """Start the training on every node, the first one `wait_s` before the others."""
+    def start(self, settings: list[str], script: list[str] | None = None, **environ: str) -> list:
+        """Start the training on every node."""
         self.starts += 1
         script = script or [str(ROOT / "launch/train.py")]
         ranks = []
         for number in range(1, self.nodes.count + 1):
             command = [*script, *SETTINGS, *settings, "--out", str(self.run)]
             ranks.append(self.nodes.torchrun(number, command, self.log(number), **environ))
-            time.sleep(wait_s if number == 1 else 0)
         return ranks
 
     def log(self, number: int) -> Path:
@@ -218,22 +217,37 @@ def cut_at_start(nodes: Network, folder: Path, expected: dict) -> dict:
     return row_of(cut_at_start.__doc__, codes, said, seconds, losses(trial.run) == expected)
 
 
-def cut_at_setup(nodes: Network, folder: Path, expected: dict) -> dict:
-    """The first node is cut for good once all ranks have started, before they have met."""
-    trial = Trial(nodes, folder / "cut_at_setup")
+def cut_at_meeting(nodes: Network, folder: Path, expected: dict) -> dict:
+    """The second node is cut for good once all ranks have started, before they have met."""
+    trial = Trial(nodes, folder / "cut_at_meeting")
+
+    def begun() -> bool:
+        return all(started(nodes, number) for number in range(1, nodes.count + 1))
+
+    return cut_when(begun, nodes, trial, cut_at_meeting.__doc__, expected)
+
+
+def cut_in_setup(nodes: Network, folder: Path, expected: dict) -> dict:
+    """The second node is cut for good when ranks have met, while they make models and edges."""
+    trial = Trial(nodes, folder / "cut_in_setup")
+    return cut_when(trial.run.exists, nodes, trial, cut_in_setup.__doc__, expected)
+
+
+def cut_when(begun: Callable[[], bool], nodes: Network, trial: Trial, what: str | None, expected: dict) -> dict:
+    """Cut a node as soon as a start has come so far; mend it when all have ended, and start again."""
     ranks = trial.start(FAULT_SETTINGS)
     deadline = time.monotonic() + LIMIT_S
-    while not all(started(nodes, number) for number in range(1, nodes.count + 1)):
+    while not begun():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-    nodes.cut(1)
+        time.sleep(0.02)
+    nodes.cut(2)
     begin = time.monotonic()
     ended_s(ranks, LIMIT_S)
     seconds = time.monotonic() - begin
     codes, said = [rank.returncode for rank in ranks], trial.said()
-    nodes.mend(1)
+    nodes.mend(2)
     trial.complete(FAULT_SETTINGS)
-    return row_of(cut_at_setup.__doc__, codes, said, seconds, losses(trial.run) == expected)
+    return row_of(what, codes, said, seconds, losses(trial.run) == expected)
 
 
 def started(nodes: Network, number: int) -> bool:
@@ -267,7 +281,7 @@ def faults(nodes: Network, folder: Path, only: list[str]) -> list[dict]:
     undisturbed.complete(FAULT_SETTINGS)
     expected = losses(undisturbed.run)
     rows = [fault(nodes, folder, name, expected) for name in FAULTS if name in only or not only]
-    for other in (cut_at_start, cut_at_setup, wrong_clock):
+    for other in (cut_at_start, cut_at_meeting, cut_in_setup, wrong_clock):
         if other.__name__ in only or not only:
             rows.append(other(nodes, folder, expected))
     return rows

@@ -16,6 +16,15 @@ Result = TypeVar("Result")
 SLOW_POLL_S = 1.0
 
 
+# Signs of a lost rank in gloo's messages; NCCL raises DistBackendError.
+LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Return whether an error says that another rank is gone, or silent for too long."""
+    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in LOST)
+
+
 def gather(own: Sequence[float], device: torch.device) -> list[list[float]]:
     """Return for each number its values on all ranks, in rank order. Collective; waits for the device."""
     row = torch.tensor(own, dtype=torch.float64, device=device)

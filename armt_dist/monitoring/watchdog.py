@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, TextIO
 import torch.distributed as dist
 
 from ..config import one_line
+from ..distributed.collectives import is_lost_rank
 from ..records import RUN_CONFIG
 from ..schedule.program import Instruction
 from .sections import WatchdogConfig
@@ -207,10 +208,6 @@ def report(line: str) -> None:
         time.sleep(TIMER_LATER_S)
 
 
-# Signs of a lost rank in gloo's messages; NCCL raises DistBackendError.
-LOST = ("gloo", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
-
-
 @contextmanager
 def end_when_alone(
     at: Callable[[], Instruction | None], dump: Callable[[str], None] = lambda why: None, neighbours: str = ""
@@ -225,7 +222,7 @@ def end_when_alone(
         yield
     except RuntimeError as error:
         text = one_line(error, limit=300)
-        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in LOST):
+        if not is_lost_rank(error):
             raise
         instruction = at()
         doing = f"in {instruction} (layer {instruction.layer})" if instruction else "outside the layers"

@@ -71,10 +71,11 @@ class Trainer:
             self.say(f"warning: {warning}")
         for line in (*setup.notes(), f"optimizer: {setup.prepared.optimizer}"):
             self.say(line)
-        self.runner = build_runner(config, setup)
         ds = setup.prepared.ds_config
-        groups = parameter_groups(self.runner.model, config.train.optimizer_groups, ds["optimizer"]["params"])
-        self.engine = start_engine(self.runner, ds, setup.batches.grid, device, groups)
+        with end_when_alone(lambda: None, self.watchdog.dump):
+            self.runner = build_runner(config, setup)
+            groups = parameter_groups(self.runner.model, config.train.optimizer_groups, ds["optimizer"]["params"])
+            self.engine = start_engine(self.runner, ds, setup.batches.grid, device, groups)
         self.watchdog.at = self.runner.at
         self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
         self.carrying = carrying_of(config, setup.batches, self.runner.model)

@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..config import ConfigError, one_line
+from ..distributed.collectives import is_lost_rank
 from ..model.backbone import Backbone
 from ..model.configuration_armt import ARMTConfig
 from ..model.fields import ARMTFields
@@ -86,6 +87,9 @@ def build_model(config: "ModelConfig", armt: ARMTConfig, ds_config: dict, seed: 
         with no_init_weights(), init:
             model = ARMTForCausalLM(armt, base=base)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_lost_rank(error):
+            # Partitioning is collective: the base may be as it should.
+            raise
         raise ConfigError(f"model.base={config.base}: cannot be loaded ({one_line(error, 400)})") from None
     del partitioning
     initialise(model, config.init or InitConfig())

@@ -34,7 +34,8 @@ def test_a_slow_link_is_measured_and_a_cut_one_is_named(tmp_path):
         file = tmp_path / "network.json"
         ended_s(start(ROOT / "launch/preflight.py", "--network", file, "--folder", tmp_path, "--need-gib=0"), 60)
         found = json.loads(file.read_text())
-        assert 0.5 * 100e6 / 8 < found["handoff_bytes_per_s"] < 100e6 / 8, found
+        # A little more than the rate, as a burst may pass at once.
+        assert 0.5 < found["handoff_bytes_per_s"] * 8 / 100e6 < 1.1, found
         nodes.slow_down(None)
 
         train = [ROOT / "tests/support/faults.py", "slow:size=0.01", "--", *SETTINGS, "--out", tmp_path / "run"]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 from support.paths import ROOT
 
-from armt_dist.config import validate
+from armt_dist.config import ConfigError, validate
 from armt_dist.monitoring import watchdog
 from armt_dist.records import RUN_CONFIG
 
@@ -125,12 +126,30 @@ from armt_dist.monitoring.watchdog import end_when_alone
 dist.get_rank = lambda: 3
 """
     body = """
-with end_when_alone(dog.at, dog.dump):
+with end_when_alone(dog.at, dog.dump, "rank 2 on node1"):
     raise RuntimeError("[gloo] Timed out waiting 600000ms")
 """
     result, stacks, _ = watched(tmp_path, body, before)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert "lost another rank in RUN 2.1 b0" in result.stderr and "lost another rank" in stacks
+    assert f"rank 3 on {socket.gethostname()} lost another rank in RUN 2.1 b0" in result.stderr
+    assert result.stderr.endswith("ms; it hands states to and from rank 2 on node1\n") and "lost another rank" in stacks
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"), [("[gloo] Timed out waiting 8000ms", RuntimeError), ("size mismatch", ConfigError)]
+)
+def test_a_rank_that_is_lost_while_a_model_is_made_is_no_fault_of_its_base(reason, kind, monkeypatch):
+    from armt_dist.zero3 import partitioned_model
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(partitioned_model, "start_communication", lambda: None)
+    monkeypatch.setattr(partitioned_model.AutoModelForCausalLM, "from_config", fail)
+    config = partitioned_model.ModelConfig(base_config={"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1})
+    armt = partitioned_model.armt_config(config, {"vocab_size": 8}, 4)
+    with pytest.raises(kind, match=reason.replace("[", r"\[").replace("]", r"\]")):
+        partitioned_model.build_model(config, armt, {"zero_optimization": {"stage": 3}}, seed=0)
 
 
 def test_one_line_where_the_limit_runs_out_during_the_report_of_a_lost_rank(tmp_path):
