@@ -6,8 +6,7 @@ bandwidth  The exposed hand-off of a step at 1000, 100 and 10 Mbit/s a link, bes
            latency and bandwidth that launch/preflight.py measures on the same links, and cells from a run on full ones.
 faults     Links cut for 2 s, for good, and in one direction; the first node cut while the others start; a node whose
            clock is an hour off. What the user sees, seconds until all ranks have ended, bits after a resume.
-Real ranks, one for each node, under torchrun. Prints a line for each row, writes results/network.md, and ends with one
-JSON line.
+Real ranks, one for each node, under torchrun. Prints a line for each row, both tables, and ends with one JSON line.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from faults import losses
-from ranks import RESULTS, ROOT
+from ranks import ROOT
 
 # ranks.py has put tests/ on the path.
 from support.network import Network, ended_s, network  # isort: skip
@@ -311,10 +310,7 @@ def main() -> None:
             rates = bandwidth(nodes, folder) if not args.only or "bandwidth" in args.only else []
             others = [name for name in args.only if name != "bandwidth"]
             rows = faults(nodes, folder, others) if not args.only or others else []
-        text = f"{table(rates)}\n\n{table(rows)}\n"
-        if not args.only:
-            (RESULTS / "network.md").write_text(text)
-        print(text)
+        print(f"{table(rates)}\n\n{table(rows)}\n")
     finally:
         if args.keep:
             shutil.copytree(folder, args.keep, dirs_exist_ok=True)
