@@ -79,23 +79,23 @@ def run(command: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{log.read_text()[-3000:]}")
 
 
-def measure(name: str, args: argparse.Namespace, settings: list[str], held: dict[str, list[str]], work: Path) -> dict:
+def measure(name: str, args: argparse.Namespace, settings: list[str], split: dict[str, tuple[list, list]]) -> dict:
     """Train, export and control one variant."""
-    folder = work / name.replace(" ", "_")
+    folder = args.work / name.replace(" ", "_")
     folder.mkdir(parents=True)
     found: dict = {"variant": name, **train(folder / "run", folder / "train.log", args.seconds, settings)}
     print(f"{name}: {found}", flush=True)
     model = folder / "model"
     run(["launch/consolidate.py", str(folder / "run"), "--out", str(model)], folder / "export.log")
-    for texts, files in held.items():
+    for texts, ((spare, *_), files) in split.items():
         out = folder / texts
-        run(
-            ["launch/evaluate.py", "--model", str(model), "--lengths", str(args.segments), "--samples", str(args.samples),
-             "--batch", str(args.batch), "--control", "--full-attention", str(args.full_attention), "--trust-data",
-             "--no-self-check", "--data", f"data.text.validation_files={listed(files)}",
-             f"data.text.sequence_tokens={256 * args.segments}", "--out", str(out)],
-            folder / f"{texts}.log",
-        )  # fmt: skip
+        # A task of texts has some to train on, too: any other one.
+        data = [f"data.text.files={listed([spare, *files])}", f"data.text.validation_files={listed(files)}"]
+        data.append(f"data.text.sequence_tokens={256 * args.segments}")
+        sizes = ["--lengths", args.segments, "--samples", args.samples, "--batch", args.batch]
+        options = ["--control", "--full-attention", args.full_attention, "--trust-data", "--no-self-check"]
+        command = ["launch/evaluate.py", "--model", model, *sizes, *options, "--out", out, "--data", *data]
+        run(list(map(str, command)), folder / f"{texts}.log")
         found[texts] = json.loads((out / "control_text.json").read_text())
         print(f"{name}, {texts}: {(folder / f'{texts}.log').read_text().splitlines()[-1]}", flush=True)
     return found
@@ -115,27 +115,24 @@ def main() -> None:
     add("--work", type=Path, help="folder of runs, exports and logs")
     add("--set", nargs="*", default=[], metavar="key=value", help="settings of all trainings")
     args = parser.parse_args()
-    work = args.work or Path(tempfile.mkdtemp())
+    args.work = args.work or Path(tempfile.mkdtemp())
     folders = {name: Path(folder) for name, folder in (each.split("=", 1) for each in args.texts)}
     split = {name: held_out(folder.resolve()) for name, folder in folders.items()}
     seen = [text for train_on, _ in split.values() for text in train_on]
-    held = {name: texts for name, (_, texts) in split.items()}
-    every = [text for texts in held.values() for text in texts]
-    settings = [f"model.base={args.model.resolve()}", f"data.text.tokenizer={args.model.resolve()}",
-                f"data.text.files={listed(seen)}", f"data.text.validation_files={listed(every)}", *args.set]  # fmt: skip
+    every = [text for _, texts in split.values() for text in texts]
+    settings = [f"{key}={args.model.resolve()}" for key in ("model.base", "data.text.tokenizer")]
+    settings += [f"data.text.files={listed(seen)}", f"data.text.validation_files={listed(every)}", *args.set]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with ThreadPoolExecutor(len(args.variants)) as pool:
-        found = list(
-            pool.map(lambda name: measure(name, args, [*settings, *VARIANTS[name]], held, work), args.variants)
-        )
+        found = list(pool.map(lambda name: measure(name, args, [*settings, *VARIANTS[name]], split), args.variants))
+    kinds = ("full", "own", "other", "none")
     rows = []
     for each in found:
-        for texts in held:
+        for texts in split:
             after = each[texts]["after"]
-            bits = {name: f"{value:.4f}" for name, value in after["bits_per_byte"].items()}
-            worse = after["worse"]["other"]
-            rows.append([each["variant"], texts, f"{each['tokens']:,}", *(bits.get(n, "") for n in ("full", "own", "other", "none")),
-                         f"{worse['value']:.4f} ± {worse['error']:.4f}", each[texts]["share"]])  # fmt: skip
+            bits = [f"{after['bits_per_byte'].get(kind, float('nan')):.4f}" for kind in kinds]
+            costs = "{value:.4f} ± {error:.4f}".format(**after["worse"]["other"])
+            rows.append([each["variant"], texts, f"{each['tokens']:,}", *bits, costs, each[texts]["share"]])
     print(
         table(["variant", "texts", "tokens", "full", "own", "other", "none", "other - own", "share of the gap"], rows)
     )
