@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_queues.py [--streams 10]
 
-One stream sleeps for a second; each of the others gets a small kernel. Those that have not ended half a second later
-share a hardware queue with it. A rank of a wavefront uses up to seven streams. Prints one JSON line last.
+One stream sleeps for a second and has a kernel behind that, which cannot start; each of the others gets a small kernel.
+Those that have not ended half a second later wait in a hardware queue behind it. A rank of a wavefront uses up to seven
+streams. Prints one JSON line last.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def held_up(streams: int) -> int:
     torch.cuda.synchronize()
     with torch.cuda.stream(asleep):
         torch.cuda._sleep(SLEEP_CYCLES)
+        x + 1
     for stream in others:
         with torch.cuda.stream(stream):
             x + 1

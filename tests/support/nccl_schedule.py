@@ -338,7 +338,7 @@ def play(case: Case) -> None:
             # Two accumulation steps and a validation, then one more step.
             for trains in (True, True, False) if step == 0 else (True,):
                 torch.set_grad_enabled(trains)  # of this thread
-                link = ScheduledLM.open_link(model, calls, BATCH, grid.chunks)
+                link = ScheduledLM.open_link(model, calls, 0 if trains else grid.layers, BATCH, grid.chunks)
                 zero = Zero3(gpu, world, grid, case.window, trains)
                 Rank(gpu, link, zero, grid).run(calls, trains)
             zero.meet()
