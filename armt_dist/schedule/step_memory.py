@@ -144,8 +144,8 @@ def head_bytes(held: Held) -> dict[str, float]:
     """The loss head, after the last layer's forward: every layer's input and the last output are alive."""
     model, work = held.model, held.work
     scored = work.micro_batch * (work.scored_tokens or held.grid.rounds * held.block * work.segment_tokens)
-    # Picked rows, normed rows, and what the norm keeps. Where float32 is not the dtype, a copy in it as well, and in the
-    # norm's backward pass two more (measured on GPUs, from 32 k to 1 M tokens).
+    # Picked rows, normed rows, and what the norm keeps. Where float32 is not the dtype, a copy in it as well, and two
+    # more in the norm's backward pass (measured on GPUs, from 32 k to 1 M tokens).
     width = (3 if model.family.norm_vectors == 1 else 2) * work.dtype_bytes
     width += 3 * FP32_BYTES if work.dtype_bytes < FP32_BYTES else 0
     logits = min(scored, LOGITS_TOKENS) * model.vocab_size * FP32_BYTES
