@@ -272,7 +272,7 @@ def test_the_state_of_another_run(state, tmp_path):
 
     trainer = SimpleNamespace(
         root=tmp_path,
-        config=SimpleNamespace(curriculum=[None]),
+        stages=[None],
         task=SimpleNamespace(load_state_dict=load_task),
         restore_carried=restore_carried,
     )
