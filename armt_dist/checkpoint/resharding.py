@@ -12,6 +12,7 @@ Shapes: P values of a parameter, W ranks, ceil(P / W) values of a rank's part.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -125,7 +126,8 @@ def reshard(engine: Any, folder: Path, old_world: int, say: Callable[[str], None
                 fill(part, partial(old.trained_values, name, state_name), places(shape.numel(), old_world, world, rank))
                 done += len(part)
                 say(f"reading {folder} of {old_world} ranks: {done / values:.0%}")
-        states.append({**shard.plain, **state})
+        # Of its own for each group: the optimizer counts its steps in place.
+        states.append({**deepcopy(shard.plain), **state})
     load_optimizer(engine, states)
     for name, shape, part in frozen:
         fill(part, partial(old.frozen_values, name), places(shape.numel(), old_world, world, rank))

@@ -56,7 +56,10 @@ def held(trainer) -> dict:
             values[name, "master"] = safe_get_full_fp32_param(parameter).clone()
             for state in ("exp_avg", "exp_avg_sq"):
                 values[name, state] = safe_get_full_optimizer_state(parameter, state).clone()
-    (steps,) = {float(state["step"]) for state in trainer.engine.optimizer.optimizer.state.values()}
+    states = trainer.engine.optimizer.optimizer.state.values()
+    (steps,) = {float(state["step"]) for state in states}
+    # The optimizer counts in place.
+    assert len({id(state["step"]) for state in states}) == len(states), "groups share a counter"
     engine = trainer.engine
     counters = {"step": steps, "global": engine.global_steps, "samples": engine.global_samples}
     return values | {name: torch.tensor(float(count)) for name, count in counters.items()}
