@@ -49,6 +49,8 @@ setup(
         "gguf": ["gguf>=0.19,<0.20"],
         # Adapters of the base (model.lora).
         "lora": ["peft>=0.21,<0.22"],
+        # Metrics to Weights & Biases (train.trackers).
+        "wandb": ["wandb>=0.31,<0.32"],
         # Fuzzing by tests/fuzz.py.
         "fuzz": ["atheris>=3"],
         "test": [

@@ -15,6 +15,8 @@ from .config import ConfigError, one_line
 # The resolved configuration: the first file that a run writes, so that a folder with it holds a run.
 RUN_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+# Where wandb keeps each run in a folder of its own, new at every start, with links to its logs.
+WANDB = "wandb"
 # Bytes that are read at a time from the end of a file.
 BLOCK = 2**16
 
@@ -31,6 +33,8 @@ def check_links(run: Path) -> None:
                 )
             if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
                 raise ConfigError(f"out={run}: {shown} is no regular file; remove it")
+        if Path(folder) == run / WANDB:
+            folders.clear()
 
 
 def read_json(path: Path) -> dict:

@@ -4,7 +4,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +16,7 @@ from ..config import one_line
 from ..records import METRICS, cut_metrics
 from .bad_steps import BadRows
 from .plateau import Plateau
+from .trackers import TRACKERS, Tracked
 
 # The metrics of a step shown beside the progress bar.
 SHOWN = ("stage", "loss", "accuracy", "tokens_per_s")
@@ -50,10 +53,13 @@ class RunLog:
         if self.speaks:
             show(text, sys.stderr)
 
-    def start(self, done: int, total: int) -> None:
-        """Open the files in the run folder; `done` of `total` steps were made by earlier processes."""
+    def start(self, done: int, total: int, trackers: Sequence[str], config: dict) -> None:
+        """Open the files in the run folder; `done` of `total` steps were made by earlier processes.
+
+        trackers: names in TRACKERS; config: the complete configuration, for those that show it.
+        """
         if self.speaks:
-            self.metrics = MetricsWriter(self.out, done, total)
+            self.metrics = MetricsWriter(self.out, done, total, trackers, config)
 
     def expect(self, total: int) -> None:
         """Correct the total number of steps after a stage ended early."""
@@ -98,10 +104,10 @@ class RunLog:
             self.metrics.write("rollback", step, {"to": to, "passed_over": passed_over})
         self.say(f"step {step}: the loss spiked; rolled back to {tag}, skipping the batches since then")
 
-    def finish(self) -> None:
-        """Close the files."""
+    def finish(self, code: int = 0) -> None:
+        """Close the files; code: exit code of the run."""
         if self.metrics:
-            self.metrics.close()
+            self.metrics.close(code)
 
 
 def show(text: str, stream: TextIO) -> None:
@@ -149,19 +155,24 @@ class ProgressBar:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard in the run folder. A full disk may cost records, never the run."""
+    """Appends to metrics.jsonl in the run folder, and to trackers. A full disk may cost records, never the run."""
 
-    def __init__(self, folder: Path, done: int, total: int):
+    def __init__(
+        self,
+        folder: Path,
+        done: int,
+        total: int,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: dict | None = None,
+    ):
         """Keep the records of the first `done` steps; a stopped run repeats the later ones."""
-        # Slow to import, and only rank 0 needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / METRICS
         cut_metrics(folder, done)
         # What a full disk does not take waits here until it does, or the run ends.
         self.file = self.path.open("ab", buffering=BUFFER_BYTES)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self.bar = ProgressBar(done, total, folder.name)
+        tracked = Tracked(folder, done, config or {}, self.bar.say)
+        self.trackers = [TRACKERS[name](tracked) for name in dict.fromkeys(trackers)]
         self.failed = False
 
     def write(self, kind: str, step: int, values: dict) -> None:
@@ -170,12 +181,12 @@ class MetricsWriter:
         A non-finite number becomes null.
         """
         values = {name: value if is_json_number(value) else None for name, value in values.items()}
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
             self.file.flush()
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            for tracker in self.trackers:
+                tracker.log(step, scalars)
         except OSError as error:
             self.warn(error)
 
@@ -185,12 +196,13 @@ class MetricsWriter:
             self.bar.say(f"warning: {self.path.parent}: metrics cannot be written ({error}); the run continues")
         self.failed = True
 
-    def close(self) -> None:
-        """Close the bar and the files."""
+    def close(self, code: int = 0) -> None:
+        """Close the bar and the files; code: exit code of the run."""
         self.bar.close()
-        for stream in (self.board, self.file):
+        closes: list[Callable[[], None]] = [partial(tracker.close, code) for tracker in self.trackers]
+        for close in (*closes, self.file.close):
             try:
-                stream.close()
+                close()
             except OSError as error:
                 self.warn(error)
 

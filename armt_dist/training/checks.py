@@ -4,6 +4,7 @@ What only the loaded base model, tokenizer and data tell is checked in `setup`.
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def check_run(config: RunConfig, out: Path, world: int | None = None) -> None:
     for part in config.data.parts:
         check_paths(part)
     check_peft(config.model)
+    check_trackers(config.train.trackers)
     check_weights(config.model.base)
     check_names(hub_names(config), any(map(fetches_data, config.data.parts)))
     lengths = lengths_of(config.data, getattr(config.model, "segment_tokens", None))
@@ -91,8 +93,23 @@ def check_paths(data: DataConfig) -> None:
 
 def check_peft(model: ModelConfig) -> None:
     """Check that what adapters need is installed. Raises ConfigError."""
-    if model.lora is not None and find_spec("peft") is None:
+    if model.lora is not None and not is_installed("peft"):
         raise ConfigError("model.lora: needs the package peft; install it with: pip install 'peft>=0.21,<0.22'")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that what trackers need is installed. Raises ConfigError."""
+    if "wandb" in names and not is_installed("wandb"):
+        raise ConfigError(
+            "train.trackers=wandb: needs the package wandb; install it with: pip install 'wandb>=0.31,<0.32', or leave "
+            "it out"
+        )
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package is there, and is more than a folder of that name, such as the one that wandb writes."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def check_weights(base: str | None) -> None:

@@ -27,6 +27,9 @@ class TrainConfig(Section):
     """Passes over a finite training set in each stage without `steps`; null: all stages have them. Example: 3"""
     log_every: Positive = 10
     """Steps between two lines of the log; metrics.jsonl has every step. Example: 50"""
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where metrics go beside metrics.jsonl: `tensorboard`, files in the run folder; `wandb`, Weights & Biases, which
+    needs the package wandb and obeys its WANDB_ variables. Example: [tensorboard, wandb]"""
     save_every: Positive = 500
     """Steps between two checkpoints. Example: 1000"""
     keep_last: Positive = 2

@@ -17,7 +17,7 @@ from ..versions import installed
 from ..zero3.ds_config_keys import OptimizerKeys
 from .run_config import RunConfig, as_yaml, resolved
 
-PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy", "peft")
+PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy", "peft", "wandb")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.

@@ -33,7 +33,7 @@ from .curriculum import Stage
 from .global_batch import RowLayout
 from .out_of_memory import Need, describe, is_out_of_memory
 from .progress import Progress, stage_over
-from .run_config import RunConfig
+from .run_config import RunConfig, resolved
 from .run_folder import describe_run, record_changes
 from .setup import Setup, build_runner, set_up
 from .train_step import StepParts, StepResult, train_step, validate
@@ -166,7 +166,8 @@ class Trainer:
             keep_freed_memory()
         together(self.describe, only=0)
         total = min(self.progress.step + self.steps_left(), self.config.train.max_steps or 10**12)
-        together(lambda: self.log.start(self.progress.step, total))
+        shown = resolved(self.config.model_copy(update={"ds_config": self.ds_config}))
+        together(lambda: self.log.start(self.progress.step, total, self.config.train.trackers, shown))
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop_signal)
         if self.config.digests:
@@ -231,12 +232,14 @@ class Trainer:
         self.attempt(self.saver.wait)
         newest = self.saver.saved or "no checkpoint"
         self.say(f"stopped by a signal after step {self.progress.step}; the same command resumes from {newest}")
+        self.log.finish(REQUEUE)
         return REQUEUE
 
     def give_up(self, why: str) -> int:
         """Print one line with the last good checkpoint. Returns the exit code. Not collective."""
         good = self.root / self.saver.saved if self.saver.saved else "none was written"
         self.log.complain(f"error: {why}, at step {self.progress.step}; last good checkpoint: {good}")
+        self.log.finish(GAVE_UP)
         return GAVE_UP
 
     def finish(self) -> int:

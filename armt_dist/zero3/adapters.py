@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import ConfigError
+from ..config import ConfigError, one_line
 from ..model.modeling_armt import ARMTForCausalLM
 from .partitioned_model import gathered
 from .private import secondary_group
@@ -18,10 +18,15 @@ from .trained_parameters import is_memory
 def add_adapters(model: ARMTForCausalLM, config: LoraSection) -> None:
     """Put adapters without values beside the base's linear maps that `config` names, and freeze the rest of the base.
 
-    Raises ConfigError for a target that names none.
+    Raises ConfigError for a target that names none, and without peft.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(
+            f"model.lora: the package peft cannot be imported ({one_line(error)}); install it with: pip install "
+            "'peft>=0.21,<0.22'"
+        ) from None
     targets = find_targets(model, config.targets)
     transposed = any(isinstance(model.base.get_submodule(name), Conv1D) for name in targets)
     lora = LoraConfig(

@@ -28,7 +28,8 @@ REMEDIES = {
     "fp16": "use bf16 (float16's range does not fit the memory states)",
     "activation_checkpointing": "DeepSpeed's reentrant checkpointing gives wrong gradients for a layer that is run "
     "for several segments; segment BPTT always recomputes, and only cpu_checkpointing is honoured here",
-    "tensorboard": "TensorBoard is always written to the run folder",
+    "tensorboard": "use train.trackers in the YAML config",
+    "wandb": "use train.trackers in the YAML config",
     "curriculum_learning": "use the curriculum section of the YAML config",
     "data_efficiency": "use the curriculum section of the YAML config",
     "gradient_checkpointing": "segment BPTT always recomputes; remove it",

@@ -56,6 +56,8 @@ MISTAKES = {
         "data={task: mixture, mixture: {parts: [{}, {task: text, text: {files: {folder}, sequence_tokens: 64}}]}}"
     ],
     "train.epochs=2.0: every stage has steps": ["train.epochs=2"],
+    "train.trackers=wandb: needs the package wandb; install it with: pip": ["train.trackers=[tensorboard, wandb]"],
+    "model.lora: needs the package peft; install it with: pip": ["model.lora={targets: [q_proj]}"],
     "train.best=nonsense: no such validation metric": ["train.best=nonsense"],
     "base_config.num_attention_heads=3 does not divide hidden_size=16": [GPT2, "model.base_config.n_head=3"],
     "model_type=gpt5: no such backbone": ["model.base_config.model_type=gpt5"],
@@ -81,6 +83,8 @@ def folder(tmp_path_factory):
     for name in HEAVY:
         (folder / "fake" / name).mkdir(parents=True)
         (folder / "fake" / name / "__init__.py").write_text("raise SystemExit('too early')\n")
+    # These are not installed.
+    (folder / "fake/sitecustomize.py").write_text("import sys\nsys.modules.update(wandb=None, peft=None)\n")
     return folder
 
 

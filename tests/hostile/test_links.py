@@ -24,7 +24,7 @@ WRITTEN = (
     ),
     *("model", "model/config.json", "checkpoints", "checkpoints/latest", "checkpoints/.latest.tmp", "lease"),
     *("checkpoints/staging-step_00000002", "stacks/rank_0.txt", "heartbeat/rank_0.json", "digests/rank_0.jsonl"),
-    *("tensorboard", "profile"),
+    *("tensorboard", "profile", "wandb", "wandb.json", "wandb/latest-run"),
 )
 
 
@@ -41,6 +41,15 @@ def test_a_link_is_refused_and_its_target_untouched(name, tmp_path):
     with pytest.raises(ConfigError, match="is a link"):
         write_run_report(tmp_path / "run")
     assert (victim / "file").read_text() == "mine" and [path.name for path in victim.iterdir()] == ["file"]
+
+
+def test_the_links_that_wandb_makes_to_its_logs_are_its_own(tmp_path):
+    (tmp_path / "wandb/run-1/logs").mkdir(parents=True)
+    (tmp_path / "wandb/run-1/logs/debug-core.log").symlink_to(tmp_path / "log")
+    check_links(tmp_path)
+    (tmp_path / "wandb/run-1").rename(tmp_path / "run-1")
+    with pytest.raises(ConfigError, match="run-1/logs/debug-core.log is a link"):
+        check_links(tmp_path)
 
 
 def test_a_fifo_is_not_waited_for(tmp_path):
