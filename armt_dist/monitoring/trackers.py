@@ -82,9 +82,10 @@ class Wandb:
             self.run.say("warning: wandb was too slow, and lacks records of metrics.jsonl")
 
     def put(self, record: dict | None) -> None:
-        """Put a record, or None at the end, into the queue, unless it is full."""
+        """Put a record, or None at the end, into the queue, unless it is full or the thread has ended."""
         try:
-            self.queue.put_nowait(record)
+            if self.thread.is_alive():
+                self.queue.put_nowait(record)
         except Full:
             self.dropped += 1
 

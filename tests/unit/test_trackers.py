@@ -118,7 +118,7 @@ def test_a_start_that_fails_is_a_warning(calls, tmp_path, monkeypatch, capsys):
 
 def test_the_run_does_not_wait_for_wandb(tmp_path, monkeypatch, capsys):
     ended = threading.Event()
-    monkeypatch.setattr(trackers, "start_wandb", lambda run: ended.wait(20))
+    monkeypatch.setattr(trackers, "start_wandb", lambda run: (ended.wait(20), sys.exit()))
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     monkeypatch.setattr(trackers, "WAITING", 2)
     before = time.monotonic()
