@@ -14,14 +14,14 @@ from ..files import write_atomically
 from ..model.configuration_armt import ARMTConfig
 from ..records import RUN_CONFIG, read_json, read_json_lines, write_json
 from ..versions import installed
-from ..zero3.ds_config_keys import OptimizerKeys
+from ..zero3.ds_config_keys import Bf16Keys, OptimizerKeys
 from .run_config import RunConfig, as_yaml, resolved
 
 PACKAGES = ("armt_dist", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy", "peft", "wandb")
 # Sections that may not change when a run resumes.
 FIXED = ("model", "data", "curriculum")
 # And keys of the others.
-FIXED_KEYS = ("train.carry_state", "train.freeze", "ds_config.optimizer.type")
+FIXED_KEYS = ("train.carry_state", "train.freeze", "ds_config.optimizer.type", "ds_config.bf16.enabled")
 # But not where something is kept, in the section of any task, and how fast it is trained.
 FREE_KEY = re.compile(r"data\.(.*\.)?(text|instructions)\.cache|curriculum\..*\.(lr|warmup_steps|schedule|final)")
 # What a run changed when it resumed.
@@ -74,6 +74,7 @@ def fixed(config: dict) -> dict[str, object]:
         if k.partition(".")[0] in FIXED or k in FIXED_KEYS or k.startswith(below)
     }
     kept.setdefault("ds_config.optimizer.type", OptimizerKeys().type)
+    kept.setdefault("ds_config.bf16.enabled", Bf16Keys().enabled)
     return {key: value for key, value in kept.items() if not FREE_KEY.fullmatch(key)}
 
 

@@ -132,7 +132,10 @@ MISTAKES = {
     ),
     "missing base": (["model.base=/no/such/model", "model.base_config=null", "model.init=null"], "/no/such/model"),
     "other data": (["data.seed=7"], "data.seed=7"),
+    "other precision": (["ds_config.bf16.enabled=true"], "ds_config.bf16.enabled=True: the run in"),
 }
+# Mistakes at a resume.
+RESUMING = ("other data", "other precision")
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -142,8 +145,8 @@ def test_a_mistake_is_one_line_from_one_rank(name, runs, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({"train_batch_size": 5, **zero}))
     (tmp_path / "stage2.json").write_text(json.dumps({"train_batch_size": 4, "zero_optimization": {"stage": 2}}))
     arguments = [tmp_path / a if a.endswith("2.json") or a.endswith("odd.json") else a for a in arguments]
-    out = runs / "whole" if name == "other data" else tmp_path / "run"
-    short = SHORT if name == "other data" else []
+    out = runs / "whole" if name in RESUMING else tmp_path / "run"
+    short = SHORT if name in RESUMING else []
     # Of two options the last one counts.
     result = train("--ds_config", FP32, "--out", out, *short, *arguments, timeout_s=120)
     assert result.returncode == 2, result.stderr[-2000:]

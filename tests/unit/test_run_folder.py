@@ -54,6 +54,7 @@ def run(ds_config=None, train=None, **stage):
 def test_rates_and_batch_may_change_at_a_resume(tmp_path):
     write_atomically(tmp_path / "config.yaml", as_yaml(run()))
     check_same(tmp_path, run({"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, lr=2e-3))
+    check_same(tmp_path, run({"bf16": {"enabled": False}}))
     check_same(tmp_path, run(schedule="cosine", final=0.1, warmup_steps=1))
     check_same(tmp_path, run(train={"optimizer_groups": [{"match": ["*"], "lr_scale": 2}], "max_steps": 3}))
 
@@ -65,6 +66,10 @@ def test_rates_and_batch_may_change_at_a_resume(tmp_path):
         (
             {"train": {"freeze": "base"}},
             "train.freeze=base: .* was started with None; keep that, or give another --out",
+        ),
+        (
+            {"ds_config": {"bf16": {"enabled": True}}},
+            "ds_config.bf16.enabled=True: .* was started with False; keep that",
         ),
         ({"steps": 3}, "curriculum.0.steps=3: .* was started with 2; keep that"),
     ],
