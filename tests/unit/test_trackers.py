@@ -118,13 +118,16 @@ def test_a_start_that_fails_is_a_warning(calls, tmp_path, monkeypatch, capsys):
 
 def test_the_run_does_not_wait_for_wandb(tmp_path, monkeypatch, capsys):
     ended = threading.Event()
-    monkeypatch.setattr(trackers, "start_wandb", lambda run: (ended.wait(20), sys.exit()))
+    monkeypatch.setattr(trackers, "start_wandb", lambda run: ended.wait(20))
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     monkeypatch.setattr(trackers, "WAITING", 2)
     before = time.monotonic()
     one_run(tmp_path / "run")
     assert time.monotonic() - before < 5
     ended.set()
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join(20)
     assert "warning: wandb was too slow, and lacks records of metrics.jsonl" in capsys.readouterr().err
 
 
