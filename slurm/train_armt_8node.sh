@@ -78,11 +78,13 @@ requeue() {
 }
 
 # Into the queue without the nodes that the preflight named. Once: a job that meets unfit nodes again has another reason.
-# Returns where that cannot be done.
+# Returns where that cannot be done, as for a job that asked for nodes by name: it would wait for ever.
 requeue_elsewhere() {
-    local once=$run/logs/$SLURM_JOB_ID.excluded unfit='' before
+    local once=$run/logs/$SLURM_JOB_ID.excluded unfit='' before asked
     if [[ -s $logs/unfit ]]; then IFS= read -r unfit < "$logs/unfit" || true; fi
     if [[ ! $unfit =~ ^[A-Za-z0-9._,-]+$ || -e $once ]] || ((restarts >= MAX_RESTARTS)); then return; fi
+    asked=$(scontrol show job "$id" -o | sed -n 's/.* ReqNodeList=\([^ ]*\).*/\1/p')
+    if [[ $asked && $asked != "(null)" ]]; then return; fi
     before=$(scontrol show job "$id" -o | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
     if [[ $before && $before != "(null)" ]]; then unfit=$before,$unfit; fi
     touch "$once"

@@ -276,7 +276,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 def test_a_run_may_move_its_cache():
     tree = {"data": {"text": {"cache": "/a", "files": "x"}}, "train": {}}
-    assert fixed(tree) == {"data.text.files": "x", "ds_config.optimizer.type": "AdamW"}
+    assert [key for key in fixed(tree) if key.startswith("data.")] == ["data.text.files"]
 
 
 def test_a_manifest_is_json_for_people(texts, tmp_path):
