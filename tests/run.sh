@@ -2,7 +2,7 @@
 # Install what the tests need and run them:
 #
 #   bash tests/run.sh                      # all; as root, it also installs Slurm and shellcheck
-#   bash tests/run.sh --quick              # unit tests, attacks and the cheapest of several ranks, in about six minutes
+#   bash tests/run.sh --quick              # unit tests, attacks and the cheapest of several ranks, in a quarter of an hour
 #   bash tests/run.sh [pytest arguments]   # for example a file
 #
 # Tests whose requirements are missing are skipped; the last lines say which, and what would make them run.
