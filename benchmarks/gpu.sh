@@ -6,4 +6,5 @@ if [ -d .venv ]; then
     export PATH="$PWD/.venv/bin:$PATH"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec python3 benchmarks/gpu.py "$@"
+# gpu_node.sh sources this for its own script.
+exec python3 "benchmarks/$(basename "$0" .sh).py" "$@"

@@ -47,18 +47,9 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
-    if cuda:
-        expand_segments()
-        torch.cuda.set_device(gpu)
-    else:
-        # Must be in place before deepspeed is imported: it picks its accelerator then.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if "OMP_NUM_THREADS" not in os.environ:
-            # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    device = take_gpu(gpu) if cuda else take_cpu(ranks.local_world_size)
     # The model that is built next is partitioned tensor by tensor.
     return_freed_memory()
-    device = torch.device("cuda", gpu) if cuda else torch.device("cpu")
     # With its device known, NCCL connects at once and splits later groups off this one. A single rank has no peer.
     own_device = device if cuda and ranks.world_size > 1 else None
     if ranks.local_world_size == ranks.world_size:
@@ -87,6 +78,23 @@ def start(ranks: Ranks, timeout_s: float) -> torch.device:
             "check that rank 0 runs there, that the port is free and reachable, and GLOO_/NCCL_SOCKET_IFNAME"
         ) from None
     return device
+
+
+def take_gpu(number: int) -> torch.device:
+    """Make a GPU this process's own, and return it."""
+    expand_segments()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def take_cpu(ranks_here: int) -> torch.device:
+    """Let torch and DeepSpeed compute on this rank's share of the CPU, and return it; ranks_here: of this node."""
+    # Must be in place before deepspeed is imported: it picks its accelerator then.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks whose threads outnumber the cores wait for each other: measured ten times slower on 2 cores.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    return torch.device("cpu")
 
 
 def own_gpu(ranks: Ranks, visible: int) -> int:

@@ -41,26 +41,18 @@ class Stored(NamedTuple):
 
 
 class HostStore:
-    """Keeps each tensor in pinned host memory; copies run on a stream of their own (None: there is no GPU).
-
-    The host runs ahead of the device, which frees memory in its own time: once a layer the host waits, so that no more
-    than two inputs are on the device.
-    """
+    """Keeps each tensor in pinned host memory; copies run on a stream of their own (None: there is no GPU)."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self.leaving: torch.Event | None = None  # when the input that was put last has left the device
         self.kept: dict[tuple[int, int], Stored] = {}
         self.fetched: dict[tuple[int, int], tuple[Tensor, torch.Event | None]] = {}
         self.stream = stream
 
     def put(self, key: tuple[int, int], x: Tensor) -> None:
-        """Start the copy of x to host memory, when that of the input before it has ended."""
-        if self.leaving is not None:
-            self.leaving.synchronize()
+        """Start the copy of x to host memory."""
         pieces = pieces_of(x)
         host = [torch.empty(len(piece), dtype=x.dtype, pin_memory=self.stream is not None) for piece in pieces]
-        self.leaving = self.copy(host, pieces)
-        self.kept[key] = Stored(host, torch.empty_like(x, device="meta"), x.device, self.leaving)
+        self.kept[key] = Stored(host, torch.empty_like(x, device="meta"), x.device, self.copy(host, pieces))
 
     def take(self, key: tuple[int, int]) -> Tensor:
         """Return x on its device, and start the copy of the tensor that was put before it."""
@@ -71,8 +63,6 @@ class HostStore:
             torch.cuda.current_stream().wait_event(done)
             # Allocated for the copy stream, used on this one.
             x.record_stream(torch.cuda.current_stream())
-            # The layers behind have been run backward: what they used is free for the next input.
-            torch.cuda.current_stream().synchronize()
         if self.kept:
             self.fetch(next(reversed(self.kept)))
         return x

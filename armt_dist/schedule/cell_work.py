@@ -25,7 +25,7 @@ LOGIT_BYTES = 104
 than once: measured on an H200."""
 
 
-class Widths4(NamedTuple):
+class PerWidth(NamedTuple):
     """A number for each width of a decoder layer."""
 
     hidden: float
@@ -37,24 +37,24 @@ class Widths4(NamedTuple):
 class Moved(NamedTuple):
     """Elements of the run's dtype per position that the elementwise kernels of a decoder layer move."""
 
-    forward: Widths4
-    backward: Widths4
+    forward: PerWidth
+    backward: PerWidth
 
 
 LLAMA = {
-    2: Moved(Widths4(42, 5, 10.5, 11), Widths4(107, 9, 16.5, 17)),
-    4: Moved(Widths4(20, 5, 10.5, 11), Widths4(61, 9, 16.5, 17)),
+    2: Moved(PerWidth(42, 5, 10.5, 11), PerWidth(107, 9, 16.5, 17)),
+    4: Moved(PerWidth(20, 5, 10.5, 11), PerWidth(61, 9, 16.5, 17)),
 }
 QWEN3 = {
-    2: Moved(Widths4(42, 5, 29.5, 29.5), Widths4(107, 9, 64, 64)),
-    4: Moved(Widths4(20, 5, 18, 18), Widths4(61, 9, 40, 40)),
+    2: Moved(PerWidth(42, 5, 29.5, 29.5), PerWidth(107, 9, 64, 64)),
+    4: Moved(PerWidth(20, 5, 18, 18), PerWidth(61, 9, 40, 40)),
 }
 OLMO2 = {
-    2: Moved(Widths4(46, 5, 39.5, 39.5), Widths4(119, 9, 82.5, 82.5)),
+    2: Moved(PerWidth(46, 5, 39.5, 39.5), PerWidth(119, 9, 82.5, 82.5)),
     4: QWEN3[4],
 }
-GPT2 = dict.fromkeys((2, 4), Moved(Widths4(10, 18, 0, 0), Widths4(23, 29, 0, 0)))
-NEOX = dict.fromkeys((2, 4), Moved(Widths4(21, 2, 0, 0), Widths4(48, 4, 0, 0)))
+GPT2 = dict.fromkeys((2, 4), Moved(PerWidth(10, 18, 0, 0), PerWidth(23, 29, 0, 0)))
+NEOX = dict.fromkeys((2, 4), Moved(PerWidth(21, 2, 0, 0), PerWidth(48, 4, 0, 0)))
 # By family, then by bytes of the dtype: norms and rotations convert bfloat16 to float32 and back.
 MOVED: Mapping[str, Mapping[int, Moved]] = {
     "gpt2": GPT2,
@@ -133,7 +133,7 @@ def attention_flops(model: ModelSizes, work: StepWork) -> float:
 
 def moved_bytes(model: ModelSizes, positions: int, dtype_bytes: int) -> tuple[float, float]:
     """Bytes that the elementwise kernels of a cell move, forward and backward."""
-    widths = Widths4(model.hidden_size, model.intermediate_size, model.widths.queries, model.widths.keys)
+    widths = PerWidth(model.hidden_size, model.intermediate_size, model.widths.queries, model.widths.keys)
     both = []
     for per_width, memory in zip(MOVED[model.model_type][dtype_bytes], (MEMORY_FORWARD, MEMORY_BACKWARD), strict=True):
         own = positions * dtype_bytes * sum(n * width for n, width in zip(per_width, widths, strict=True))
