@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import ConfigError, one_line, read_object, read_yaml
 from ..model.configuration_armt import ARMTConfig
-from ..model.memory_kind import ARMTLayer
+from ..model.memory_kind import ARMTLayer, is_memory
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import RUN_CONFIG, write_json
 from .adapters import A, B, Parameter, read_lora
@@ -68,7 +68,7 @@ def check_base(run: Path) -> None:
 
 def memory_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters that ARMT adds to its base."""
-    return [name for name, _ in model.named_parameters() if name.startswith("memory_tokens.") or ".memory." in name]
+    return [name for name, _ in model.named_parameters() if is_memory(name)]
 
 
 def memory_parameters(model: nn.Module, stored: dict[str, StoredParameter]) -> dict[str, Parameter]:

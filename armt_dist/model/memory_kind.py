@@ -23,6 +23,11 @@ LAST_LAYER = "last_layer"
 StateT = TypeVar("StateT")
 
 
+def is_memory(name: str) -> bool:
+    """Tell whether a parameter is what ARMT adds to its base: memory rows, sinks, and each layer's memory."""
+    return name.startswith("memory_tokens.") or ".memory." in name
+
+
 class MemoryUpdate(Protocol[StateT]):
     """What one segment changes in a state; a NamedTuple of tensors, so that it can be kept instead of the state."""
 

@@ -8,11 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import ConfigError, one_line
+from ..model.memory_kind import is_memory
 from ..model.modeling_armt import ARMTForCausalLM
 from .partitioned_model import gathered
 from .private import secondary_group
 from .sections import LoraSection
-from .trained_parameters import is_memory
 
 
 def add_adapters(model: ARMTForCausalLM, config: LoraSection) -> None:

@@ -7,16 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import ConfigError
+from ..model.memory_kind import is_memory
 from .private import whole_dimensions
 from .sections import OptimizerGroup
 
 BASE = "base"
 """In place of a pattern: every parameter but those of the memory and of adapters."""
-
-
-def is_memory(name: str) -> bool:
-    """Tell whether a parameter is what ARMT adds to its base: memory rows, sinks, and each layer's memory."""
-    return name.startswith("memory_tokens.") or ".memory." in name
 
 
 def matches(name: str, pattern: str) -> bool:

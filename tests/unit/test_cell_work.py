@@ -1,12 +1,9 @@
 """What the planner says that a cell does, against what a cell's operations read and write."""
 
-from collections import Counter
-
 import pytest
 import torch
 from support.models import BASES, small_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from support.operations import Operations
 
 from armt_dist.model.backbone import FAMILIES
 from armt_dist.runtime.cells import gradients_of, run_again
@@ -15,11 +12,6 @@ from armt_dist.schedule.hardware import H100, seconds
 from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planner import Layout, plan
 
-NO_KERNEL = {
-    *("view", "transpose", "t", "slice", "unsqueeze", "expand", "split", "_unsafe_view", "permute", "squeeze"),
-    *("select", "alias", "detach", "unbind", "as_strided", "split_with_sizes", "lift_fresh", "empty", "empty_like"),
-}
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "dot", "mv"}
 TOKENS = 240
 WIDE = dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2, head_dim=16)
 SHAPES = {family: WIDE | {"max_position_embeddings": 1024} for family in FAMILIES}
@@ -36,34 +28,6 @@ MEMORIES = {
 }
 
 
-def stored(tensor):
-    """Bytes of a tensor, what is repeated by a stride of 0 counted once."""
-    return (
-        tensor.element_size()
-        * torch.Size(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride).numel()
-    )
-
-
-class Moved(TorchDispatchMode):
-    """Adds up what operations that are neither products nor attention read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.count = Counter(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.__name__.split(".")[0]
-        if name in NO_KERNEL:
-            return out
-        self.count += 1
-        if name not in PRODUCTS and "attention" not in name:
-            read = {id(each): each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
-            written = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
-            self.bytes[name] += sum(map(stored, [*read.values(), *written]))
-        return out
-
-
 def moved_by_a_cell(family, dtype, memory):
     """Bytes and operations of one cell, forward and backward."""
     options = {"num_mem_tokens": 8, **memory, "segment_tokens": TOKENS}
@@ -74,10 +38,10 @@ def moved_by_a_cell(family, dtype, memory):
     model = small_model(family, base=SHAPES[family], **options).to(dtype).eval()
     layer, x = model.backbone.layers[0], torch.randn(1, TOKENS + model.config.other_rows, 128, dtype=dtype)
     context, state = model.context(x, None), layer.memory.initial_state(1, "cpu")
-    with torch.no_grad(), Moved() as forward:
+    with torch.no_grad(), Operations() as forward:
         layer.cell(x, state, context)
     cell = run_again(layer, x, state, context)
-    with Moved() as backward:
+    with Operations() as backward:
         gradients_of(cell, tuple(map(torch.ones_like, cell.outputs)), tuple(layer.parameters()))
     return forward, backward
 
@@ -93,8 +57,8 @@ def test_a_cell_moves_the_planned_bytes(family, dtype, memory):
     sizes = model_sizes({"model_type": family, **BASES[family], **SHAPES[family]}, memory_fields(given, TOKENS))
     planned = cell_work(sizes, StepWork(TOKENS, TOKENS, dtype_bytes=dtype.itemsize))
     for found, said in zip(measured, planned, strict=True):
-        assert said.moved == pytest.approx(sum(found.bytes.values()), rel=0.12)
-    backward = measured[1].count + len(sizes.layer_tensors)
+        assert said.moved == pytest.approx(found.bytes, rel=0.12)
+    backward = measured[1].kernels + len(sizes.layer_tensors)
     assert planned[1].kernels == pytest.approx(backward, rel=0.25)
 
 
