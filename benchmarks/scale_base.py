@@ -9,13 +9,12 @@ anonymous memory added at the highest and at the end, and the seconds that it to
 
 import argparse
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
+from measures import MB, Highest, memory
 from ranks import heading, spawn, table
-from scale_resume import MB, memory
 
 CPU = torch.device("cpu")
 
@@ -37,25 +36,6 @@ def write_base(folder: Path, millions: float) -> None:
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")
 
 
-class Highest:
-    """The highest anonymous memory of this process, sampled by a thread, beyond what it is now."""
-
-    def __enter__(self):
-        self.before = self.most = memory("RssAnon")
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.most = max(self.most, memory("RssAnon"))
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-
-
 def build(ranks, folder: Path) -> tuple[float, ...]:
     """Build the model; bytes of shard, largest tensor, highest, end, and seconds."""
     from armt_dist.config import validate
@@ -75,7 +55,7 @@ def build(ranks, folder: Path) -> tuple[float, ...]:
     seconds = time.perf_counter() - start
     shard = sum(p.ds_tensor.nbytes for p in model.parameters())
     whole = [p.ds_numel * p.element_size() for p in model.parameters()]
-    return sum(whole), shard, max(whole), highest.most - highest.before, memory("RssAnon") - highest.before, seconds
+    return sum(whole), shard, max(whole), highest.added, memory("RssAnon") - highest.before, seconds
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ and one JSON line last.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from measures import exponent, memory
 from ranks import ROOT, heading, table
 
 FILE_EVENTS = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
@@ -300,29 +300,16 @@ def measure(name: str, size: int) -> dict[str, float]:
         counted += event in FILE_EVENTS
 
     with PIECES[name].setting(size) as work:
-        before = resident_mb("VmRSS")
+        before = memory("VmRSS")
         # The peak begins anew.
         Path("/proc/self/clear_refs").write_text("5")
         sys.addaudithook(count)
         counted, started, computed = 0, time.perf_counter(), time.process_time()
         kept = work()
         took = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - computed}
-        found = {"size": size, **took, "mb": max(0.0, resident_mb("VmHWM") - before), "files": counted}
+        found = {"size": size, **took, "mb": max(0.0, memory("VmHWM") - before) / 2**20, "files": counted}
         del kept
         return found
-
-
-def resident_mb(field: str) -> float:
-    """A line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
-
-def exponent(rows: list[dict[str, float]], field: str) -> float:
-    """Slope of the least-squares line through log size and log value; values below a thousandth count as that."""
-    points = [(math.log(row["size"]), math.log(max(row[field], 1e-3))) for row in rows]
-    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
 def run(name: str) -> list[dict[str, float]]:

@@ -15,7 +15,6 @@ opened   files that a rank opened, at most
 
 import argparse
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -24,19 +23,24 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from measures import MB, bytes_from_disk, drop_cache, memory
 from ranks import heading, table
 
 from armt_dist.checkpoint import resharding
 from armt_dist.checkpoint.folder import tag_of
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-MB = 10**6
+
+
+def llama_size(billions: float) -> tuple[int, int]:
+    """Layers and width of a Llama with about so many parameters: both grow together."""
+    layers = max(2, round(16 * (billions / 1.2) ** (1 / 3)))
+    return layers, 64 * round(math.sqrt(billions * 1e9 / layers / 12) / 64)
 
 
 def shapes_of(billions: float) -> dict[str, torch.Size]:
-    """Parameters of a Llama-like model with about so many: width and layers grow together."""
-    layers = max(2, round(16 * (billions / 1.2) ** (1 / 3)))
-    width = 64 * round(math.sqrt(billions * 1e9 / layers / 12) / 64)
+    """Parameters of a Llama-like model with about so many."""
+    layers, width = llama_size(billions)
     layer = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width), "norm": (width,)}
     layer |= {"gate": (8 * width // 3, width), "up": (8 * width // 3, width), "down": (width, 8 * width // 3)}
     return {f"{number}.{name}": torch.Size(shape) for number in range(layers) for name, shape in layer.items()}
@@ -55,18 +59,6 @@ def fabricate(folder: Path, shapes: dict[str, torch.Size], world: int) -> int:
     return 12 * length * world
 
 
-def memory(field: str) -> int:
-    """A field of this process's status, bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def bytes_from_disk() -> int:
-    """Of this process so far; pages that were in the cache do not count."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["read_bytes"])
-
-
 def read(folder: Path, old_world: int, world: int, barrier, results, rank: int) -> None:
     """One rank's part."""
     torch.set_num_threads(1)
@@ -83,16 +75,6 @@ def read(folder: Path, old_world: int, world: int, barrier, results, rank: int) 
         most = max(most, memory("RssAnon") - before)
     seconds = time.perf_counter() - start
     results.put((seconds, most, bytes_from_disk() - disk, shards.optimizer.cache_info().currsize))
-
-
-def drop_cache() -> bool:
-    """Let files come from the disk; whether that was possible."""
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        return False
-    return True
 
 
 def measure(root: Path, billions: float, old_world: int, world: int) -> list:

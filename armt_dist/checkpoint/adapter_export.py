@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +22,7 @@ from ..model.memory_kind import ARMTLayer, is_memory
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import RUN_CONFIG, write_json
 from .adapters import A, B, Parameter, read_lora
-from .export import PREFIX, Source, open_source, skeleton, write_shard
+from .export import PREFIX, Source, copy_weights, damage_first, lay_out, open_source, skeleton
 from .folder import building
 from .published import without_code
 from .zero_shards import StoredParameter, open_checkpoint
@@ -43,14 +42,17 @@ def export_adapter(source: Path, out: Path, tag: str | None = None, dtype: str =
     if lora is None:
         raise ConfigError(f"run={found.run}: has no adapters (model.lora); export it without --adapter")
     check_base(found.run)
-    model, stored = skeleton(found.run / "model", dtype), open_checkpoint(found.checkpoint)
-    adapters, memory = adapter_parameters(model, stored), memory_parameters(model, stored)
-    if not adapters or len(memory) < len(memory_names(model)):
-        raise ConfigError(f"checkpoint={found.checkpoint}: lacks adapters or memory; choose another --tag")
+    with damage_first(found.checkpoint):
+        model = skeleton(found.run / "model", dtype)
+        stored, addresses = open_checkpoint(found.checkpoint)
+        adapters, memory = adapter_parameters(model, stored), memory_parameters(model, stored)
+        if not adapters or len(memory) < len(memory_names(model)):
+            raise ConfigError(f"checkpoint={found.checkpoint}: lacks adapters or memory; choose another --tag")
     try:
-        with building(Path(out)) as folder, tqdm(unit="B", unit_scale=True, desc="export", disable=None) as bar:
-            write_shard(folder / WEIGHTS, adapters, getattr(torch, dtype), bar)
-            write_shard(folder / MEMORY, memory, getattr(torch, dtype), bar)
+        with building(Path(out)) as folder:
+            files = {WEIGHTS: adapters, MEMORY: memory}
+            laid_out = [lay_out(folder / name, held, getattr(torch, dtype)) for name, held in files.items()]
+            copy_weights(found.checkpoint, addresses, sum(laid_out, []))
             write_configs(model, lora, folder)
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({one_line(error)}); give another folder") from None

@@ -89,19 +89,30 @@ def check_built_from(name: str) -> None:
 
 def tensor_bytes(content: Any) -> int:
     """Return the bytes that all tensors in nested mappings and lists would take if each were copied."""
-    total, seen, left = 0, set[int](), [content]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(content))
+
+
+def addresses_of(content: Any) -> range:
+    """Return the addresses from the first to the last tensor of a mapped file, in nested mappings and lists."""
+    storages = [tensor.untyped_storage() for tensor in tensors_in(content)]
+    held = [(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()]
+    return range(min(start for start, _ in held), max(start + size for start, size in held)) if held else range(0)
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """Yield each tensor in nested mappings and lists once."""
+    seen, left = set[int](), [content]
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            total += value.numel() * value.element_size()
+            yield value
         elif isinstance(value, dict):
             left.extend(value.values())
         elif isinstance(value, list | tuple | set):
             left.extend(value)
-    return total
 
 
 @contextmanager

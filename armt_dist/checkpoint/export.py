@@ -1,17 +1,17 @@
-"""Exports a checkpoint as a Hugging Face folder: offline, in one process, tensor by tensor.
+"""Exports a checkpoint as a Hugging Face folder: offline, in one process, in memory that does not grow with the model.
 
-At most one rank's piece of one tensor is in memory at a time: it is copied from the mapped checkpoint file straight to
-its place in a safetensors file.
+Each rank's piece of each tensor is copied from its mapped file straight to its place in a safetensors file, by the same
+read that verifies the file (`verified_copy`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -21,9 +21,10 @@ from ..model.configuration_armt import ARMTConfig
 from ..model.modeling_armt import ARMTForCausalLM
 from ..records import write_json
 from .adapters import Parameter, merged, read_lora
-from .folder import STAGING, building, read_pointer, verify_checkpoint
+from .folder import STAGING, building, check_files, read_pointer, verify_checkpoint
 from .model_card import write_model_card
 from .published import copy_known_files, public, without_code
+from .verified_copy import Target, copy_verified
 from .zero_shards import is_checkpoint, open_checkpoint
 
 # The engine wraps ScheduledLM, whose `model` is the one to export.
@@ -56,12 +57,14 @@ def export(
     """
     out = Path(out)
     found = open_source(Path(source), out, tag)
-    model = skeleton(found.run / "model", dtype)
-    parameters = open_parameters(found, model)
+    with damage_first(found.checkpoint):
+        model = skeleton(found.run / "model", dtype)
+        parameters, addresses = open_parameters(found, model)
     try:
         with building(out) as folder:
             left_out = copy_known_files(found.run / "model", folder)
-            write_weights(parameters, folder, getattr(torch, dtype), max_shard_size)
+            targets = lay_out_weights(parameters, folder, getattr(torch, dtype), max_shard_size)
+            copy_weights(found.checkpoint, addresses, targets)
             write_rest(model, found, parameters, folder)
             left_out = [name for name in left_out if not (folder / name).exists()]
     except OSError as error:
@@ -70,12 +73,25 @@ def export(
 
 
 def open_source(source: Path, out: Path, tag: str | None) -> Source:
-    """Find and verify the checkpoint to be exported to `out`. Raises ConfigError as `export`."""
+    """Find the checkpoint to be exported to `out`; its files are there, and not verified. Raises ConfigError."""
     found = locate(source, tag)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; give another one")
-    verify_checkpoint(found.checkpoint)
+    check_files(found.checkpoint)
     return found
+
+
+@contextmanager
+def damage_first(checkpoint: Path) -> Iterator[None]:
+    """Say of a checkpoint that it is damaged, if it is, rather than what else cannot be done with it.
+
+    For what is done before it has been verified. Raises CheckpointError, or what the block raises.
+    """
+    try:
+        yield
+    except Exception:
+        verify_checkpoint(checkpoint)
+        raise
 
 
 def write_rest(model: ARMTForCausalLM, source: Source, parameters: dict[str, Parameter], folder: Path) -> None:
@@ -155,14 +171,18 @@ def on_meta(folder: Path) -> ARMTForCausalLM:
         return ARMTForCausalLM(config)
 
 
-def open_parameters(source: Source, model: ARMTForCausalLM) -> dict[str, Parameter]:
-    """Map the model's parameters, with adapters merged. Raises ConfigError for a checkpoint that does not fit."""
-    stored, lora = open_checkpoint(source.checkpoint), read_lora(source.run)
+def open_parameters(source: Source, model: ARMTForCausalLM) -> tuple[dict[str, Parameter], dict[Path, range]]:
+    """Map the model's parameters, with adapters merged; return them, and where the files are mapped.
+
+    Raises ConfigError for a checkpoint that does not fit.
+    """
+    stored, addresses = open_checkpoint(source.checkpoint)
+    lora = read_lora(source.run)
     try:
         found = stored if lora is None else merged(stored, model, PREFIX, lora)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ConfigError(f"checkpoint={source.checkpoint}: its adapters do not fit ({one_line(error)})") from None
-    return match(model, found, source.checkpoint)
+    return match(model, found, source.checkpoint), addresses
 
 
 def match(model: ARMTForCausalLM, stored: Mapping[str, Parameter], folder: Path) -> dict[str, Parameter]:
@@ -177,8 +197,10 @@ def match(model: ARMTForCausalLM, stored: Mapping[str, Parameter], folder: Path)
     return {name: stored[PREFIX + name] for name in shapes}
 
 
-def write_weights(parameters: dict[str, Parameter], folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Write safetensors files of at most `max_shard_size` each, and an index if there are several."""
+def lay_out_weights(
+    parameters: dict[str, Parameter], folder: Path, dtype: torch.dtype, max_shard_size: str
+) -> list[tuple[Parameter, Target]]:
+    """Make safetensors files of at most `max_shard_size` each, and an index if there are several, as `lay_out`."""
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     try:
         plan = split_torch_state_dict_into_shards(
@@ -186,19 +208,19 @@ def write_weights(parameters: dict[str, Parameter], folder: Path, dtype: torch.d
         )
     except ValueError as error:
         raise ConfigError(f"max_shard_size={max_shard_size}: {one_line(error)}; for example 5GB") from None
-    total = plan.metadata["total_size"]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
-        for file, names in plan.filename_to_tensors.items():
-            write_shard(folder / file, {name: parameters[name] for name in names}, dtype, bar)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
+    targets: list[tuple[Parameter, Target]] = []
+    for file, names in plan.filename_to_tensors.items():
+        targets += lay_out(folder / file, {name: parameters[name] for name in names}, dtype)
+    return targets
 
 
-def write_shard(path: Path, parameters: dict[str, Parameter], dtype: torch.dtype, bar: tqdm) -> None:
-    """Write one safetensors file piece by piece; the library's own writer needs all tensors in memory.
+def lay_out(path: Path, parameters: dict[str, Parameter], dtype: torch.dtype) -> list[tuple[Parameter, Target]]:
+    """Make a safetensors file without values, and return where they go; the library's writer needs them in memory.
 
-    Format: length of the header (uint64, little-endian), header as JSON padded to 8 bytes, values.
+    Format: length of the header (uint64, little-endian), header as JSON padded to 8 bytes, values. Raises OSError.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -214,14 +236,16 @@ def write_shard(path: Path, parameters: dict[str, Parameter], dtype: torch.dtype
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for parameter in parameters.values():
-            for piece in parameter.pieces:
-                bar.update(file.write(raw(piece.to(dtype))))
+        file.truncate(8 + len(text) + end)
+    starts = (8 + len(text) + header[name]["data_offsets"][0] for name in parameters)
+    return [(each, Target(path, start, dtype)) for each, start in zip(parameters.values(), starts, strict=True)]
 
 
-def raw(values: Tensor) -> memoryview:
-    """Return the bytes of a flat tensor without a copy."""
-    return values.contiguous().view(torch.uint8).numpy().data
+def copy_weights(checkpoint: Path, addresses: dict[Path, range], targets: list[tuple[Parameter, Target]]) -> None:
+    """Fill the files of `lay_out`, and verify the checkpoint; as `copy_verified`."""
+    total = sum(parameter.shape.numel() * target.dtype.itemsize for parameter, target in targets)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar:
+        copy_verified(checkpoint, addresses, targets, bar)
 
 
 def write_task(run: Path, folder: Path) -> None:

@@ -110,18 +110,18 @@ def make_anew(folder: Path) -> None:
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict]:
     """Flush files below `folder` to disk and return their sizes and SHA-256, as in a manifest."""
     paths = list(paths)
-    hashes = hash_in_threads(paths, flush=True)
+    hashes = hash_in_threads(paths, partial(sha256, flush=True))
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
         for path, found in zip(paths, hashes, strict=True)
     }
 
 
-def hash_in_threads(paths: Sequence[Path], flush: bool = False) -> Iterator[str]:
-    """Yield the SHA-256 of each file, in order; hashlib lets other threads run meanwhile. Raises OSError."""
+def hash_in_threads(paths: Sequence[Path], hash_file: Callable[[Path], str]) -> Iterator[str]:
+    """Yield the SHA-256 of each file, in order; hashlib lets other threads run meanwhile. Raises what they raise."""
     with ThreadPoolExecutor(max_workers=min(THREADS, len(os.sched_getaffinity(0)))) as pool:
         try:
-            yield from pool.map(partial(sha256, flush=flush), paths)
+            yield from pool.map(hash_file, paths)
         finally:
             # Whoever has seen one damaged file does not wait for all others.
             pool.shutdown(cancel_futures=True)
@@ -164,12 +164,24 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
-    """Compare the files, or a share of them, with the manifest. Raises CheckpointError naming the first difference."""
+def verify_checkpoint(folder: Path, share: slice = slice(None), hash_file: Callable[[Path], str] = sha256) -> Manifest:
+    """Compare the files, or a share of them, with the manifest. Raises CheckpointError naming the first difference.
+
+    hash_file: returns the SHA-256 of a file, having read all of it; called by several threads.
+    """
+    manifest = check_files(folder, share)
+    names = sorted(manifest.files)[share]
+    for name, found in zip(names, hash_in_threads([folder / name for name in names], hash_file), strict=True):
+        if found != manifest.files[name].sha256:
+            raise CheckpointError(f"checkpoint={folder}: {name} is damaged (SHA-256 differs)")
+    return manifest
+
+
+def check_files(folder: Path, share: slice = slice(None)) -> Manifest:
+    """Compare names and sizes of the files, or of a share of them, with the manifest. Raises CheckpointError."""
     manifest = read_manifest(folder)
     check_listed(folder, manifest)
-    names = sorted(manifest.files)[share]
-    for name in names:
+    for name in sorted(manifest.files)[share]:
         entry, path = manifest.files[name], folder / name
         if not path.exists():
             raise CheckpointError(f"checkpoint={folder}: {name} is missing")
@@ -177,9 +189,6 @@ def verify_checkpoint(folder: Path, share: slice = slice(None)) -> Manifest:
             raise CheckpointError(f"checkpoint={folder}: {name} is not a regular file")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(f"checkpoint={folder}: {name} has {path.stat().st_size} bytes, not {entry.bytes}")
-    for name, found in zip(names, hash_in_threads([folder / name for name in names]), strict=True):
-        if found != manifest.files[name].sha256:
-            raise CheckpointError(f"checkpoint={folder}: {name} is damaged (SHA-256 differs)")
     return manifest
 
 

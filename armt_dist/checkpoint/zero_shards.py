@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, one_line
-from .deepspeed_files import read_tensors
+from .deepspeed_files import addresses_of, read_tensors
 
 # Files of a rank: fp32 master weights with the optimizer's states, and everything else. Seen in DeepSpeed 0.19.8.
 OPTIMIZER, MODEL = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt", "zero_pp_rank_{}_mp_rank_00_model_states.pt"
@@ -28,27 +28,42 @@ class StoredParameter(NamedTuple):
     pieces: tuple[Tensor, ...]
 
 
+class StoredCheckpoint(NamedTuple):
+    """What `open_checkpoint` has mapped."""
+
+    parameters: dict[str, StoredParameter]  # by their names in the engine
+    addresses: dict[Path, range]  # of the tensors of each file
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Return whether `folder` holds files of a ZeRO checkpoint."""
     return any(folder.glob(OPTIMIZER.format("*"))) or any(folder.glob(MODEL.format("*")))
 
 
-def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
-    """Map every parameter, trained and frozen, by its name in the engine.
+def open_checkpoint(folder: Path) -> StoredCheckpoint:
+    """Map every parameter, trained and frozen.
 
     Raises ConfigError for a file that is missing, truncated or not of a ZeRO-3 checkpoint.
     """
-    first = open_file(folder, OPTIMIZER, 0)["optimizer_state_dict"]
+    addresses: dict[Path, range] = {}
+
+    def opened(pattern: str, rank: int) -> dict:
+        path = find_file(folder, pattern, rank)
+        content = open_path(path, pattern)
+        addresses[path] = addresses_of(content)
+        return content
+
+    first = opened(OPTIMIZER, 0)["optimizer_state_dict"]
     stage, world = first.get("zero_stage"), first.get("partition_count")
     if stage != 3:
         raise ConfigError(f"checkpoint={folder}: written by ZeRO stage {one_line(stage)}; only stage 3 can be exported")
     if type(world) is not int or world < 1:
         raise ConfigError(f"checkpoint={folder}: partition_count={one_line(world)} is no number of ranks")
-    ranks = [first, *(open_file(folder, OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
-    models = [open_file(folder, MODEL, 0)]
+    ranks = [first, *(opened(OPTIMIZER, rank)["optimizer_state_dict"] for rank in range(1, world))]
+    models = [opened(MODEL, 0)]
     frozen = models[0].get("frozen_param_shapes") or {}
     if frozen:
-        models += [open_file(folder, MODEL, rank) for rank in range(1, world)]
+        models += [opened(MODEL, rank) for rank in range(1, world)]
     try:
         trained = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
         parameters = dict(trained_parameters(trained, [rank["fp32_flat_groups"] for rank in ranks]))
@@ -56,17 +71,27 @@ def open_checkpoint(folder: Path) -> dict[str, StoredParameter]:
             parameters[name] = join(shape, [[model["frozen_param_fragments"][name]] for model in models])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"checkpoint={folder}: its files do not fit together ({one_line(error)})") from None
-    return parameters
+    return StoredCheckpoint(parameters, addresses)
 
 
 def open_file(folder: Path, pattern: str, rank: int) -> dict:
     """Map one file of one rank from disk. Raises ConfigError naming it."""
+    return open_path(find_file(folder, pattern, rank), pattern)
+
+
+def find_file(folder: Path, pattern: str, rank: int) -> Path:
+    """Return the path of one file of one rank. Raises ConfigError if there is none."""
     name = pattern.format(rank).removeprefix("*")
     # Not searched for in a list of the folder: every rank's search would read the whole list.
     candidates = (folder / f"{prefix}{name}" for prefix in PREFIXES[: 1 + pattern.startswith("*")])
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         raise ConfigError(f"checkpoint={folder}: {name} of rank {rank} is missing; restore it or choose another --tag")
+    return path
+
+
+def open_path(path: Path, pattern: str) -> dict:
+    """Map a file that has the name `pattern` from disk. Raises ConfigError naming it."""
     try:
         content = read_tensors(path)
         required = "optimizer_state_dict" if pattern is OPTIMIZER else "param_shapes"

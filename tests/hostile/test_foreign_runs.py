@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import call_script
+from support.hostile import make_hashes_fit
 from support.models import small_model
 
 from armt_dist.checkpoint import export as export_module
 from armt_dist.checkpoint.published import copy_known_files, public_name, without_code
-from armt_dist.checkpoint.zero_shards import StoredParameter
+from armt_dist.checkpoint.zero_shards import StoredCheckpoint, StoredParameter
 from armt_dist.config import ConfigError
 from armt_dist.data.tokenizers import byte_tokenizer
 
@@ -33,8 +34,9 @@ def run(tmp_path, monkeypatch):
         for name, tensor in model.state_dict().items()
     }
     monkeypatch.setattr(export_module, "is_checkpoint", lambda path: path.name.startswith("step_"))
-    monkeypatch.setattr(export_module, "open_checkpoint", lambda path: stored)
-    monkeypatch.setattr(export_module, "verify_checkpoint", lambda path: None)
+    monkeypatch.setattr(export_module, "open_checkpoint", lambda path: StoredCheckpoint(stored, {}))
+    (folder / "checkpoints/step_00000001/any").touch()
+    make_hashes_fit(folder / "checkpoints/step_00000001")
     return folder
 
 

@@ -226,7 +226,7 @@ def test_a_failed_write_leaves_nothing(trained, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("armt_dist.checkpoint.export.write_shard", full)
+    monkeypatch.setattr("armt_dist.checkpoint.export.lay_out", full)
     with pytest.raises(ConfigError, match="out=.*cannot be written .*No space left"):
         export(trained[0] / "gpt2_untied", tmp_path / "new" / "out")
     assert not list((tmp_path / "new").iterdir())

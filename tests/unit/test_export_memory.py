@@ -73,7 +73,7 @@ def test_host_memory_is_a_layer_not_the_model(tmp_path):
     # A layer has 12.7 MB; the last two runs have no imports left to make.
     for peak_mb in map(float, done.stdout.split()[1:]):
         assert peak_mb < 16, f"{peak_mb:.0f} MB for a model of {model_mb:.0f} MB"
-    parameters = open_checkpoint(tmp_path / "checkpoints" / "step_00000001")
+    parameters = open_checkpoint(tmp_path / "checkpoints" / "step_00000001").parameters
     exported = load_file(tmp_path / "float32" / "model.safetensors")
     for name, tensor in exported.items():
         assert torch.equal(tensor.flatten(), torch.cat(parameters[PREFIX + name].pieces)), name

@@ -30,7 +30,7 @@ def test_no_rank_lists_the_folder(prefix, tmp_path, monkeypatch):
 
     for name in ("glob", "rglob", "iterdir"):
         monkeypatch.setattr(Path, name, listed)
-    (parameter,) = open_checkpoint(tmp_path).values()
+    (parameter,) = open_checkpoint(tmp_path).parameters.values()
     assert torch.equal(torch.cat(parameter.pieces), torch.arange(2.0 * WORLD))
 
 

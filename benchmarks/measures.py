@@ -1,0 +1,66 @@
+"""What the benchmarks of growth have in common: memory and disk traffic of a process, a cold cache, the fitted law."""
+
+import math
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+MB = 10**6
+
+
+def memory(field: str) -> int:
+    """Return a field of this process's status, in bytes: VmRSS, VmHWM, RssAnon."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def bytes_from_disk() -> int:
+    """Return what this process has read so far; pages that were in the cache do not count."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def drop_cache() -> bool:
+    """Let files come from the disk from now on; return whether that was possible, which takes root rights."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+class Highest:
+    """The highest anonymous memory of this process within a block, in bytes, sampled by a thread."""
+
+    def __enter__(self):
+        self.before = self.most = memory("RssAnon")
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        """Look every 2 ms."""
+        while not self.done.wait(0.002):
+            self.most = max(self.most, memory("RssAnon"))
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def added(self) -> int:
+        """Return by how much it was higher than before."""
+        return self.most - self.before
+
+
+def exponent(rows: Iterable[Mapping[str, float]], field: str, size: str = "size") -> float:
+    """Return p of the law `field` ~ `size` ** p: the slope of the least-squares line through the logarithms.
+
+    Values below a thousandth count as that.
+    """
+    points = [(math.log(row[size]), math.log(max(row[field], 1e-3))) for row in rows]
+    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
