@@ -3,7 +3,8 @@
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 MB = 10**6
@@ -29,6 +30,33 @@ def drop_cache() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def limited_memory(mb: int | None) -> Iterator[Path | None]:
+    """Make a control group of at most so many MB, page cache included; yield the file that processes join it by.
+
+    Takes root rights. None: no limit, and no file.
+    """
+    if mb is None:
+        yield None
+        return
+    root = Path("/sys/fs/cgroup")
+    # Of version 1 and 2.
+    root, limit = (root / "memory", "memory.limit_in_bytes") if (root / "memory").is_dir() else (root, "memory.max")
+    group = root / f"armt_benchmark_{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(mb * MB))
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def join_group(processes: Path | None) -> None:
+    """Put this process, and what it starts, under the limit of `limited_memory`."""
+    if processes is not None:
+        processes.write_text(str(os.getpid()))
 
 
 class Highest:

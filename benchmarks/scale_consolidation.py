@@ -1,11 +1,13 @@
 """Consolidating a checkpoint to a Hugging Face folder: seconds, memory and bytes read by size.
 
-    python benchmarks/scale_consolidation.py [--billions 0.1 0.3 1] [--shards 8 64] [--dtype float32] [--folder .]
+    python benchmarks/scale_consolidation.py [--billions 0.1 0.3 1] [--shards 8 64] [--dtype float32] [--memory MB]
+        [--folder .]
 
 Fabricates a run of a random Llama with memory as ZeRO-3 leaves it (12 bytes a parameter, with a manifest), and exports
 it, in a process of its own, from files that are not in the page cache. Needs 16 GB of disk a billion parameters; with
-root rights it drops the page cache, without them `cold` is "no". Prints a Markdown table with the fitted law, and one
-JSON line last.
+root rights it drops the page cache, without them `cold` is "no". --memory, with root rights: an export and its page
+cache have only so many MB, as if the checkpoint were larger than the memory of the machine. Prints a Markdown table
+with the fitted law, and one JSON line last.
 
 MB/s    bytes of the checkpoint by seconds; the bytes written are not counted
 read    bytes that came from the disk by those of the checkpoint
@@ -20,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measures import MB, Highest, bytes_from_disk, drop_cache, exponent
+from measures import MB, Highest, bytes_from_disk, drop_cache, exponent, join_group, limited_memory
 from ranks import heading, table
 from scale_resume import fabricate, llama_size
 
@@ -52,8 +54,9 @@ def fabricate_run(run: Path, billions: float, world: int) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
-def measure(run: Path, dtype: str) -> dict[str, float]:
+def measure(run: Path, dtype: str, group: Path | None) -> dict[str, float]:
     """Export a run in this process."""
+    join_group(group)
     disk, started, computed = bytes_from_disk(), time.perf_counter(), time.process_time()
     with Highest() as highest:
         export(run, run / "export", dtype=dtype)
@@ -65,14 +68,15 @@ def measure(run: Path, dtype: str) -> dict[str, float]:
     }
 
 
-def fabricate_and_measure(root: Path, billions: float, world: int, dtype: str) -> dict[str, float]:
+def fabricate_and_measure(billions: float, world: int, args: argparse.Namespace) -> dict[str, float]:
     """Return one row of the table."""
-    with tempfile.TemporaryDirectory(dir=root) as folder:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, limited_memory(args.memory) as group:
         run = Path(folder)
         count = fabricate_run(run, billions, world)
         held = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*.pt"))
         cold = drop_cache()
-        command = [sys.executable, __file__, "--dtype", dtype, "--one", folder]
+        command = [sys.executable, __file__, "--dtype", args.dtype, "--one", folder]
+        command += ["--group", str(group)] if group else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=590)
         if done.returncode:
             sys.exit(f"{billions} billion parameters: {done.stderr[-2000:]}")
@@ -87,15 +91,17 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
-    parser.add_argument("--one", type=Path, metavar="RUN", help="export this run in this process and print JSON")
+    parser.add_argument("--memory", type=int, metavar="MB", help="of an export and its page cache (default: no limit)")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.dtype)))
+        print(json.dumps(measure(args.one, args.dtype, args.group)))
         return
     rows = []
     for world in args.shards:
         for size in args.billions:
-            rows.append(fabricate_and_measure(Path(args.folder), size, world, args.dtype))
+            rows.append(fabricate_and_measure(size, world, args))
             print(rows[-1], file=sys.stderr, flush=True)
     header = ["billion parameters", "shards", "MB", "cold", "seconds", "CPU seconds", "MB/s", "read", "added, MB"]
     lines = [
