@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,23 @@ class Highest:
     def added(self) -> int:
         """Return by how much it was higher than before."""
         return self.most - self.before
+
+
+class FileEvents:
+    """Counts the files that this process opens and the folders that it lists or changes, from now on."""
+
+    NAMES = frozenset({"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.truncate"})
+
+    def __init__(self, folder: Path | None = None):
+        """folder: what happens below it is counted in `inside` as well."""
+        self.prefix, self.all, self.inside = folder and str(folder), 0, 0
+        sys.addaudithook(self.count)
+
+    def count(self, event: str, arguments: tuple) -> None:
+        """Take note of an audit event."""
+        if event in self.NAMES:
+            self.all += 1
+            self.inside += bool(self.prefix and str(arguments[0]).startswith(self.prefix))
 
 
 def exponent(rows: Iterable[Mapping[str, float]], field: str, size: str = "size") -> float:

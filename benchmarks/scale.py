@@ -1,42 +1,52 @@
 """How everything grows that a large run needs: all pieces, each within its time.
 
-    python benchmarks/scale.py [--folder .] [--out FILE] [PIECE ...]
+    python benchmarks/scale.py [--folder .] [--out FILE] [--limit 600] [PIECE ...]
 
-Pieces: growth (schedules, checks, shards, metrics, reports, hashes), base (a pretrained model on 4 ranks), resume (on
-another number of ranks, to 3 billion parameters; 40 GB of disk), text (files on 4 ranks, and streams), evaluation (to a
-million tokens). A piece that fails or runs out of time is reported, and the next one goes on. Prints Markdown, and
-writes it to --out as well; exit code 1 if a piece is missing.
+Pieces: start (of 1 to 32 ranks by torchrun), step (1 to 8 ranks), checkpoint (2 to 8 ranks), consolidation (to a
+billion parameters; 16 GB of disk), evaluation (a million tokens), base (a pretrained model on 4 ranks), resume (on
+another number of ranks, to 3 billion parameters; 40 GB of disk), text (files on 4 ranks, and streams), growth
+(schedules, checks, shards, metrics, reports, hashes). A piece that fails or runs out of time is reported, and the next
+one goes on. With other work on the machine pieces take longer: each is shown with the load when it began. Prints
+Markdown, and writes it to --out as well; exit code 1 if a piece is missing.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMIT_S = 600
 PIECES = {
-    "growth": [["scale_growth.py"]],
+    "start": [["scale_ranks.py", "start", "--folder", "{folder}"]],
+    "step": [["scale_ranks.py", "step", "--folder", "{folder}"]],
+    "checkpoint": [["scale_ranks.py", "checkpoint", "--folder", "{folder}"]],
+    "consolidation": [["scale_consolidation.py", "--folder", "{folder}", "--shards", "8"]],
+    "evaluation": [["million.py"]],
     "base": [["scale_base.py", "--folder", "{folder}"]],
     "resume": [["scale_resume.py", "--folder", "{folder}", "--billions", size] for size in ("0.1", "0.3", "1", "3")],
     "text": [["scale_text.py", "--no-streams"], ["scale_text.py", "--mb", "--bpe-mb"]],
-    "evaluation": [["million.py"]],
+    "growth": [["scale_growth.py"]],
 }
 
 
-def run(command: list[str]) -> tuple[str, bool]:
+def run(command: list[str], limit_s: float) -> tuple[str, bool]:
     """Run a script within its time; what it printed, and whether it came to its end."""
-    began = time.monotonic()
+    began, load = time.monotonic(), os.getloadavg()[0]
     try:
         done = subprocess.run(
-            [sys.executable, HERE / command[0], *command[1:]], capture_output=True, text=True, timeout=LIMIT_S
+            [sys.executable, HERE / command[0], *command[1:]], capture_output=True, text=True, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
-        return f"did not end within {LIMIT_S} s", False
+        return f"did not end within {limit_s:g} s (load {load:.1f} when it began)", False
     if done.returncode:
         return f"failed with exit code {done.returncode}:\n\n```\n{done.stderr[-2000:]}\n```", False
-    return f"{done.stdout.strip()}\n\n{time.monotonic() - began:.0f} s", True
+    lines = done.stdout.strip().splitlines()
+    # Without the line of JSON that comes last, unless there is nothing else.
+    if len(lines) > 1 and lines[-1].startswith(("{", "[")):
+        lines.pop()
+    return "\n".join([*lines, "", f"{time.monotonic() - began:.0f} s, load {load:.1f} when it began"]), True
 
 
 def main() -> int:
@@ -44,11 +54,12 @@ def main() -> int:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", choices=[[], *PIECES], help="all, if none is named")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--out", type=Path, help="file for what is printed")
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of a script (default %(default)g)")
     args = parser.parse_args()
     said, complete = [], True
     for piece in args.pieces or PIECES:
         for command in PIECES[piece]:
-            text, ended = run([word.format(folder=args.folder) for word in command])
+            text, ended = run([word.format(folder=args.folder) for word in command], args.limit)
             said.append(f"## {piece}\n\n{text}")
             complete = complete and ended
             print(said[-1], end="\n\n", flush=True)

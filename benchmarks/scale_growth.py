@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from measures import exponent, memory
+from measures import FileEvents, exponent, memory
 from ranks import ROOT, heading, table
 
-FILE_EVENTS = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
 Work = Callable[[], object]
 
 
@@ -293,21 +292,14 @@ PIECES = {
 
 def measure(name: str, size: int) -> dict[str, float]:
     """Measure one piece at one size in this process."""
-    counted = 0
-
-    def count(event: str, _: tuple) -> None:
-        nonlocal counted
-        counted += event in FILE_EVENTS
-
     with PIECES[name].setting(size) as work:
         before = memory("VmRSS")
         # The peak begins anew.
         Path("/proc/self/clear_refs").write_text("5")
-        sys.addaudithook(count)
-        counted, started, computed = 0, time.perf_counter(), time.process_time()
+        files, started, computed = FileEvents(), time.perf_counter(), time.process_time()
         kept = work()
         took = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - computed}
-        found = {"size": size, **took, "mb": max(0.0, memory("VmHWM") - before) / 2**20, "files": counted}
+        found = {"size": size, **took, "mb": max(0.0, memory("VmHWM") - before) / 2**20, "files": files.all}
         del kept
         return found
 
