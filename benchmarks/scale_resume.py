@@ -1,11 +1,14 @@
 """Resuming on another number of ranks: how fast each rank reads what it owns, and what memory that takes.
 
-    python benchmarks/scale_resume.py [--billions 0.1 0.3 1 3] [--shards 8 64] [--ranks 4] [--folder .]
+    python benchmarks/scale_resume.py [--billions 0.1 0.3 1 3] [--shards 8 64] [--ranks 4] [--memory MB]
+        [--folder .]
 
 Fabricates checkpoints of a Llama shape as ZeRO-3 writes them (master weights and two moments, 12 bytes a parameter), by
 8 and by 64 ranks; then 4 processes each read their parts, as a resumed run does, from files that are not in the page
 cache. They fill one buffer again and again: the model itself does not have to fit. Needs 12 GB of disk a billion
-parameters; with root rights it drops the page cache, without it `cold` is "no". Prints a Markdown table.
+parameters; with root rights it drops the page cache, without it `cold` is "no". --memory, with root rights: the ranks
+and their page cache have only so many MB, as if the checkpoint were larger than the memory of the machine. Prints a
+Markdown table.
 
 MB/s     bytes of the checkpoint by the time until the last rank has its part
 read     bytes that the processes had from the disk, or the cache, by those of the checkpoint
@@ -23,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measures import MB, bytes_from_disk, drop_cache, memory
+from measures import MB, Highest, bytes_from_disk, drop_cache, join_group, limited_memory, memory
 from ranks import heading, table
 
 from armt_dist.checkpoint import resharding
@@ -59,25 +62,29 @@ def fabricate(folder: Path, shapes: dict[str, torch.Size], world: int) -> int:
     return 12 * length * world
 
 
-def read(folder: Path, old_world: int, world: int, barrier, results, rank: int) -> None:
+def read(folder: Path, old_world: int, world: int, group: Path | None, barrier, results, rank: int) -> None:
     """One rank's part."""
     torch.set_num_threads(1)
+    join_group(group)
     shards = resharding.Shards(folder, old_world)
     longest = max(-(-shape.numel() // world) for shape in shards.trained.values())
     buffer = torch.zeros(longest)
     barrier.wait()
-    before, disk, start, most = memory("RssAnon"), bytes_from_disk(), time.perf_counter(), 0
-    for name, shape in shards.trained.items():
-        part = buffer[: -(-shape.numel() // world)]
-        for state in STATES:
-            places = resharding.places(shape.numel(), old_world, world, rank)
-            resharding.fill(part, partial(shards.trained_values, name, state), places)
-        most = max(most, memory("RssAnon") - before)
-    seconds = time.perf_counter() - start
+    wanted = [
+        resharding.Wanted(
+            buffer[: -(-shape.numel() // world)], shape.numel(), partial(shards.trained_values, name, state)
+        )
+        for state in STATES
+        for name, shape in shards.trained.items()
+    ]
+    before, disk, start = memory("RssAnon"), bytes_from_disk(), time.perf_counter()
+    with Highest() as highest:
+        resharding.fill(wanted, old_world, world, rank)
+    seconds, most = time.perf_counter() - start, highest.most - before
     results.put((seconds, most, bytes_from_disk() - disk, shards.optimizer.cache_info().currsize))
 
 
-def measure(root: Path, billions: float, old_world: int, world: int) -> list:
+def measure(root: Path, billions: float, old_world: int, args: argparse.Namespace) -> list:
     """One row of the table."""
     folder = root / tag_of(1)
     folder.mkdir()
@@ -85,14 +92,15 @@ def measure(root: Path, billions: float, old_world: int, world: int) -> list:
     held = fabricate(folder, shapes, old_world)
     cold = drop_cache()
     context = get_context("spawn")
-    barrier, results = context.Barrier(world), context.Queue()
-    arguments = (folder, old_world, world, barrier, results)
-    ranks = [context.Process(target=read, args=(*arguments, rank)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    found = [results.get(timeout=600) for _ in ranks]
-    for rank in ranks:
-        rank.join()
+    barrier, results = context.Barrier(args.ranks), context.Queue()
+    with limited_memory(args.memory) as group:
+        arguments = (folder, old_world, args.ranks, group, barrier, results)
+        ranks = [context.Process(target=read, args=(*arguments, rank)) for rank in range(args.ranks)]
+        for rank in ranks:
+            rank.start()
+        found = [results.get(timeout=600) for _ in ranks]
+        for rank in ranks:
+            rank.join()
     shutil.rmtree(folder)
     seconds, most, disk, opened = (max(column) for column in zip(*found, strict=True))
     disk = sum(row[2] for row in found)
@@ -115,11 +123,14 @@ def main() -> None:
     parser.add_argument("--billions", type=float, nargs="+", default=[0.1, 0.3, 1, 3])
     parser.add_argument("--shards", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument(
+        "--memory", type=int, metavar="MB", help="of the ranks with their page cache (default: no limit)"
+    )
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     args = parser.parse_args()
     header = ["billion parameters", "shards", "MB", "cold", "seconds", "MB/s", "read", "added, MB", "opened"]
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
-        rows = [measure(Path(root), size, old, args.ranks) for size in args.billions for old in args.shards]
+        rows = [measure(Path(root), size, old, args) for size in args.billions for old in args.shards]
     print(heading("scale_resume.py"), table(header, rows), sep="\n\n")
 
 

@@ -11,7 +11,7 @@ torch.distributed.checkpoint would do, but plans with pickles that the ranks sen
 Shapes: P values of a parameter, W ranks, ceil(P / W) values of a rank's part.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from itertools import accumulate
@@ -72,11 +72,12 @@ def open_shard(folder: Path, rank: int) -> Shard:
 
 
 class Place(NamedTuple):
-    """Some values of a parameter: `start` to `stop` of an old rank's part."""
+    """Some values of a parameter: `start` to `stop` of an old rank's part, and where they begin in a new one's."""
 
     rank: int
     start: int
     stop: int
+    at: int
 
 
 def places(numel: int, old_world: int, world: int, rank: int) -> Iterator[Place]:
@@ -84,23 +85,54 @@ def places(numel: int, old_world: int, world: int, rank: int) -> Iterator[Place]
     old, new = -(-numel // old_world), -(-numel // world)
     first, last = (min(number * new, numel) for number in (rank, rank + 1))
     for holder in range(first // old, -(-last // old)) if first < last else ():
-        yield Place(holder, max(first - holder * old, 0), min(last - holder * old, old))
+        start, stop = max(first - holder * old, 0), min(last - holder * old, old)
+        yield Place(holder, start, stop, holder * old + start - first)
 
 
-def fill(target: Tensor, source: Callable[[int, int, int], Iterable[Tensor]], places: Iterable[Place]) -> None:
-    """Copy the values at `places` one after another into a flat tensor, and zeros behind them: ZeRO-3's padding.
+class Wanted(NamedTuple):
+    """A flat tensor to be filled with what a rank owns of a parameter."""
 
-    source: yields the values at a place as flat tensors. Raises ValueError if it has fewer.
+    target: Tensor  # ceil(P / W) values
+    numel: int  # of the whole parameter
+    source: Callable[[int, int, int], Iterable[Tensor]]  # yields the values of an old rank's part, from start to stop
+
+
+def fill(
+    wanted: Sequence[Wanted],
+    old_world: int,
+    world: int,
+    rank: int,
+    tell: Callable[[float], None] = lambda part: None,
+) -> None:
+    """Fill flat tensors with what `rank` owns, and zeros behind it: ZeRO-3's padding.
+
+    One old shard after another, each from its beginning to its end as far as `wanted` is in its order: a kernel that
+    reads ahead in as many places as there are shards and states reads what it drops again before it is used.
+    tell: called with the part that is done. Raises ValueError if a shard has too few values.
     """
-    filled = 0
-    for place in places:
-        end = filled + place.stop - place.start
-        for values in source(*place):
-            target[filled : filled + len(values)].copy_(values)
-            filled += len(values)
-        if filled != end:
-            raise ValueError(f"rank {place.rank} holds {end - filled} values too few of a parameter")
-    target[filled:].zero_()
+    by_numel = {
+        numel: {place.rank: place for place in places(numel, old_world, world, rank)}
+        for numel in {each.numel for each in wanted}
+    }
+    for target, numel, _ in wanted:
+        owned = sum(place.stop - place.start for place in by_numel[numel].values())
+        target[owned:].zero_()
+    holders = sorted({holder for found in by_numel.values() for holder in found})
+    for number, holder in enumerate(holders, 1):
+        for target, numel, source in wanted:
+            if holder in by_numel[numel]:
+                copy_from(source, by_numel[numel][holder], target)
+        tell(number / len(holders))
+
+
+def copy_from(source: Callable[[int, int, int], Iterable[Tensor]], place: Place, target: Tensor) -> None:
+    """Copy the values at one place. Raises ValueError if there are fewer."""
+    filled, end = place.at, place.at + place.stop - place.start
+    for values in source(place.rank, place.start, place.stop):
+        target[filled : filled + len(values)].copy_(values)
+        filled += len(values)
+    if filled != end:
+        raise ValueError(f"rank {place.rank} holds {end - filled} values too few of a parameter")
 
 
 @torch.no_grad()
@@ -115,22 +147,20 @@ def reshard(engine: Any, folder: Path, old_world: int, say: Callable[[str], None
     check_shapes(old.trained, {name: shape for group in groups for name, shape in group.shapes.items()})
     check_shapes(old.frozen, {name: shape for name, shape, _ in frozen})
     shard = old.optimizer(rank * old_world // world)
-    values, done = sum(len(group.flat) for group in groups) * len(shard.states), 0
-    states = []
+    states, wanted = [], list[Wanted]()
     for group in groups:
         # Filled in place where there are some already: no second copy, on a GPU least of all.
         state = {name: group.states.get(name, torch.empty_like(group.flat)) for name in shard.states if name != MASTER}
         sizes = [-(-shape.numel() // world) for shape in group.shapes.values()]
         for state_name, flat in {MASTER: group.flat, **state}.items():
             for (name, shape), part in zip(group.shapes.items(), flat.detach().split(sizes), strict=True):
-                fill(part, partial(old.trained_values, name, state_name), places(shape.numel(), old_world, world, rank))
-                done += len(part)
-                say(f"reading {folder} of {old_world} ranks: {done / values:.0%}")
+                wanted.append(Wanted(part, shape.numel(), partial(old.trained_values, name, state_name)))
         # Of its own for each group: the optimizer counts its steps in place.
         states.append({**deepcopy(shard.plain), **state})
+    fill(wanted, old_world, world, rank, lambda part: say(f"reading {folder} of {old_world} ranks: {part:.0%}"))
     load_optimizer(engine, states)
-    for name, shape, part in frozen:
-        fill(part, partial(old.frozen_values, name), places(shape.numel(), old_world, world, rank))
+    parts = [Wanted(part, shape.numel(), partial(old.frozen_values, name)) for name, shape, part in frozen]
+    fill(parts, old_world, world, rank)
     count_steps(engine, old.model(0))
 
 

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from armt_dist.checkpoint.resharding import Shards, check_shapes, fill, places
+from armt_dist.checkpoint.resharding import Shards, Wanted, check_shapes, fill, places
 
 SIZES = (1, 2, 5, 7, 12, 13)
 WORLDS = (1, 2, 3, 4, 6)
@@ -29,10 +29,26 @@ def test_every_value_is_read_once_from_where_it_is(old, new):
         shards, wanted = cut(whole, old), cut(whole, new)
         for rank in range(new):
             target = torch.full_like(wanted[rank], -1)
-            found = list(places(size, old, new, rank))
-            fill(target, partial(stretch, shards), found)
+            fill([Wanted(target, size, partial(stretch, shards))], old, new, rank)
             assert torch.equal(target, wanted[rank])
-            assert all(0 <= start < stop <= len(shards[holder]) for holder, start, stop in found)
+            found = list(places(size, old, new, rank))
+            assert all(0 <= start < stop <= len(shards[holder]) for holder, start, stop, _ in found)
+
+
+def test_a_shard_is_read_to_its_end_before_the_next_one():
+    """A rank that needs values of several shards for every parameter, and of which some are in one shard alone."""
+    reads = []
+
+    def source(name, rank, start, stop):
+        reads.append((rank, name, start))
+        return [torch.zeros(stop - start)]
+
+    sizes = {"a": 32, "b": 3, "c": 12}
+    wanted = [Wanted(torch.empty(-(-size // 2)), size, partial(source, name)) for name, size in sizes.items()]
+    told = []
+    fill(wanted, 8, 2, 0, told.append)
+    assert len({rank for rank, *_ in reads}) > 3 and reads == sorted(reads)
+    assert told == sorted(told) and told[-1] == 1
 
 
 def write(folder, world: int, values: dict, frozen: dict, group: int = 4) -> None:
@@ -75,7 +91,7 @@ def test_files(old, tmp_path):
                 ]
             for source, sign in sources:
                 target = torch.empty_like(part)
-                fill(target, source, places(whole.numel(), old, new, rank))
+                fill([Wanted(target, whole.numel(), source)], old, new, rank)
                 assert torch.equal(target, sign * part)
 
 
@@ -85,7 +101,7 @@ def test_a_rank_opens_only_the_shards_that_it_reads(tmp_path):
         if rank not in (4, 5):
             (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").unlink()
     target = torch.empty(16)
-    fill(target, partial(Shards(tmp_path, 8).trained_values, "a", "fp32"), places(64, 8, 4, 2))
+    fill([Wanted(target, 64, partial(Shards(tmp_path, 8).trained_values, "a", "fp32"))], 8, 4, 2)
     assert torch.equal(target, torch.arange(32.0, 48))
 
 
@@ -95,7 +111,7 @@ def test_values_that_are_missing(tmp_path):
     flat = shards.optimizer(1).states["fp32"]
     flat[-1] = flat[-1][:-2]
     with pytest.raises(ValueError, match="rank 1 holds 1 values too few of a parameter"):
-        fill(torch.empty(11), partial(shards.trained_values, "c", "fp32"), places(11, 2, 1, 0))
+        fill([Wanted(torch.empty(11), 11, partial(shards.trained_values, "c", "fp32"))], 2, 1, 0)
 
 
 def test_another_model():
