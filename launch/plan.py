@@ -199,6 +199,7 @@ def describe_time(model: ModelSizes, work: StepWork, result: Plan) -> list[tuple
     handed = f"{size(result.handoff_unit_bytes)} per unit, {size(result.handoff_bytes)} per rank and step"
     busy = f"{result.efficiency:.1%} of the time computing; the schedule's bound is {result.bound:.1%}"
     per_rank = f"{result.tokens_per_s / result.world:,.0f} per rank"
+    taught = f"{result.teacher_s:.3g} s: the base over windows of {work.teacher_window:,} tokens, in the step"
     return [
         ("gathered", f"{size(result.gather_bytes)} per rank and step"),
         ("reduced", f"{size(result.reduce_bytes)} per rank and step"),
@@ -206,6 +207,7 @@ def describe_time(model: ModelSizes, work: StepWork, result: Plan) -> list[tuple
         ("prefetch window", window),
         ("operations", f"{result.flops:.3g} per rank and step, the re-run counted"),
         ("efficiency", busy),
+        *([("teacher", taught)] if work.teacher_window else []),
         ("step", f"{result.step_s:.3g} s, {result.mfu:.1%} MFU"),
         ("throughput", f"{result.tokens_per_s:,.0f} tokens/s, {per_rank}"),
     ]

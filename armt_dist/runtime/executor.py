@@ -4,8 +4,9 @@ Shapes: B batch rows, N = H + tokens + M positions of a segment's row, D model w
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from .cell_graphs import CellGraphs
 from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
-from .loss import IGNORE, hits, token_nll
+from .loss import IGNORE, hits, losses_beside, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels
 from .sections import ParallelConfig
 from .segment_bptt import CellView, GradientView, LayerWork, Link, MarkReady, no_engine, segment_bptt
+from .teacher import Teacher, Windows, WithoutAdapters
 from .trace import Trace
 
 
@@ -56,12 +58,22 @@ class LossHead(nn.Module):
         super().__init__()
         object.__setattr__(self, "parts", (model.backbone.norm, model.backbone.head))
 
-    def forward(self, hidden: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
-        """Score positions. hidden [n, D], targets [n] -> nll [n] float32, wrong [n] bool (all False unless `count`)."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor, count: bool, taught: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Score positions. hidden [n, D], targets [n] -> nll [n] float32, wrong [n] bool (all False unless `count`).
+
+        taught: the teacher's hidden states [n, D]; the third result is the divergence from it, [n] float32.
+        """
         norm, head = self.parts
         hidden = norm(hidden)
         wrong = ~hits(hidden, head, targets) & (targets >= 0) if count else torch.zeros_like(targets, dtype=torch.bool)
-        return token_nll(hidden, head, targets), wrong
+        if taught is None:
+            return token_nll(hidden, head, targets), wrong, None
+        with torch.no_grad():
+            taught = norm(taught)
+        nll, divergence = losses_beside(hidden, taught, head, targets)
+        return nll, wrong, divergence
 
 
 def joined(chunks: Sequence[tuple]) -> tuple:
@@ -88,6 +100,14 @@ def eager_cells(layer: Any, trains: bool) -> EagerCells:
     return EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
 
 
+class Around(NamedTuple):
+    """What sees the layers of a pass beside the schedule."""
+
+    observe: Callable[[CellView], None] | None
+    observe_gradient: Callable[[GradientView], None] | None
+    teacher: Teacher | None
+
+
 class ScheduledLM(nn.Module):
     """The model as the engine wraps it: run layer by layer over this rank's blocks, as the schedule says."""
 
@@ -99,6 +119,7 @@ class ScheduledLM(nn.Module):
         offload: bool = False,
         graphs: bool = False,
         link: Local | Wire | None = None,
+        without_adapters: WithoutAdapters = nullcontext,
     ):
         super().__init__()
         self.model = model
@@ -107,6 +128,7 @@ class ScheduledLM(nn.Module):
         self.states, self.offload = states, offload
         self.graphs = CellGraphs() if graphs else None
         self.link = Local() if link is None else link
+        self.without_adapters = without_adapters
         # One for all passes: torch takes new ones from a pool of 32, in which NCCL's and DeepSpeed's are soon reached.
         self.copy_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         # Set by the code that puts an engine around this module.
@@ -126,18 +148,22 @@ class ScheduledLM(nn.Module):
         first: list[tuple] | None = None,
         keep_last: bool = False,
         observe_gradient: Callable[[GradientView], None] | None = None,
+        windows: Windows | None = None,
     ) -> Totals:
         """Return sums over this rank's scored positions; the backward pass of `nll` runs the reversed schedule.
 
         `observe` is shown every cell that this rank runs forward, `observe_gradient` the gradient of the state that
         entered each. `first`: the states that enter the first segment, as `ARMTForCausalLM.initial_states`, without a
         gradient to them; only the rank that runs it uses them; None: empty ones. `keep_last`: whether the result has
-        the states after the last segment.
+        the states after the last segment. `windows`: what the frozen base reads as a teacher; None: there is none.
         """
+        teacher = None if windows is None else Teacher(self.model, windows, self.without_adapters)
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
-        outputs, states = self.run_layers(x, rows, piece, (observe, observe_gradient), first, keep_last)
-        totals = self.sum_up(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], piece, count)
+        around = Around(observe, observe_gradient, teacher)
+        outputs, states = self.run_layers(x, rows, piece, around, first, keep_last)
+        hidden = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+        totals = self.sum_up(hidden, piece, count, teacher)
         return totals._replace(states=states)
 
     def run_layers(
@@ -145,13 +171,13 @@ class ScheduledLM(nn.Module):
         x: Tensor,
         rows: list[list[int]],
         piece: Piece,
-        observers: tuple[Callable | None, Callable | None],
+        around: Around,
         first: list[tuple] | None,
         keep_last: bool,
     ) -> tuple[list[Tensor], list[tuple] | None]:
         """Run all layers over all blocks. x [B, sum of N, D]; rows: N of each segment, by block.
 
-        observers: of cells and of gradients. Returns the hidden states of each block, and `Totals.states`.
+        Returns the hidden states of each block, and `Totals.states`.
         """
         blocks = list(x.split([sum(block) for block in rows], dim=1))
         layers, trace = self.model.layers, Trace(x.device)
@@ -183,9 +209,9 @@ class ScheduledLM(nn.Module):
                 blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, *starts[i]))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(
-                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, observers[0]
+                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, around.observe
             )
-            work = work._replace(observe_gradient=observers[1])
+            work = work._replace(observe_gradient=around.observe_gradient)
             if gather.block == 0 and first:
                 work = work._replace(first=first[gather.layer])
             if gather.block == final and last:
@@ -194,7 +220,11 @@ class ScheduledLM(nn.Module):
                 # All layers below are frozen. ZeRO-3 releases a layer when the gradient of its input is there.
                 blocks[i] = blocks[i].detach().requires_grad_()
             trace(gather)
-            blocks[i] = layers[gather.layer](blocks[i], run=partial(segment_bptt, work=work))
+            run: Callable = partial(segment_bptt, work=work)
+            if i == 0 and around.teacher:
+                # The first of a rank's blocks comes to the layers in their order, under every schedule.
+                run = around.teacher.beside(run)
+            blocks[i] = layers[gather.layer](blocks[i], run=run)
         trace(None)
         return blocks, [*map(joined, last), self.leaving_rows(blocks[-1])] if last else None
 
@@ -276,7 +306,7 @@ class ScheduledLM(nn.Module):
             result.append(row)
         return result
 
-    def sum_up(self, hidden: Tensor, piece: Piece, count: bool) -> Totals:
+    def sum_up(self, hidden: Tensor, piece: Piece, count: bool, teacher: Teacher | None) -> Totals:
         """Compute the loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
         targets = packed_labels(piece, self.model.config.head_rows, self.model.config.memory_rows)
         scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
@@ -286,9 +316,11 @@ class ScheduledLM(nn.Module):
         row = copied(scored // targets.shape[1], hidden.device)
         targets = copied(targets.flatten()[scored], hidden.device)
         scored = copied(scored, hidden.device)
-        nll, wrong = self.loss_head(hidden.flatten(0, 1)[scored], targets, count)
+        taught = None if teacher is None else teacher.at(piece.labels)
+        nll, wrong, divergence = self.loss_head(hidden.flatten(0, 1)[scored], targets, count, taught)
         per_row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device).index_add_(0, row, wrong.long())
-        return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row)
+        total = None if divergence is None else divergence.sum()
+        return Totals(nll.sum(), targets.ne(IGNORE).sum(), per_row, divergence=total)
 
 
 def run_backward(engine: Any, loss: Tensor) -> None:

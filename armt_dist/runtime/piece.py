@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     grid: Grid  # of the schedule: its rounds are those of the program
     sp_rank: int
     schedule: str  # name of the schedule that cut the blocks
+    tokens: tuple[range, ...]  # of the sequence, by block
 
 
 class Totals(NamedTuple):
@@ -44,6 +45,7 @@ class Totals(NamedTuple):
     # after the last segment, as ARMTForCausalLM.initial_states, without a graph; None unless they were asked for, and
     # on ranks that do not run the last block
     states: list[tuple] | None = None
+    divergence: Tensor | None = None  # scalar float32, KL(teacher || model) in nats; None without a teacher
 
 
 def cut_piece(
@@ -75,14 +77,15 @@ def cut_piece(
     grid = fit_grid(name, grid, arrows)
     starts = list(accumulate(lengths, initial=0))
     ranges = [block_range(grid, block) for block in rank_blocks(grid, sp_rank)]
+    tokens = tuple(range(starts[r.start], starts[r.stop]) for r in ranges)
 
     def own(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[:, starts[r.start] : starts[r.stop]] for r in ranges], 1)
+        return torch.cat([tensor[:, r.start : r.stop] for r in tokens], 1)
 
     starts_here = None if document_starts is None else own(document_starts)
     by_block = tuple(tuple(lengths[r.start : r.stop]) for r in ranges)
     mask = None if attention_mask is None else own(attention_mask)
-    return Piece(own(input_ids), own(labels), mask, starts_here, by_block, grid, sp_rank, name)
+    return Piece(own(input_ids), own(labels), mask, starts_here, by_block, grid, sp_rank, name, tokens)
 
 
 def by_segment(rows: Tensor | None, piece: Piece) -> list[Sequence[Tensor | None]]:

@@ -6,9 +6,9 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
-from .cell_work import Work, cell_work, head_work
+from .cell_work import HEAD_PASSES, Work, cell_work, head_work
 from .grid import Grid, prefetch_window
-from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens
+from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
 from .simulator import Costs
 
 
@@ -124,6 +124,19 @@ def head_s(model: ModelSizes, work: StepWork, grid: Grid, hardware: Hardware) ->
     """Head and loss of a rank's scored positions of one micro-batch, forward and backward."""
     scored = work.scored_tokens or grid.segments / grid.sp * work.segment_tokens
     return seconds(head_work(model, scored), work.micro_batch, work, hardware)
+
+
+def teacher_s(model: ModelSizes, work: StepWork, grid: Grid, hardware: Hardware) -> float:
+    """The forward of the frozen base over a rank's share of a teacher's windows, one micro-batch, and its logits."""
+    if not work.teacher_window:
+        return 0.0
+    window = min(work.teacher_window, work.sequence_tokens)
+    plain = model._replace(memory_kind="transformer_xl", num_mem_tokens=0, sink=0, sliding_window=0)
+    read = work._replace(segment_tokens=window, padded=False, packed=False)
+    layer_s = seconds(cell_work(plain, read)[0], work.micro_batch, work, hardware)
+    # Twice, as chunks of the loss are checkpointed: a quarter of the passes of a trained head.
+    logits_s = 2 / HEAD_PASSES * head_s(model, work, grid, hardware)
+    return teacher_tokens(work) / window / grid.sp * grid.layers * layer_s + logits_s
 
 
 def rerun_ratio(work: StepWork, grid: Grid) -> float:

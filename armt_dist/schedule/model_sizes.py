@@ -237,6 +237,15 @@ class StepWork(NamedTuple):
     """Whether rows may be shorter than their batch."""
     packed: bool = False
     """Whether documents that do not see each other share segments (data.text.pack)."""
+    teacher_window: int = 0
+    """Tokens that the frozen base reads at once as a teacher (loss.distill); 0: there is none."""
+
+
+def teacher_tokens(work: StepWork) -> int:
+    """Tokens that a teacher reads for one sequence: its windows overlap by half."""
+    overlap, tokens = work.teacher_window // 2, work.sequence_tokens
+    starts = range(0, max(1, tokens - overlap), work.teacher_window - overlap)
+    return sum(min(work.teacher_window, tokens - start) for start in starts)
 
 
 def row_tokens(model: ModelSizes, work: StepWork) -> int:

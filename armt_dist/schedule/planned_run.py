@@ -38,6 +38,7 @@ KEYS = {
     ),
     "bptt": ("states", "graphs"),
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
+    "loss": ("skip_first_segment", "last_segment_only", "distill"),
 }
 # Defaults of ARMTConfig and of the data sections; tests compare them with the classes.
 MEMORY_COUNTS = {"d_mem": 64, "nu": 3, "n_heads": 1}
@@ -170,6 +171,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         carried=carries(trees.run),
         padded=samples.padded,
         packed=samples.packed,
+        teacher_window=teacher_window(trees.run),
         **{
             name: count(zero, name, "ds_config zero_optimization.", StepWork._field_defaults[name], least=0)
             for name in ("reduce_bucket_size", "stage3_param_persistence_threshold", "zero_hpz_partition_size")
@@ -292,6 +294,12 @@ def carries(run: Mapping[str, Any]) -> bool:
     return bool(section(run, "data", "").get("carry_memory") or section(run, "train", "").get("carry_state")) or any(
         stages
     )
+
+
+def teacher_window(run: Mapping[str, Any]) -> int:
+    """Tokens that the base reads at once as a teacher; 0: there is none."""
+    distill = section(section(run, "loss", ""), "distill", "loss.")
+    return count(distill, "window", "loss.distill.", None, least=2) if distill else 0
 
 
 def retrieval_samples(retrieval: Mapping[str, Any], run: Mapping[str, Any], asked: Any) -> Samples:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..config import ConfigError
 from .cell_work import cell_flops
 from .grid import Grid, check_grid, prefetch_window
-from .hardware import H100, Hardware, estimate_s, head_s, unit_costs, update_s
+from .hardware import H100, Hardware, estimate_s, head_s, teacher_s, unit_costs, update_s
 from .model_sizes import KINDS, ModelSizes, StepWork
 from .program import default_schedule, fit_grid
 from .simulator import Costs
@@ -22,7 +22,7 @@ from .step_memory import Held, gpu_bytes, host_bytes
 STATES = ("store", "rebuild", "recompute")
 MAY_BE_ZERO = (
     *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
-    *("stage3_param_persistence_threshold", "zero_hpz_partition_size"),
+    *("stage3_param_persistence_threshold", "zero_hpz_partition_size", "teacher_window"),
 )
 LEAST_BUSY = 0.5
 """Share of the time that ranks are to be busy in a layout that is chosen."""
@@ -69,6 +69,8 @@ class Plan(NamedTuple):
     """Of the peak, without the re-run."""
     tokens_per_s: float
     """Of the whole world."""
+    teacher_s: float
+    """Of the step, for the frozen base that reads the same text as a teacher; 0: there is none."""
     costs: Costs
 
 
@@ -145,6 +147,7 @@ def plan(
         step_s=times.step_s,
         efficiency=times.compute_s / times.step_s,
         mfu=passes * (3 * cells * cell + head_flops) / times.step_s / hardware.peak_flops,
+        teacher_s=passes * teacher_s(model, work, grid, hardware),
         tokens_per_s=passes * layout.dp * work.micro_batch * work.sequence_tokens / times.step_s,
         costs=costs,
     )
@@ -165,7 +168,8 @@ def step_times(
 
     Every rank's head follows its own block, so the last rank's head is exposed; so are the embedding's collectives.
     """
-    loss_s = head_s(model, work, grid, hardware)
+    # The teacher's work is as evenly spread as the rest.
+    loss_s = head_s(model, work, grid, hardware) + teacher_s(model, work, grid, hardware)
     outer_s = 2 * model.outer_parameters * work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     cells = grid.segments / grid.sp * grid.layers
     compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + loss_s

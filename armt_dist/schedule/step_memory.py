@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from .grid import Grid, reduction_layers
-from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens
+from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
 
 LOGITS_TOKENS = 1024
 """Rows of logits alive at a time in the chunked cross-entropy."""
@@ -158,7 +158,18 @@ def head_bytes(held: Held) -> dict[str, float]:
         "states": work.micro_batch * states_bytes(held, rerun=False),
         "loss head": scored * model.hidden_size * width + LOGITS_COPIES * logits,
         "whole gradients": 0 if model.freeze_base else model.vocab_size * model.hidden_size * work.dtype_bytes,
+        "teacher": teacher_bytes(held, scored),
     }
+
+
+def teacher_bytes(held: Held, scored: int) -> float:
+    """Hidden states of a teacher's windows after the last layer, those that are kept, and those that are scored."""
+    work = held.work
+    if not work.teacher_window:
+        return 0
+    read = math.ceil(teacher_tokens(work) / held.grid.sp) * work.micro_batch
+    kept = held.grid.rounds * held.block * work.segment_tokens * work.micro_batch
+    return (read + kept + 2 * scored) * held.model.hidden_size * work.dtype_bytes
 
 
 def stashed_layers(held: Held) -> int:

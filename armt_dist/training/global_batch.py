@@ -17,6 +17,7 @@ from ..distributed.mesh import Mesh
 from ..model.configuration_armt import ARMTConfig
 from ..runtime.host_copy import copied
 from ..runtime.piece import Piece, Totals, cut_piece
+from ..runtime.teacher import Windows, cut_windows
 from ..schedule.grid import Grid
 from ..zero3.ds_config import BatchSizes
 from .loss_mask import mask_labels
@@ -80,6 +81,7 @@ class Sums(NamedTuple):
     rows: int
     stop: bool  # whether any rank was told to stop
     by_row: Rows
+    divergence: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return means over tokens and samples, and the metrics of extensions."""
@@ -87,6 +89,7 @@ class Sums(NamedTuple):
             "loss": self.nll / max(1, self.scored),
             "accuracy": self.right_rows / max(1, self.rows),
             "token_accuracy": self.right_tokens / max(1, self.scored),
+            **({} if self.divergence is None else {"divergence": self.divergence / max(1, self.scored)}),
             **measured(self.by_row),
         }
 
@@ -121,15 +124,22 @@ class Batches(NamedTuple):
         piece = cut_piece(*rows, self.armt, self.grid, self.mesh.sp_rank, self.schedule, batch.document_starts)
         return piece._replace(input_ids=copied(piece.input_ids, self.device))
 
+    def windows(self, batch: Batch, piece: Piece) -> Windows | None:
+        """Return what the teacher reads for the piece of a micro-batch; None without a teacher. Raises ConfigError."""
+        distill = self.loss.distill
+        return cut_windows(batch.input_ids, batch.document_starts, piece, distill.window) if distill else None
+
     def sum_up(self, results: Sequence[MicroResult], told_to_stop: bool) -> Sums:
         """Sum the results of all ranks. Collective; the only point of a step where the host waits for the device."""
         rows = self.sizes.global_batch
-        nll, told, wrong, scored = 0, 1, slice(2, 2 + rows), slice(2 + rows, 2 + 2 * rows)
-        sums = torch.zeros(2 + 2 * rows, dtype=torch.float64, device=self.device)
+        nll, told, divergence, wrong, scored = 0, 1, 2, slice(3, 3 + rows), slice(3 + rows, 3 + 2 * rows)
+        sums = torch.zeros(3 + 2 * rows, dtype=torch.float64, device=self.device)
         sums[told] = float(told_to_stop)
         for part in results:
             own = slice(part.rows.start, part.rows.stop)
             sums[nll] += part.totals.nll.detach()
+            if part.totals.divergence is not None:
+                sums[divergence] += part.totals.divergence.detach()
             sums[wrong][own] += part.totals.wrong
             # Every rank of an sp group counts the labels of whole rows.
             sums[scored][own] += copied(part.batch.labels.ge(0).sum(1), self.device) / self.mesh.sp
@@ -138,6 +148,7 @@ class Batches(NamedTuple):
         scored_rows = sums[scored].round() > 0
         right_rows = int(((sums[wrong] == 0) & scored_rows).sum())
         total = int(sums[scored].sum().round())
+        taught = all(part.totals.divergence is not None for part in results)
         return Sums(
             sums[nll].item(),
             total,
@@ -146,6 +157,7 @@ class Batches(NamedTuple):
             int(scored_rows.sum()),
             bool(sums[told] > 0),
             Rows(sums[scored].round().numpy(), sums[wrong].numpy()),
+            sums[divergence].item() if taught else None,
         )
 
 

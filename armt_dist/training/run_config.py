@@ -65,13 +65,25 @@ def carry_probability(config: TrainConfig, stage: Stage) -> float:
     return config.carry_state if stage.carry_state is None else stage.carry_state
 
 
+class DistillConfig(Section):
+    """Distillation from the frozen base, which reads more tokens than a segment, with full attention and no memory."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the divergence KL(base || model) in the training loss; the rest is that of the next token. Example: 1"""
+    window: Annotated[int, Field(ge=2)]
+    """Tokens that the base reads at once, at least two segments. Windows overlap by half, so that it predicts every
+    token from the half of one at least, or from all that is before. Example: 4096"""
+
+
 class LossConfig(Section):
-    """Segments whose tokens are not scored, in training and validation."""
+    """Which segments are scored, in training and validation, and what the model is to come close to in training."""
 
     skip_first_segment: bool = False
     """Whether the loss leaves out the first segment, which has no memory to read (the authors' choice for text)."""
     last_segment_only: bool = False
     """Whether the loss counts each sample's last segment only."""
+    distill: DistillConfig | None = None
+    """Distillation from the base's own full attention; the base must be frozen. Example: {weight: 0.5, window: 4096}"""
 
     @model_validator(mode="after")
     def one_of_them(self) -> "LossConfig":
@@ -91,7 +103,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     """Task and its samples. Example: {task: rewrite}"""
     loss: LossConfig = LossConfig()
-    """Segments whose tokens are not scored. Example: {skip_first_segment: true}"""
+    """Which segments are scored, and distillation. Example: {skip_first_segment: true}"""
     bptt: BPTTConfig = BPTTConfig()
     """Backward pass through the segments. Example: {states: rebuild}"""
     parallel: ParallelConfig = ParallelConfig()
@@ -110,6 +122,23 @@ class RunConfig(Section):
     """Whether only kernels that give the same bits in every run are used; slower."""
     digests: bool = False
     """Whether digests of all memory states are written, for `python -m armt_dist.digest RUN_A RUN_B`; slow."""
+
+    @model_validator(mode="after")
+    def teacher_stays(self) -> "RunConfig":
+        """Check that the teacher is frozen, and that no memory carries what it does not read."""
+        if self.loss.distill is None:
+            return self
+        freeze = self.train.freeze
+        if self.model.lora is None and freeze != "base" and "base" not in (freeze or ()):
+            raise ValueError(
+                "loss.distill: the base is its own teacher and must not change; set train.freeze=base, or model.lora"
+            )
+        if self.data.carry_memory:
+            raise ValueError(
+                "loss.distill: the base reads no text of earlier steps, which the memory carries; set "
+                "data.carry_memory=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def every_stage_ends(self) -> "RunConfig":

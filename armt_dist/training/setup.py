@@ -22,7 +22,7 @@ from ..runtime.handoff import Local, Wire
 from ..schedule.grid import Grid
 from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.step_memory import STATES, Held, resident_bytes
-from ..zero3.adapters import add_adapters, add_partitioned_adapters
+from ..zero3.adapters import add_adapters, add_partitioned_adapters, without_adapters
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
 from ..zero3.trained_parameters import freeze_parameters, parameter_groups
@@ -76,6 +76,8 @@ def set_up(
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
+    if config.loss.distill is not None:
+        check_window(config.loss.distill.window, armt)
     check_trained(config, armt, prepared.ds_config["optimizer"]["params"])
     sizes = prepared.sizes
     stages = with_steps(config.curriculum, config.train.epochs, task.size("train"), sizes.global_batch)
@@ -109,6 +111,22 @@ def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks
             f"model: {planned.model.parameters:,} parameters need {need / 1e9:,.0f} GB on each of {ranks.world_size} "
             f"ranks for weights, gradients and optimizer states, and a rank has {have / 1e9:,.0f} GB; use more ranks, "
             "a smaller model or an offload (launch/plan.py shows what a run needs)"
+        )
+
+
+def check_window(window: int, armt: ARMTConfig) -> None:
+    """Check that a teacher sees no less than the model in a segment, and no more than it can read. Raises ConfigError.
+
+    window: `DistillConfig.window`.
+    """
+    base, least = armt.base, 2 * armt.segment_tokens
+    limits = [base.max_position_embeddings]
+    if "sliding_attention" in (getattr(base, "layer_types", None) or ["sliding_attention"]):
+        limits.append(getattr(base, "sliding_window", None) or base.max_position_embeddings)
+    if not least <= window <= min(limits):
+        raise ConfigError(
+            f"loss.distill.window={window}: must be from {least}, two segments, to {min(limits)}, which the base can "
+            "read at once"
         )
 
 
@@ -154,4 +172,11 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
             check_queues(batches.mesh.sp)
         link = Wire(*ring(batches.mesh, config.parallel.timeout_s), batches.device)
     graphs = batches.device.type == "cuda" if config.bptt.graphs is None else config.bptt.graphs
-    return ScheduledLM(model, states=config.bptt.states, offload=prepared.offload_activations, graphs=graphs, link=link)
+    return ScheduledLM(
+        model,
+        states=config.bptt.states,
+        offload=prepared.offload_activations,
+        graphs=graphs,
+        link=link,
+        without_adapters=without_adapters,
+    )

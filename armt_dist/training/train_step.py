@@ -17,12 +17,13 @@ from ..monitoring.bad_steps import BadRows, find_bad_rows, spiked, weigh
 from ..monitoring.step_metrics import StepMetrics
 from ..runtime.executor import run_backward
 from ..runtime.host_copy import copied
+from ..runtime.piece import Totals
 from ..zero3.trained_parameters import set_rates
 from .carried_states import Carrying
 from .curriculum import Stage, learning_rate
 from .global_batch import Batches, MicroBatch, MicroResult, Sums, add_up
 from .progress import Progress
-from .run_config import TrainConfig
+from .run_config import LossConfig, TrainConfig
 
 
 class StepParts(NamedTuple):
@@ -86,7 +87,7 @@ def train_step(
     norm = parts.engine.get_global_grad_norm()
     metrics = {
         # Hits are counted in validation only, unless the task has an accuracy.
-        **(means if parts.counts else {"loss": means["loss"]}),
+        **(means if parts.counts else {name: value for name, value in means.items() if name in ("loss", "divergence")}),
         "stage": after.stage,
         **rates,
         "grad_norm": float(norm) if norm is not None else 0.0,
@@ -114,11 +115,21 @@ def run_micro_batches(
         piece = parts.batches.piece(batch)
         observe = parts.metrics.observer(step, rows.start, piece, smallest_read=log_step)
         keep_last = parts.carrying is not None
-        totals = parts.engine(piece, count=parts.counts, observe=observe, first=states, keep_last=keep_last)
-        run_backward(parts.engine, weigh(totals.nll, factor))
+        windows = parts.batches.windows(batch, piece)
+        totals = parts.engine(
+            piece, count=parts.counts, observe=observe, first=states, keep_last=keep_last, windows=windows
+        )
+        run_backward(parts.engine, weigh(objective(totals, parts.batches.loss), factor))
         parts.engine.step()
         results.append(MicroResult(rows, batch, totals, piece.grid))
     return results
+
+
+def objective(totals: Totals, loss: LossConfig) -> Tensor:
+    """Return what a rank's micro-batch is trained on, summed over its scored positions: scalar float32."""
+    if loss.distill is None or totals.divergence is None:
+        return totals.nll
+    return torch.lerp(totals.nll, totals.divergence, loss.distill.weight)
 
 
 def loss_factor(batches: Batches, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:

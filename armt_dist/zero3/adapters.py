@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the base, by the library `peft`; the memory is trained as ever."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from ..model.modeling_armt import ARMTForCausalLM
 from .partitioned_model import gathered
 from .private import secondary_group
 from .sections import LoraSection
+
+# The attribute of peft's layers (0.21) that leaves their adapters out.
+DISABLED = "_disable_adapters"
 
 
 def add_adapters(model: ARMTForCausalLM, config: LoraSection) -> None:
@@ -62,6 +66,22 @@ def find_targets(model: ARMTForCausalLM, targets: Sequence[str]) -> list[str]:
 def ends_with(name: str, target: str) -> bool:
     """Tell whether a dotted name ends with a target, as peft does."""
     return name == target or name.endswith(f".{target}")
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Leave the adapters below a module out within the block. What is trained stays as it is.
+
+    peft's own `enable_adapters` would also make every adapter trained.
+    """
+    adapted = [part for part in module.modules() if getattr(part, DISABLED, None) is False]
+    for part in adapted:
+        setattr(part, DISABLED, True)
+    try:
+        yield
+    finally:
+        for part in adapted:
+            setattr(part, DISABLED, False)
 
 
 def add_partitioned_adapters(model: ARMTForCausalLM, config: LoraSection, ds_config: dict, seed: int) -> None:

@@ -28,7 +28,7 @@ from armt_dist.schedule.calibration import NETWORK, calibrated, read_run, with_n
 from armt_dist.schedule.hardware import CPU
 from armt_dist.schedule.model_sizes import ModelSizes, memory_fields, model_sizes
 from armt_dist.schedule.planner import plan
-from armt_dist.training.run_config import RunConfig
+from armt_dist.training.run_config import LossConfig, RunConfig
 from armt_dist.zero3.partitioned_model import armt_config, token_fields
 from armt_dist.zero3.run_trees import read_trees
 from armt_dist.zero3.sections import ModelConfig
@@ -158,7 +158,7 @@ def test_sizes_use_the_names_of_armt_config():
 
 def test_keys_are_those_of_the_configuration_classes():
     assert set(planned_run.SECTIONS) >= set(RunConfig.model_fields)
-    classes = {"model": ModelConfig, "bptt": BPTTConfig, "parallel": ParallelConfig}
+    classes = {"model": ModelConfig, "bptt": BPTTConfig, "parallel": ParallelConfig, "loss": LossConfig}
     assert {name: set(keys) for name, keys in planned_run.KEYS.items()} == {
         name: set(kind.model_fields) for name, kind in classes.items()
     }

@@ -6,9 +6,11 @@ import pytest
 from support.commands import run_script
 
 from armt_dist.config import ConfigError
+from armt_dist.runtime.teacher import spans
+from armt_dist.schedule import step_memory
 from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.hardware import H100
-from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
+from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes, teacher_tokens
 from armt_dist.schedule.planner import Layout, candidates, choose, fits, largest_useful_sp, plan, schedule_name
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import simulate_step
@@ -47,6 +49,27 @@ def test_operations_follow_the_six_parameters_rule():
     # RMT has its memory rows twice, ARMT reads F x D of a state at every position: about the same.
     assert result.flops == pytest.approx(plan(plain, work, Layout()).flops, rel=0.02)
     assert result.mfu < result.efficiency * H100.kernel_efficiency
+
+
+def test_a_teacher_costs_a_forward_of_the_base_and_its_hidden_states():
+    model = SMALL._replace(freeze_base=True)
+    # All at once, so that the teacher is one forward over the tokens; then in windows that overlap by half.
+    work = StepWork(4096, segment_tokens=512, micro_batch=4, padded=False)
+    without, whole, windows = (plan(model, work._replace(teacher_window=w), Layout()) for w in (0, 4096, 1024))
+    assert without.teacher_s == 0 and "teacher" not in [name for name, held in without.gpu_bytes.items() if held]
+    forward = without.compute_s / (3 + 1)
+    assert 0.7 * forward < whole.teacher_s < 1.3 * forward
+    assert whole.step_s - without.step_s == pytest.approx(whole.teacher_s)
+    assert teacher_tokens(work._replace(teacher_window=4096)) == 4096
+    assert teacher_tokens(work._replace(teacher_window=1024)) == sum(len(span) for span, _ in spans(4096, 1024)) == 7168
+    assert teacher_tokens(work._replace(teacher_window=1023)) == sum(len(span) for span, _ in spans(4096, 1023))
+    # More tokens, shorter attention, as many logits.
+    assert 1.2 < windows.teacher_s / whole.teacher_s < 7168 / 4096
+    held = step_memory.phase_bytes(step_memory.Held(model, work._replace(teacher_window=1024), Grid(8, 16), 1, 3))
+    assert held["loss head"]["teacher"] == 4 * (7168 + 4096 + 2 * 4096) * 2048 * 2
+    # A rank of a group of four reads its part.
+    shared = plan(model, work._replace(teacher_window=1024), Layout(sp=4))
+    assert shared.teacher_s == pytest.approx(windows.teacher_s / 4, rel=0.01)
 
 
 def test_layer_major_gathers_the_model_twice_and_rmt_twice_per_segment():
