@@ -36,7 +36,7 @@ def train(ranks, root, base, names, max_steps):
         config = {
             "data": {"task": "rewrite", "retrieval": {"symbols": 8}},
             "loss": {"distill": {"window": 10, "weight": 0.7}},
-            "curriculum": [{"pairs": 6, "at_least": 0.6, "steps": 10, "lr": 0.01}],
+            "curriculum": [{"pairs": 6, "at_least": 0.6, "steps": 10, "lr": 0.001}],
             **own,
             "model": {"base": str(base), "num_mem_tokens": 2, "d_mem": 4, **own.get("model", {})},
             "train": {"save_every": STOP, "validate_every": 3, "max_steps": max_steps, **own.get("train", {})},
@@ -58,7 +58,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("distilled")
     torch.manual_seed(0)
     fields = {name: value for name, value in TINY_LLAMA.items() if name != "model_type"}
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**fields, vocab_size=20, initializer_range=0.3))
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**fields, vocab_size=20, initializer_range=0.2))
     base.save_pretrained(root / "base")
     for kind in ("one", "two", "again"):
         (root / kind).mkdir()
@@ -80,8 +80,10 @@ def curve(run):
 @pytest.mark.parametrize(("one", "two"), [("memory", "memory"), ("adapters", "adapters"), ("one_rank", "sequence")])
 def test_two_ranks_do_what_one_does(root, one, two):
     alone, shared = curve(root / "one" / one), curve(root / "two" / two)
+    assert shared[0] == pytest.approx(alone[0], rel=1e-6)
     for before, after in zip(alone, shared, strict=True):
-        assert after == pytest.approx(before, rel=1e-4)
+        # What rounding leaves after some steps of Adam.
+        assert after == pytest.approx(before, rel=5e-4)
     assert min(divergence for _, divergence, _ in alone) > 0.01
 
 
