@@ -65,9 +65,8 @@ def chunk_losses_beside(
     with torch.no_grad():
         taught = F.linear(teacher, weight, bias).float().log_softmax(-1)
     divergence = F.kl_div(model, taught, reduction="none", log_target=True).sum(-1)
-    return F.nll_loss(model, targets, ignore_index=IGNORE, reduction="none"), divergence.masked_fill(
-        targets == IGNORE, 0
-    )
+    nll = F.nll_loss(model, targets, ignore_index=IGNORE, reduction="none")
+    return nll, divergence.masked_fill(targets == IGNORE, 0)
 
 
 @torch.no_grad()

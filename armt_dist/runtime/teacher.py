@@ -61,9 +61,8 @@ def cut_windows(input_ids: Tensor, document_starts: Tensor | None, piece: Piece,
             found.append((copied(input_ids[:, span.start : span.stop], piece.input_ids.device), overlap))
             kept.append(torch.arange(tokens.start, tokens.stop))
     own = torch.cat([torch.arange(block.start, block.stop) for block in piece.tokens])
-    return Windows(
-        [ids for ids, _ in found], [overlap for _, overlap in found], torch.searchsorted(torch.cat(kept), own)
-    )
+    places = torch.searchsorted(torch.cat(kept), own)
+    return Windows([ids for ids, _ in found], [overlap for _, overlap in found], places)
 
 
 @contextmanager
