@@ -62,11 +62,11 @@ def root(tmp_path_factory):
     base.save_pretrained(root / "base")
     for kind in ("one", "two", "again"):
         (root / kind).mkdir()
-    spawn(1, train, root / "one", root / "base", ["memory", "adapters", "one_rank"], STEPS)
+    spawn(1, train, root / "one", root / "base", ["memory", "adapters", "one_rank"], STEPS, timeout_s=300)
     shared = ["memory", "adapters", "sequence"]
-    spawn(2, train, root / "two", root / "base", shared, STEPS)
-    spawn(2, train, root / "again", root / "base", shared, STOP)
-    spawn(2, train, root / "again", root / "base", shared, STEPS)
+    spawn(2, train, root / "two", root / "base", shared, STEPS, timeout_s=300)
+    spawn(2, train, root / "again", root / "base", shared, STOP, timeout_s=300)
+    spawn(2, train, root / "again", root / "base", shared, STEPS, timeout_s=300)
     return root
 
 
