@@ -240,7 +240,7 @@ def found_at(
     for memory, x, state, signal in zip(memories, projected, states, signals, strict=False):
         q, decay = memory.features(x), memory.decay(associations(state))
         whole, own = faded(associations(state), decay), faded(signal, decay)
-        scale = (q @ whole.z.unsqueeze(-1) + EPS) if memory.use_denom else torch.ones_like(q[..., :1])
+        scale = (q @ whole.z.unsqueeze(-1) + EPS) if memory.options.use_denom else torch.ones_like(q[..., :1])
         # [B, N]
         signal_norms, rest_norms = (
             (q @ A / scale).transpose(1, 2).flatten(2).norm(dim=2) for A in (own.A, whole.A - own.A)

@@ -5,23 +5,19 @@ Shapes: B batch, N positions, M memory tokens, D model width, h memory heads,
 """
 
 import math
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from .backbone import Context
 from .fields import LEARNED
+from .memory_gradients import EPS, Add, Options, Read, Write, float32
 from .memory_kind import Memory, MemoryUpdate
 
-EPS = 1e-5
 # Where a learned decay starts.
 FIRST_DECAY = 0.99
-
-
-def float32(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast, if it is on, leaves the memory's products in float32."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 class State(NamedTuple):
@@ -41,12 +37,7 @@ class Update(NamedTuple):
 
     def onto(self, state: State) -> State:
         """Return the state after this update (ARMT paper, equation of the write)."""
-        state = faded(state, self.decay)
-        with float32(state.A):
-            return State(
-                torch.baddbmm(state.A.flatten(0, 1), self.k.flatten(0, 1).mT, self.dv.flatten(0, 1)).view_as(state.A),
-                state.z + (self.gamma.unsqueeze(-2) @ self.k).squeeze(-2),
-            )
+        return State(*Add.apply(*faded(state, self.decay), self.k, self.dv, self.gamma))
 
 
 def faded(state: "Associations", decay: Tensor | None) -> State:
@@ -69,52 +60,13 @@ class Associations(Protocol):
 AssociativeT = TypeVar("AssociativeT", bound=Associations)
 
 
-class DPFP(torch.autograd.Function):
-    """Deterministic parameter-free projection: phi(x) = concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)].
+def dpfp(x: Tensor, nu: int) -> Tensor:
+    """Deterministic parameter-free projection: concat_{j=1..nu} r * roll(r, j), r = [relu(x), relu(-x)].
 
-    [..., n/2] -> [..., nu·n], divided by its L2 norm if `normalise`. It has its own backward, because many small
-    segments would otherwise spend their time dispatching rolls, concatenations and norms.
+    [..., n/2] -> [..., nu·n].
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, nu: int, normalise: bool) -> Tensor:
-        r = torch.cat([x, -x], -1).relu_()
-        n = r.shape[-1]
-        # r end to end, often enough that every roll of r is a slice of it.
-        tiled = torch.cat([r] * (1 + math.ceil(nu / n)), -1)
-        phi = torch.stack([r * rolled for rolled in rolls(tiled, n, nu)], -2).flatten(-2)
-        scale = None
-        if normalise:
-            scale = phi.norm(dim=-1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-            phi.mul_(scale)
-        ctx.save_for_backward(tiled, phi if normalise else None, scale)
-        ctx.n, ctx.nu = n, nu
-        return phi
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        tiled, phi, scale = ctx.saved_tensors
-        n, nu = ctx.n, ctx.nu
-        if scale is not None:
-            # d(p / |p|) = (dp - phi (phi·dp)) / |p|
-            with float32(grad):
-                along = torch.linalg.vecdot(phi, grad).unsqueeze(-1)
-            grad = torch.addcmul(grad, phi, along, value=-1).mul_(scale)
-        r = tiled[..., -n:]
-        d_r, d_tiled = torch.zeros_like(r), torch.zeros_like(tiled)
-        for g, rolled, d_rolled in zip(grad.split(n, -1), rolls(tiled, n, nu), rolls(d_tiled, n, nu), strict=True):
-            d_r.addcmul_(g, rolled)
-            d_rolled.addcmul_(g, r)
-        d_r += d_tiled.unflatten(-1, (-1, n)).sum(-2)
-        d_r *= r > 0
-        return d_r[..., : n // 2] - d_r[..., n // 2 :], None, None
-
-
-def rolls(tiled: Tensor, n: int, nu: int) -> list[Tensor]:
-    """Return views of roll(r, j), j = 1..nu, where `tiled` repeats r [..., n]."""
-    end = tiled.shape[-1]
-    return [tiled[..., end - n - j : end - j] for j in range(1, nu + 1)]
+    r = torch.cat([x, -x], -1).relu()
+    return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], -1)
 
 
 # Fields of ARMTConfig that are arguments of AssociativeMemory.
@@ -128,6 +80,9 @@ class AssociativeMemory(Memory[AssociativeT]):
     and 1e-5 added to ‖k‖² as well. `use_denom`, `correction`, `gating` and `n_heads` are options of the authors' code.
     `state_decay` is ours: λ, or "learned" for one parameter a layer.
     """
+
+    by_hand: ClassVar[bool] = True
+    """Whether gradients are those written by hand, with fewer operations; False: autograd's of the maths below."""
 
     def __init__(
         self,
@@ -143,10 +98,8 @@ class AssociativeMemory(Memory[AssociativeT]):
         state_decay: float | str | None = None,
     ):
         super().__init__()
-        self.nu, self.n_heads = nu, n_heads
-        self.normalise = maths == "default"
-        self.norm_eps = EPS if maths == "paper" else 0.0
-        self.use_denom, self.correction = use_denom, correction
+        normalise, norm_eps = maths == "default", EPS if maths == "paper" else 0.0
+        self.options = Options(nu, n_heads, normalise, norm_eps, use_denom, correction)
         self.W_mq = nn.Linear(hidden_size, d_mem, bias=False)
         self.W_mk = nn.Linear(hidden_size, d_mem, bias=False)
         self.W_mv = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -170,7 +123,8 @@ class AssociativeMemory(Memory[AssociativeT]):
 
     def empty(self, batch: int, device: torch.device | str) -> State:
         """Return the memory before the first segment: zeros, float32."""
-        h, f = self.n_heads, 2 * self.nu * self.W_mq.out_features // self.n_heads
+        h = self.options.n_heads
+        f = 2 * self.options.nu * self.W_mq.out_features // h
         d = self.W_mv.out_features // h
         return State(torch.zeros(batch, h, f, d, device=device), torch.zeros(batch, h, f, device=device))
 
@@ -186,6 +140,8 @@ class AssociativeMemory(Memory[AssociativeT]):
         """Add qA / (z·q + 1e-5), q = phi(W_mq x). [B, N, D] -> [B, N, D]. An empty state adds exactly 0."""
         projected = self.W_mq(x)
         found = faded(state, self.decay(state))
+        if self.by_hand:
+            return Read.apply(x, projected, *found, self.options)
         with float32(x):
             return x + self.merge_heads(self.recall(self.features(projected), found)).to(x.dtype)
 
@@ -194,6 +150,8 @@ class AssociativeMemory(Memory[AssociativeT]):
         key, value, strength = self.W_mk(m), self.W_mv(m), self.W_mb(m)
         decay = self.decay(state)
         found = faded(state, decay)
+        if self.by_hand:
+            return Update(*Write.apply(key, value, strength, *found, self.options), decay)
         with float32(m):
             k, v = self.features(key), self.split_heads(value.float())
             # [B, h, M, 1], or [B, h, M, d] with gating
@@ -203,25 +161,26 @@ class AssociativeMemory(Memory[AssociativeT]):
     def recall(self, q: Tensor, state: State) -> Tensor:
         """Compute qA / (z·q + 1e-5), or qA where `use_denom` is off. [B, h, N, f] -> [B, h, N, d]."""
         values = q @ state.A
-        return values / ((q @ state.z.unsqueeze(-1)) + EPS) if self.use_denom else values
+        return values / ((q @ state.z.unsqueeze(-1)) + EPS) if self.options.use_denom else values
 
     @torch.no_grad()
     def gamma(self, k: Tensor, state: State) -> Tensor:
         """Measure how much of k is new to z: clip(1 − (z·k + 1e-5) / ‖k‖², 0, 1), or 1 for an empty z. [B, h, M]."""
-        if not self.correction:
+        if not self.options.correction:
             return torch.ones_like(k[..., 0])
         seen = (k @ state.z.unsqueeze(-1)).squeeze(-1) + EPS
-        gamma = (1 - seen / (k.square().sum(-1) + self.norm_eps)).clamp(0, 1)
+        gamma = (1 - seen / (k.square().sum(-1) + self.options.norm_eps)).clamp(0, 1)
         # phi and γ are not negative, so only an empty z sums to 0.
         return torch.where(state.z.sum(-1, keepdim=True) == 0, 1.0, gamma)
 
     def features(self, x: Tensor) -> Tensor:
         """Compute phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
-        return DPFP.apply(self.split_heads(x.float()), self.nu, self.normalise)
+        phi = dpfp(self.split_heads(x.float()), self.options.nu)
+        return normalize(phi, dim=-1) if self.options.normalise else phi
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Separate the heads. [B, N, h·c] -> [B, h, N, c]."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.options.n_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """Join the heads. [B, h, N, c] -> [B, N, h·c]."""

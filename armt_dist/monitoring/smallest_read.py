@@ -28,7 +28,7 @@ class SmallestRead:
     def __call__(self, seen: CellView) -> None:
         """Include the reads of one cell."""
         memory = seen.layer.memory
-        if not isinstance(memory, AssociativeMemory) or not memory.use_denom:
+        if not isinstance(memory, AssociativeMemory) or not memory.options.use_denom:
             return
         # The states of all associative memories have the fields of `State`.
         before = cast(State, seen.before)

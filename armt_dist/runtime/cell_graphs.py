@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
-from .cells import Cell, Cells, EagerCells, draws, gradients_of, run_again
+from .cells import Cell, Cells, EagerCells, add, draws, gradients_of, run_again
 
 # Runs before a capture, in which libraries make their handles and choose their algorithms.
 WARM_UPS = 2
@@ -134,8 +134,7 @@ class Recording:
         assert self.live is not None, "a cell is run again before its backward pass"
         with recorded_at(self.layer, self.buffers.parameters):
             inputs, own = gradients_of(self.live, tuple(self.grads), self.buffers.trained)
-        for total, grad in zip(self.buffers.sums, own, strict=True):
-            total.add_(grad)
+        add(self.buffers.sums, own)
         return list(inputs)
 
     def forward(self, x: Tensor, state: tuple, context: Context, keep: bool) -> tuple[Tensor, MemoryUpdate, tuple]:

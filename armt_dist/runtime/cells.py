@@ -71,8 +71,7 @@ class EagerCells:
         """Return the gradients of the cell's inputs; see `Cells`."""
         inputs, own = gradients_of(cell, gradients, self.parameters)
         if self.sums:
-            for total, grad in zip(self.sums, own, strict=True):
-                total.add_(grad)
+            add(self.sums, own)
         else:
             self.sums = [grad.float() for grad in own]
         return inputs
@@ -105,6 +104,12 @@ def gradients_of(
     sources = (*cell.inputs, *parameters)
     found = torch.autograd.grad(outputs, sources, gradients, allow_unused=True, materialize_grads=True)
     return found[: len(cell.inputs)], found[len(cell.inputs) :]
+
+
+def add(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add a cell's parameter gradients to their sums, all at once."""
+    if sums:
+        torch._foreach_add_(sums, gradients)
 
 
 def draws(layer: nn.Module) -> bool:

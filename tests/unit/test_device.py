@@ -4,8 +4,6 @@ A dispatch mode sees every operation of forward and backward. None may take tens
 none may need a value of the device on the host: there the host would wait for it.
 """
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from support.models import small_model
@@ -13,7 +11,6 @@ from support.oracle import GRID, random_batch, random_starts, shifted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from armt_dist.model import memory
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
 
@@ -44,12 +41,6 @@ class Watch(TorchDispatchMode):
             if name.strip("_") in WAITS or name in WAITS or any(t.device != META for t in results):
                 self.waits.append(name)
         return found
-
-
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch):
-    """There is no autocast on the meta device; it is off here anyway."""
-    monkeypatch.setattr(memory, "float32", lambda x: nullcontext())
 
 
 def watched(work):
