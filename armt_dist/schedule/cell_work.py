@@ -14,7 +14,7 @@ from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens
 
 BACKWARD_OF_PRODUCTS, BACKWARD_OF_ATTENTION = 2.0, 2.5
 """Operations of a backward pass over those of the forward; flash attention computes its scores again."""
-BACKWARD_KERNELS = (1.9, 1.4, 0.2)
+BACKWARD_KERNELS = (1.9, 1.9, 0.2)
 """Kernels of a backward pass over those of the forward: of the decoder layer, the memory, the window."""
 SUM_BYTES = 2 * FP32_BYTES
 """Read and written per parameter and cell in the float32 sums of its gradients, beside the gradient itself."""
@@ -65,8 +65,9 @@ MOVED: Mapping[str, Mapping[int, Moved]] = {
     "qwen2": LLAMA,
     "qwen3": QWEN3,
 }
-# Bytes per position by D and F that the associative memory moves, in float32 whatever the dtype.
-MEMORY_FORWARD, MEMORY_BACKWARD = (27, 48), (92, 121)
+# What the associative memory moves per position: by D, bytes in float32 whatever the dtype, and elements of the dtype;
+# by F, bytes in float32.
+MEMORY_FORWARD, MEMORY_BACKWARD = (5, 3, 29), (10, 10, 133)
 # Elements per row of keys, N + W of them, by A and C: the window is joined on, turned, and repeated for all heads;
 # where queries, keys and values are one map, there is no head to repeat it for. Gradients stop at most of that.
 WINDOW, WINDOW_OF_FUSED, WINDOW_BACKWARD = (5, 26), (5, 13), (4, 0)
@@ -95,7 +96,7 @@ def cell_work(model: ModelSizes, work: StepWork) -> tuple[Work, Work]:
     forward_bytes, backward_bytes = moved_bytes(model, positions, work.dtype_bytes)
     forward = Work(products, attention, float32, forward_bytes, model.kernels)
     kernels = sum(n * of for n, of in zip(BACKWARD_KERNELS, model.kernels_by_part, strict=True))
-    # One addition for each tensor to the float32 sums of its gradients.
+    # One addition for each tensor to the float32 sums of its gradients: one operation, but of bfloat16 not one kernel.
     sums = model.trainable_layer_parameters * (SUM_BYTES + work.dtype_bytes)
     backward = Work(
         BACKWARD_OF_PRODUCTS * products,
@@ -137,7 +138,8 @@ def moved_bytes(model: ModelSizes, positions: int, dtype_bytes: int) -> tuple[fl
     both = []
     for per_width, memory in zip(MOVED[model.model_type][dtype_bytes], (MEMORY_FORWARD, MEMORY_BACKWARD), strict=True):
         own = positions * dtype_bytes * sum(n * width for n, width in zip(per_width, widths, strict=True))
-        read = positions * (memory[0] * model.hidden_size + memory[1] * model.features) * model.kind.associative
+        per_channel, per_feature = memory[0] + memory[1] * dtype_bytes, memory[2]
+        read = positions * (per_channel * model.hidden_size + per_feature * model.features) * model.kind.associative
         both.append(own + read)
     rows = (positions + model.sliding_window) * (model.sliding_window > 0) * dtype_bytes
     both_ways = WINDOW_OF_FUSED if model.family.fused_qkv else WINDOW, WINDOW_BACKWARD

@@ -14,7 +14,7 @@ from .backbone_sizes import FAMILIES, FamilySizes, Widths, base_sizes
 from .grid import ARMT_ARROWS, RMT_ARROWS, Arrow
 
 FP32_BYTES = 4
-MEMORY_KERNELS = 52
+MEMORY_KERNELS = 28
 """Operations that one read and one write of the associative memory launch, views not counted."""
 DECAY_KERNELS = 6
 """Operations that a decay of the state adds to a read and a write."""

@@ -271,16 +271,28 @@ def cell_bytes(held: Held) -> float:
     down = 0 if model.freeze_base else model.intermediate_size * model.hidden_size
     down += 0 if model.freeze_mem else sum(model.memory_tensors[1:])
     first = positions * (read + rest + mlp_gradients + output) + down * work.dtype_bytes
-    last = positions * (read + 2 * output) + layer * work.dtype_bytes
+    last = positions * (read + read_gradient_bytes(model) + 2 * output) + layer * work.dtype_bytes
     return max(first, last) + sums + states + write_graph_bytes(held)
 
 
 def read_graph_bytes(model: ModelSizes, work: StepWork) -> float:
-    """What autograd keeps of the memory's read, per position: features and what they repeat, values, the sum."""
+    """What autograd keeps of the memory's read, per position: features and what they repeat, the sum."""
     if not model.kind.associative:
         return 0
-    repeated = 2 * model.d_mem * (1 + math.ceil(model.nu * model.n_heads / (2 * model.d_mem)))
-    return FP32_BYTES * (model.features + repeated + model.hidden_size) + model.hidden_size * work.dtype_bytes
+    return FP32_BYTES * (model.features + repeated_features(model)) + model.hidden_size * work.dtype_bytes
+
+
+def repeated_features(model: ModelSizes) -> int:
+    """Numbers that the features of one position are products of, as often as they are repeated."""
+    return 2 * model.d_mem * (model.nu + 1)
+
+
+def read_gradient_bytes(model: ModelSizes) -> float:
+    """What the backward pass of the memory's read makes, per position: gradients of values, features, their terms."""
+    if not model.kind.associative:
+        return 0
+    copies = 1 + math.ceil(model.nu * model.n_heads / model.d_mem)
+    return FP32_BYTES * (model.hidden_size + (2 + 2 * copies) * model.features)
 
 
 def backbone_graph_bytes(model: ModelSizes, work: StepWork) -> float:
@@ -304,7 +316,7 @@ def write_graph_bytes(held: Held) -> float:
     model = held.model
     if not model.kind.associative:
         return 0
-    width = model.features + 4 * model.d_mem + 4 * model.hidden_size
+    width = model.features + repeated_features(model) + 4 * model.hidden_size
     return held.chunk_rows * model.num_mem_tokens * width * FP32_BYTES
 
 

@@ -72,7 +72,9 @@ def results(variant, by_hand, empty=False, dtype=torch.double):
 def test_equals_autograd_of_the_plain_maths(variant, empty):
     plain, by_hand = (results(variant, how, empty) for how in (False, True))
     for name, expected in plain.items():
-        torch.testing.assert_close(by_hand[name], expected, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            by_hand[name], expected, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert all(plain[name].any() for name in ("d x", "d m", "d W_mk.weight", "d W_mv.weight"))
 
 
