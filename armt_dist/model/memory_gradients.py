@@ -120,7 +120,7 @@ class Write(torch.autograd.Function):
                 length = lengths(k)
                 k.div_(length)
             found = torch.matmul(k, A)
-            seen = torch.matmul(k, z.unsqueeze(-1)).add_(EPS) if options.use_denom or options.correction else None
+            seen = torch.matmul(k, z.unsqueeze(-1)).add_(EPS)
             beta = torch.sigmoid(heads(strength, options).to(A.dtype))
             dv = torch.empty_like(found)
             if options.use_denom:
