@@ -151,7 +151,8 @@ class AssociativeMemory(Memory[AssociativeT]):
         decay = self.decay(state)
         found = faded(state, decay)
         if self.by_hand:
-            return Update(*Write.apply(key, value, strength, *found, self.options), decay)
+            k, dv, gamma = Write.apply(key, value, strength, *found, self.options)
+            return Update(k, dv, gamma, decay)
         with float32(m):
             k, v = self.features(key), self.split_heads(value.float())
             # [B, h, M, 1], or [B, h, M, d] with gating

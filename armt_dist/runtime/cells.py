@@ -106,7 +106,7 @@ def gradients_of(
     return found[: len(cell.inputs)], found[len(cell.inputs) :]
 
 
-def add(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def add(sums: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
     """Add a cell's parameter gradients to their sums, all at once."""
     if sums:
         torch._foreach_add_(sums, gradients)
