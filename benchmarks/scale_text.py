@@ -14,9 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from measures import MB, Highest
 
 HERE = Path(__file__).parent
 PLAYS = HERE / "data" / "plays"
@@ -107,17 +108,17 @@ def rank_of_texts(work: dict) -> dict:
 
     text = {"files": work["files"], "tokenizer": work["tokenizer"], "sequence_tokens": SEQUENCE}
     config = validate(DataConfig, {"task": "text", "text": {**text, "validation_fraction": 0}})
-    peak = Peak()
     wait_until(work["begin"])
-    began, before = time.monotonic(), anonymous_mb()
-    task = make_task(config, SEGMENT, None, work["ranks"])
-    seconds = time.monotonic() - began
-    step, began = 0, time.monotonic()
-    while time.monotonic() - began < LOAD_S:
-        task.batch("train", step, range(work["rank"], work["rank"] + 1), Difficulty.fixed(SEQUENCE // SEGMENT))
-        step += 1
-    loaded = step * SEQUENCE / (time.monotonic() - began)
-    return {"seconds": seconds, "mb": peak.end() - before, "tokens_per_s": loaded}
+    with Highest() as highest:
+        began = time.monotonic()
+        task = make_task(config, SEGMENT, None, work["ranks"])
+        seconds = time.monotonic() - began
+        step, began = 0, time.monotonic()
+        while time.monotonic() - began < LOAD_S:
+            task.batch("train", step, range(work["rank"], work["rank"] + 1), Difficulty.fixed(SEQUENCE // SEGMENT))
+            step += 1
+        loaded = step * SEQUENCE / (time.monotonic() - began)
+    return {"seconds": seconds, "mb": highest.added / MB, "tokens_per_s": loaded}
 
 
 def rank_of_stream(work: dict) -> dict:
@@ -143,32 +144,6 @@ def rank_of_stream(work: dict) -> dict:
 def wait_until(begin: float) -> None:
     """Return at a moment of the clock."""
     time.sleep(max(0.0, begin - time.time()))
-
-
-def anonymous_mb() -> float:
-    """Return the memory of this process beside mapped files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-
-class Peak:
-    """The most memory that this process has had from now on."""
-
-    def __init__(self) -> None:
-        self.most, self.over = 0.0, threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-
-    def watch(self) -> None:
-        """Look every 10 ms."""
-        while not self.over.wait(0.01):
-            self.most = max(self.most, anonymous_mb())
-
-    def end(self) -> float:
-        """Stop, and return it in megabytes."""
-        self.over.set()
-        self.thread.join()
-        return self.most
 
 
 def all_plays() -> str:

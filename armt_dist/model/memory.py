@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from .backbone import Context
 from .fields import LEARNED
-from .memory_gradients import EPS, Add, Options, Read, Write, float32
+from .memory_gradients import EPS, Add, Options, Read, Write, float32, heads
 from .memory_kind import Memory, MemoryUpdate
 
 # Where a learned decay starts.
@@ -154,9 +154,9 @@ class AssociativeMemory(Memory[AssociativeT]):
             k, dv, gamma = Write.apply(key, value, strength, *found, self.options)
             return Update(k, dv, gamma, decay)
         with float32(m):
-            k, v = self.features(key), self.split_heads(value.float())
+            k, v = self.features(key), heads(value.float(), self.options)
             # [B, h, M, 1], or [B, h, M, d] with gating
-            beta = self.split_heads(torch.sigmoid(strength.float()))
+            beta = heads(torch.sigmoid(strength.float()), self.options)
             return Update(k, beta * (v - self.recall(k, found)), self.gamma(k, found), decay)
 
     def recall(self, q: Tensor, state: State) -> Tensor:
@@ -176,12 +176,8 @@ class AssociativeMemory(Memory[AssociativeT]):
 
     def features(self, x: Tensor) -> Tensor:
         """Compute phi per head, float32. [B, N, d_mem] -> [B, h, N, f]."""
-        phi = dpfp(self.split_heads(x.float()), self.options.nu)
+        phi = dpfp(heads(x.float(), self.options), self.options.nu)
         return normalize(phi, dim=-1) if self.options.normalise else phi
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Separate the heads. [B, N, h·c] -> [B, h, N, c]."""
-        return x.unflatten(-1, (self.options.n_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """Join the heads. [B, h, N, c] -> [B, N, h·c]."""

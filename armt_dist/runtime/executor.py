@@ -25,7 +25,7 @@ from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
 from .loss import IGNORE, hits, losses_beside, token_nll
-from .piece import Piece, Totals, by_segment, packed_labels
+from .piece import Piece, Totals, by_segment, packed_labels, scored_positions
 from .sections import ParallelConfig
 from .segment_bptt import CellView, GradientView, LayerWork, Link, MarkReady, no_engine, segment_bptt
 from .teacher import Teacher, Windows, WithoutAdapters
@@ -103,8 +103,7 @@ def eager_cells(layer: Any, trains: bool) -> EagerCells:
 class Around(NamedTuple):
     """What sees the layers of a pass beside the schedule."""
 
-    observe: Callable[[CellView], None] | None
-    observe_gradient: Callable[[GradientView], None] | None
+    observers: tuple[Callable[[CellView], None] | None, Callable[[GradientView], None] | None]
     teacher: Teacher | None
 
 
@@ -160,7 +159,7 @@ class ScheduledLM(nn.Module):
         teacher = None if windows is None else Teacher(self.model, windows, self.without_adapters)
         rows = [[n + self.model.config.other_rows for n in block] for block in piece.lengths]
         x = self.model.embed_segments(piece.input_ids, [n for block in piece.lengths for n in block])
-        around = Around(observe, observe_gradient, teacher)
+        around = Around((observe, observe_gradient), teacher)
         outputs, states = self.run_layers(x, rows, piece, around, first, keep_last)
         hidden = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
         totals = self.sum_up(hidden, piece, count, teacher)
@@ -209,9 +208,8 @@ class ScheduledLM(nn.Module):
                 blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, *starts[i]))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(
-                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, around.observe
+                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, *around.observers
             )
-            work = work._replace(observe_gradient=around.observe_gradient)
             if gather.block == 0 and first:
                 work = work._replace(first=first[gather.layer])
             if gather.block == final and last:
@@ -309,10 +307,7 @@ class ScheduledLM(nn.Module):
     def sum_up(self, hidden: Tensor, piece: Piece, count: bool, teacher: Teacher | None) -> Totals:
         """Compute the loss over the scored positions only. hidden [B, sum of N, D] of all blocks."""
         targets = packed_labels(piece, self.model.config.head_rows, self.model.config.memory_rows)
-        scored = targets.flatten().ne(IGNORE).nonzero().squeeze(1)
-        if not len(scored):
-            # Norm and head must have a gradient on every rank; a position that is not scored gives zeros.
-            scored = torch.zeros(1, dtype=torch.int64)
+        scored = scored_positions(targets)
         row = copied(scored // targets.shape[1], hidden.device)
         targets = copied(targets.flatten()[scored], hidden.device)
         scored = copied(scored, hidden.device)

@@ -97,6 +97,15 @@ def by_segment(rows: Tensor | None, piece: Piece) -> list[Sequence[Tensor | None
     return [list(islice(parts, len(block))) for block in piece.lengths]
 
 
+def scored_positions(labels: Tensor) -> Tensor:
+    """Return where labels [B, N] in host memory are scored, as flat int64 [n]; the first position if nowhere.
+
+    Norm and head must have a gradient on every rank; a position that is not scored gives zeros.
+    """
+    scored = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
+    return scored if len(scored) else torch.zeros(1, dtype=torch.int64)
+
+
 def packed_labels(piece: Piece, before: int, behind: int) -> Tensor:
     """Lay the labels out like the hidden states: `before` and `behind` rows around each segment are not scored.
 

@@ -74,9 +74,9 @@ class LayerWork(NamedTuple):
     mark_ready: MarkReady
     trace: Callable[[Instruction], None]  # told of each instruction when it begins
     observe: Callable[[CellView], None] | None = None  # shown every cell of the forward; must not wait for the device
+    observe_gradient: Callable[[GradientView], None] | None = None  # shown every cell of the backward; must not wait
     first: tuple | None = None  # state [B, ...] that enters the sequence's first block; None: the empty one
     last: list[tuple] | None = None  # takes the states after the sequence's last block, chunk by chunk
-    observe_gradient: Callable[[GradientView], None] | None = None  # shown every cell of the backward; must not wait
 
 
 class ForwardTensors(NamedTuple):

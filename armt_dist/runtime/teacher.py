@@ -19,8 +19,7 @@ from ..model.backbone import Context, causal_mask
 from ..model.memory_kind import ARMTLayer
 from ..model.modeling_armt import ARMTForCausalLM
 from .host_copy import copied
-from .loss import IGNORE
-from .piece import Piece
+from .piece import Piece, scored_positions
 
 WithoutAdapters = Callable[[nn.Module], AbstractContextManager]
 """Leaves low-rank adapters below a module out within a block; see `zero3.adapters`."""
@@ -115,9 +114,7 @@ class Teacher:
 
         labels: [B, tokens of the blocks], in host memory.
         """
-        scored = labels.flatten().ne(IGNORE).nonzero().squeeze(1)
-        if not len(scored):
-            scored = torch.zeros(1, dtype=torch.int64)
+        scored = scored_positions(labels)
         parts = zip(self.hidden, self.windows.overlaps, strict=True)
         kept = torch.cat([x[:, overlap:] for x, overlap in parts], dim=1)
         rows, places = scored // labels.shape[1], self.windows.places[scored % labels.shape[1]]
