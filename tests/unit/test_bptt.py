@@ -69,11 +69,13 @@ def test_equals_the_oracle(family, options):
         assert_gradients(fast_gradients, gradients)
 
 
-# From the top: all but the memory; the two lowest layers with all below them; everything but the head.
+# From the top: all but the memory; the memory; the two lowest layers with all below them; only what is below the
+# layers; everything but the head.
 FREEZES = {
     "base": (["base"], {}),
     "memory": (["*.memory.*", "memory_tokens.*"], {}),
     "below": (["*embed_tokens*", "memory_tokens.*", "*.layers.0.*", "*.layers.1.*"], {}),
+    "embeddings": (["*embed_tokens*", "memory_tokens.*"], {}),
     "all_layers": (["*embed_tokens*", "memory_tokens.*", "*.layers.*"], {}),
     "rmt_base": (["base"], dict(memory_kind="rmt")),
     "rmt_below": (["*embed_tokens*", "*.layers.0.*", "*.layers.1.*"], dict(memory_kind="rmt")),

@@ -28,6 +28,8 @@ MEMORIES = {
     "rmt": {"memory_kind": "rmt"},
     "transformer_xl": {"memory_kind": "transformer_xl", "sliding_window": 120},
 }
+# Of the bytes: rows of a window and a decay's copies of the state are counted less finely.
+TOLERANCES = {"armt": 0.04, "decay": 0.07, "rmt": 0.04, "transformer_xl": 0.12}
 
 
 def moved_by_a_cell(family, dtype, memory):
@@ -59,7 +61,7 @@ def test_a_cell_moves_the_planned_bytes(family, dtype, memory):
     sizes = model_sizes({"model_type": family, **BASES[family], **SHAPES[family]}, memory_fields(given, TOKENS))
     planned = cell_work(sizes, StepWork(TOKENS, TOKENS, dtype_bytes=dtype.itemsize))
     for found, said in zip(measured, planned, strict=True):
-        assert said.moved == pytest.approx(found.bytes, rel=0.12)
+        assert said.moved == pytest.approx(found.bytes, rel=TOLERANCES[memory])
     backward = measured[1].kernels + len(sizes.layer_tensors)
     assert planned[1].kernels == pytest.approx(backward, rel=0.25)
 
