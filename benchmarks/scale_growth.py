@@ -77,7 +77,7 @@ def cut(segments: int) -> Iterator[Work]:
     sys.path.insert(0, str(ROOT / "tests"))
     from support.models import small_model
 
-    from armt_dist.runtime.executor import ScheduledLM
+    from armt_dist.runtime.executor import Around, ScheduledLM
     from armt_dist.runtime.piece import cut_piece
     from armt_dist.schedule.grid import Grid
 
@@ -95,7 +95,7 @@ def cut(segments: int) -> Iterator[Work]:
         piece = cut_piece(ids, ids, mask, model.config, Grid(1, 2), document_starts=starts)
         rows = [[n + model.config.other_rows for n in block] for block in piece.lengths]
         x = torch.zeros(1, sum(map(sum, rows)), model.config.hidden_size)
-        runner.run_layers(x, rows, piece, (None, None), None, False)
+        runner.run_layers(x, rows, piece, Around((None, None), None), None, False)
 
     with torch.no_grad():
         yield work
@@ -109,7 +109,7 @@ def masks(segments: int) -> Iterator[Work]:
     sys.path.insert(0, str(ROOT / "tests"))
     from support.models import small_model
 
-    from armt_dist.runtime.executor import ScheduledLM
+    from armt_dist.runtime.executor import Around, ScheduledLM
     from armt_dist.runtime.piece import cut_piece
     from armt_dist.schedule.grid import Grid
 
@@ -126,7 +126,7 @@ def masks(segments: int) -> Iterator[Work]:
         piece = cut_piece(ids, ids, mask, model.config, Grid(1, 2))
         rows = [[n + model.config.other_rows for n in block] for block in piece.lengths]
         x = torch.zeros(4, sum(map(sum, rows)), 1)
-        runner.run_layers(x, rows, piece, (None, None), None, False)
+        runner.run_layers(x, rows, piece, Around((None, None), None), None, False)
 
     with torch.no_grad():
         yield work
