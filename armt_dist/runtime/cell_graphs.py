@@ -278,6 +278,14 @@ class GraphedCells:
         cells = self.of(x, state, context) or self.eager
         return cells.forward(x, state, context, keep)
 
+    def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
+        """Run a cell and keep its graph: operation by operation, as a recording has room for one graph only."""
+        return self.eager.keep(x, state, context)
+
+    def graph_bytes(self, x: Tensor, state: tuple, context: Context) -> int:
+        """Return what a kept graph holds."""
+        return self.eager.graph_bytes(x, state, context)
+
     def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
         """Run a cell so that `back` can follow."""
         self.current = self.of(x, state, context)
@@ -285,7 +293,10 @@ class GraphedCells:
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of the cell's inputs."""
-        return self.eager.back(cell, gradients) if self.current is None else self.current.back(gradients)
+        if cell.outputs:
+            return self.eager.back(cell, gradients)
+        assert self.current is not None, "a recorded cell is run again before its backward pass"
+        return self.current.back(gradients)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return one gradient per parameter, which the next layer's do not overwrite."""

@@ -8,16 +8,20 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
+from .kept_graphs import graph_bytes, without_parameters
 
 
 class Cell(NamedTuple):
-    """One cell that was run again, with its graph."""
+    """One cell with its graph."""
 
     inputs: tuple[Tensor, ...]  # x, then the incoming state
-    outputs: tuple[Tensor, ...]  # y, then the outgoing state
+    # y, then the outgoing state; of a kept cell only where they are in the graph, None where they do not depend on it
+    outputs: tuple[Tensor | GradientEdge | None, ...]
 
 
 class Cells(Protocol):
@@ -34,8 +38,14 @@ class Cells(Protocol):
         keep: whether the update is used after the next call.
         """
 
+    def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
+        """Run a cell with a graph that `back` may use at any time. Returns y [B, N, D], the state after it, the graph."""
+
+    def graph_bytes(self, x: Tensor, state: tuple, context: Context) -> int:
+        """Return the bytes that the graph of a cell like this holds while it is kept, beside its inputs."""
+
     def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
-        """Run a cell with its graph; `back` of it comes before the next one."""
+        """Run a cell with its graph; `back` of it comes before the next one is run again."""
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of x and of the state, from those of y and of the state after it.
@@ -62,6 +72,22 @@ class EagerCells:
         """Run a cell without a graph; see `Cells`."""
         y, update = self.layer.cell(x, state, context)
         return y, update, apply(state, update)
+
+    def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
+        """Run a cell and keep its graph; see `Cells`."""
+        with without_parameters(self.layer):
+            cell = run_again(self.layer, x, state, context)
+        y, *after = cell.outputs
+        # Without the results themselves, which the graph does not need.
+        edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in cell.outputs)
+        return y.detach(), type(state)(*(t.detach() for t in after)), Cell(cell.inputs, edges)
+
+    def graph_bytes(self, x: Tensor, state: tuple, context: Context) -> int:
+        """Return what a kept graph holds; see `Cells`."""
+        devices = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=self.draws):
+            outside = (x, *state, *self.layer.parameters(), *(t for t in tree_leaves(context) if isinstance(t, Tensor)))
+            return graph_bytes(lambda: run_again(self.layer, x, state, context), outside)
 
     def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
         """Run a cell with its graph; see `Cells`."""
@@ -98,12 +124,17 @@ def gradients_of(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the gradients of a cell's inputs and of the parameters, from those of its outputs."""
     # The outgoing state need not depend on anything: a detached window does not.
-    pairs = [pair for pair in zip(cell.outputs, gradients, strict=True) if pair[0].requires_grad]
+    pairs = [pair for pair in zip(cell.outputs, gradients, strict=True) if in_graph(pair[0])]
     outputs, gradients = zip(*pairs, strict=True)
     # An input that a cell does not depend on (z without denominators) gets zeros, never None.
     sources = (*cell.inputs, *parameters)
     found = torch.autograd.grad(outputs, sources, gradients, allow_unused=True, materialize_grads=True)
     return found[: len(cell.inputs)], found[len(cell.inputs) :]
+
+
+def in_graph(output: Tensor | GradientEdge | None) -> bool:
+    """Tell whether an output of a cell depends on its inputs or parameters."""
+    return output.requires_grad if isinstance(output, Tensor) else output is not None
 
 
 def add(sums: list[Tensor], gradients: tuple[Tensor, ...]) -> None:

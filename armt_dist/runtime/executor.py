@@ -24,6 +24,7 @@ from .cell_graphs import CellGraphs
 from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
+from .kept_graphs import Budget, KeptGraphs
 from .loss import IGNORE, hits, losses_beside, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels, scored_positions
 from .sections import ParallelConfig
@@ -115,6 +116,7 @@ class ScheduledLM(nn.Module):
         model: ARMTForCausalLM,
         *,
         states: str = "store",
+        keep: Budget = Budget(),
         offload: bool = False,
         graphs: bool = False,
         link: Local | Wire | None = None,
@@ -124,7 +126,9 @@ class ScheduledLM(nn.Module):
         self.model = model
         self.loss_head = LossHead(model)
         self.arrows = model.config.memory_class.arrows
-        self.states, self.offload = states, offload
+        self.states, self.keep, self.offload = states, keep, offload
+        # Bytes of a kept graph, by what they depend on.
+        self.graph_bytes: dict[Any, int] = {}
         self.graphs = CellGraphs() if graphs else None
         self.link = Local() if link is None else link
         self.without_adapters = without_adapters
@@ -193,6 +197,8 @@ class ScheduledLM(nn.Module):
         states = self.states if torch.is_grad_enabled() else "recompute"
         cells = self.graphs.cells if self.graphs else eager_cells
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
+        trained = sum(len(rows[own[call.gather.block]]) for call in calls if call.gather.layer >= first_trained)
+        kept = KeptGraphs(self.keep, trained * piece.grid.chunks, self.graph_bytes)
         store = STORES[self.offload](self.copy_stream)
         link = self.open_link(calls, first_trained, len(x), piece.grid.chunks)
         self.trace, learned = trace, None
@@ -208,7 +214,16 @@ class ScheduledLM(nn.Module):
                 blocks[i] = enter(blocks[i], *self.entering_rows(learned, before, i, *starts[i]))
             layer_rows = rows[i], contexts[i], states
             work = LayerWork(
-                forward, backward, *layer_rows, cells, store, link, self.mark_gradients_ready, trace, *around.observers
+                forward,
+                backward,
+                *layer_rows,
+                cells,
+                kept,
+                store,
+                link,
+                self.mark_gradients_ready,
+                trace,
+                *around.observers,
             )
             if gather.block == 0 and first:
                 work = work._replace(first=first[gather.layer])

@@ -1,6 +1,7 @@
 """Run the cells of a layer forward without a graph, and again with one in the backward pass.
 
-The state that entered each cell is stored, rebuilt from the updates, or recomputed.
+The state that entered each cell is stored, rebuilt from the updates, or recomputed. The last cells may keep the graphs
+of the forward pass instead (`kept_graphs`).
 
 Shapes: B batch rows, N positions of a segment's row, D model width.
 """
@@ -8,7 +9,7 @@ Shapes: B batch rows, N positions of a segment's row, D model width.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
 import torch
@@ -46,34 +47,56 @@ class ChunkReplay:
         self.states: list[tuple] = []
         self.updates: list[MemoryUpdate] = []
         self.generators: list[Generators] = []
+        self.kept: list[Cell] = []
 
-    def forward(self, x: Tensor, out: Tensor, state: tuple, observe: Callable | None = None) -> tuple:
+    def forward(self, x: Tensor, out: Tensor, state: tuple, kept: int = 0, observe: Callable | None = None) -> tuple:
         """Fill `out` from x, both [B, sum of N, D], and return the state after the last segment.
 
-        `observe(segment, x, state before, state after)` is called for every cell.
+        kept: how many segments, the last ones, keep their graphs. `observe(segment, x, state before, state after)` is
+        called for every cell.
         """
-        self.states.append(state)
+        first_kept = len(self.lengths) - kept
+        if first_kept:
+            self.states.append(state)
         for s, (x_s, out_s) in enumerate(zip(x.split(self.lengths, 1), out.split(self.lengths, 1), strict=True)):
-            if self.cells.draws:
-                self.generators.append(Generators.of(x))
-            rebuilt = self.mode == "rebuild"
-            y, update, after = self.cells.forward(x_s, state, self.contexts[s], keep=rebuilt)
+            before = state
+            y, state = (self.run if s < first_kept else self.keep)(x_s, state, s)
             out_s.copy_(y)
-            before, state = state, after
             if observe:
                 observe(s, x_s, before, state)
-            if rebuilt:
-                self.updates.append(update)
-            elif self.mode == "store":
-                self.states.append(state)
-        if self.mode == "store":
-            # The state after the last segment enters no segment of this block.
+        if self.mode == "store" and first_kept:
+            # The state after the last segment that is run again enters none of them.
             self.states.pop()
         return state
 
+    def run(self, x: Tensor, state: tuple, s: int) -> tuple[Tensor, tuple]:
+        """Run a cell without a graph. x [B, N, D] -> y, the state after it."""
+        if self.cells.draws:
+            self.generators.append(Generators.of(x))
+        y, update, after = self.cells.forward(x, state, self.contexts[s], keep=self.mode == "rebuild")
+        if self.mode == "rebuild":
+            self.updates.append(update)
+        elif self.mode == "store":
+            self.states.append(after)
+        return y, after
+
+    def keep(self, x: Tensor, state: tuple, s: int) -> tuple[Tensor, tuple]:
+        """Run a cell and keep its graph. x [B, N, D] -> y, the state after it."""
+        y, after, cell = self.cells.keep(x, state, self.contexts[s])
+        self.kept.append(cell)
+        return y, after
+
+    def graphs(self, x: Tensor) -> Iterator[Cell]:
+        """Return every cell with its graph, last segment first; the first of those to be run again is so at once."""
+        again = self.reruns(x)
+        ahead = list(islice(again, 1))
+        return chain(drained(self.kept), drained(ahead), again)
+
     def reruns(self, x: Tensor) -> Iterator[Cell]:
-        """Run every cell again with its graph, last segment first."""
-        rows = x.split(self.lengths, 1)
+        """Run every cell that has no graph again with one, last segment first."""
+        rows = x.split(self.lengths, 1)[: len(self.lengths) - len(self.kept)]
+        if not rows:
+            return
         for s, state in zip(reversed(range(len(rows))), self.incoming(rows), strict=True):
             self.replay(s, x.device)
             yield self.cells.rerun(rows[s], state, self.contexts[s])
@@ -97,6 +120,12 @@ class ChunkReplay:
         """Let dropout draw for segment s what it drew in the forward pass."""
         if self.generators:
             self.generators[s].restore(device.type)
+
+
+def drained(cells: list[Cell]) -> Iterator[Cell]:
+    """Yield cells, last first, and hold each no longer."""
+    while cells:
+        yield cells.pop()
 
 
 def reapplied(first: StateT, updates: Sequence[MemoryUpdate[StateT]]) -> Iterator[StateT]:

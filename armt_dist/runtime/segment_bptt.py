@@ -1,4 +1,4 @@
-"""Back-propagate through the segments of one layer, with one cell's graph alive at a time.
+"""Back-propagate through the segments of one layer, with one cell's graph alive at a time beside those that are kept.
 
 `SegmentBPTT` is applied inside `ARMTLayer.forward`, so that ZeRO-3 gathers the layer once for all segments of a
 block, forward and backward, and every parameter receives exactly one gradient per call. Within the call the
@@ -9,7 +9,7 @@ Shapes: B batch rows, N positions of a segment's row, D model width. The hidden 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from ..model.memory_kind import ARMTLayer
 from ..schedule.program import Instruction, Op
 from .activation_store import DeviceStore, HostStore
 from .cells import Cell, Cells
+from .kept_graphs import KeptGraphs
 from .rerun import ChunkReplay
 
 MarkReady = Callable[[Sequence[Tensor], bool], None]
@@ -69,6 +70,7 @@ class LayerWork(NamedTuple):
     contexts: Sequence[Sequence[Context]]  # [chunk][segment]
     states: str  # BPTTConfig.states
     cells: Callable[[ARMTLayer, bool], Cells]  # of a layer, and whether they are trained
+    kept: KeptGraphs  # cells of this pass that are not run again
     store: DeviceStore | HostStore  # where the layer's input waits for the backward pass
     link: Link
     mark_ready: MarkReady
@@ -92,14 +94,15 @@ class BackwardTensors(NamedTuple):
     x: tuple[Tensor, ...]
     grad_out: tuple[Tensor, ...]
     grad_x: tuple[Tensor, ...]
-    reruns: dict[int, Iterator[Cell]]  # by chunk, from RERUN until BACK
+    graphs: dict[int, Iterator[Cell]]  # by chunk, from RERUN until BACK
 
 
 class LayerCall:
     """One call of a layer over a block: the instructions of one (layer, block), forward and later backward."""
 
     def __init__(self, layer: ARMTLayer, work: LayerWork):
-        self.layer, self.work, self.cells = layer, work, work.cells(layer, torch.is_grad_enabled())
+        self.layer, self.work, self.trains = layer, work, torch.is_grad_enabled()
+        self.cells = work.cells(layer, self.trains)
         self.replays = [ChunkReplay(self.cells, work.lengths, contexts, work.states) for contexts in work.contexts]
         self.parameters = tuple(p for p in layer.parameters() if p.requires_grad)
 
@@ -160,10 +163,21 @@ class LayerCall:
             def observe(*cell: Any) -> None:
                 watcher(CellView(instruction, row, self.layer, *cell))
 
-        after = self.replays[chunk].forward(x, tensors.out[chunk], state, observe)
+        kept = self.cells_to_keep(chunk, x, state)
+        after = self.replays[chunk].forward(x, tensors.out[chunk], state, kept, observe)
         if self.work.last is not None:
             self.work.last.append(after)
         return after
+
+    def cells_to_keep(self, chunk: int, x: Tensor, state: tuple) -> int:
+        """Return how many segments of the chunk keep their graphs; x [b, sum of N, D], state that enters it."""
+        if not self.trains:
+            return 0
+        lengths, contexts = self.work.lengths, self.work.contexts[chunk]
+        longest = max(range(len(lengths)), key=lambda s: lengths[s])
+        x_s, context = x.split(lengths, 1)[longest], contexts[longest]
+        kind = x_s.shape, context.mask is None, context.documents is None
+        return self.work.kept.take(len(lengths), kind, lambda: self.cells.graph_bytes(x_s, state, context))
 
     def first_state(self, chunk: int, x: Tensor) -> tuple:
         """Return the state that enters the sequence's first block; x [b, sum of N, D] of the chunk."""
@@ -173,10 +187,8 @@ class LayerCall:
         return type(first)(*(tensor.tensor_split(len(self.replays))[chunk] for tensor in first))
 
     def rerun(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
-        """Run only the block's last cell again: it needs no gradient yet, so it fills the wait for one."""
-        chunk = instruction.chunk
-        cells = self.replays[chunk].reruns(tensors.x[chunk])
-        tensors.reruns[chunk] = chain([next(cells)], cells)
+        """Run only the block's last cell without a graph again: it needs no gradient yet, so it fills the wait for one."""
+        tensors.graphs[instruction.chunk] = self.replays[instruction.chunk].graphs(tensors.x[instruction.chunk])
 
     def back(self, instruction: Instruction, carried: tuple | None, tensors: BackwardTensors) -> tuple:
         """Run the chunk backward; return the gradient of the state that entered its first segment."""
@@ -186,7 +198,7 @@ class LayerCall:
         if carried is None:
             carried = self.layer.memory.initial_state(len(grads_x[0]), grads_x[0].device)
         kind, grad = type(carried), tuple(carried)
-        cells = tensors.reruns.pop(chunk)
+        cells = tensors.graphs.pop(chunk)
         backwards = zip(cells, reversed(grads_out), reversed(grads_x), strict=True)
         for segment, (cell, grad_y, grad_x) in zip(reversed(range(len(grads_out))), backwards, strict=True):
             grad_in, *grad_state = self.cells.back(cell, (grad_y, *grad))

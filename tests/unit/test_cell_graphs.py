@@ -13,6 +13,7 @@ from support.oracle import GRID, random_batch, random_starts, scheduled_loss
 
 from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, Recorded, Recording, kind_of
 from armt_dist.runtime.cells import EagerCells, draws
+from armt_dist.runtime.kept_graphs import Budget
 
 KINDS = {
     "armt": {},
@@ -34,14 +35,14 @@ def same(a, b):
     return torch.equal(a[0], b[0]) and all(torch.equal(x, none if y is None else y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
+@pytest.mark.parametrize(("states", "keep"), [("store", 0), ("rebuild", 0), ("recompute", 0), ("rebuild", 0.5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_recorded_cells_are_those_run_by_themselves(kind, states):
+def test_recorded_cells_are_those_run_by_themselves(kind, states, keep):
     model = small_model(**KINDS[kind]).train()
     for pad, documents, chunks in ((0, False, 1), (11, False, 2), (0, True, 1)):
         ids, labels, mask = random_batch(pad=pad)
         starts = random_starts(ids) if documents else None
-        options = {"grid": GRID._replace(chunks=chunks), "states": states}
+        options = {"grid": GRID._replace(chunks=chunks), "states": states, "keep": Budget(keep)}
         by_themselves = scheduled_loss(model, ids, labels, mask, starts, **options)
         assert same(by_themselves, scheduled_loss(model, ids, labels, mask, starts, graphs=True, **options))
 
