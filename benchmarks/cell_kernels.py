@@ -15,6 +15,7 @@ import torch
 from ranks import table
 from shapes import SHAPES, build
 
+from armt_dist.model.backbone import LLAMA
 from armt_dist.model.memory_kind import ARMTLayer, apply
 from armt_dist.runtime.cells import Cell, EagerCells, gradients_of
 
@@ -29,10 +30,13 @@ class LayerAlone(ARMTLayer):
     """A cell without a memory."""
 
     def __init__(self, of: ARMTLayer):
-        super().__init__(of.layer, of.memory, of.num_mem_tokens, of.call)
+        super().__init__(of.layer, of.memory, 0, LLAMA)
 
-    def cell(self, x, state, context):
-        return self.call(self.layer, x, context), Unchanged()
+    def attend(self, x, state, context):
+        return self.call(self.layer, x, context), context
+
+    def write(self, m, state, context):
+        return Unchanged()
 
 
 class Unchanged:
@@ -55,14 +59,17 @@ def counted(layer: ARMTLayer, x: torch.Tensor, model) -> dict[str, Counter]:
     """Operations by name of one cell of `layer`."""
     context, state = model.context(x, None), layer.memory.initial_state(1, META)
     alone = isinstance(layer, LayerAlone)
-    cells = EagerCells(layer, [*(layer.layer if alone else layer).parameters()])
+    cells = EagerCells(layer, trains=True)
+    if alone:
+        cells.parameters = tuple(layer.layer.parameters())
     found: dict[str, Counter] = {}
     with attention_in_one():
         with torch.no_grad(), Operations() as forward:
-            _, update = layer.cell(x, state, context)
+            y, update = layer.cell(x, state, context)
             apply(state, update)
+        known, *_ = cells.to_store([y])
         with Operations() as again:
-            cell = cells.rerun(x, state, context)
+            cell = cells.rerun(x, state, context, known)
     found |= {"forward": forward.names, "again": again.names}
     # The state of a layer alone is its input.
     outputs = cell.outputs[:1] if alone else cell.outputs

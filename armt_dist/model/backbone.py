@@ -55,6 +55,9 @@ class Family(NamedTuple):
     """The module that computes cos and sin from position ids; it rotates the two halves of a head's channels."""
     call: Callable[[nn.Module, Tensor, Context], Tensor]
     """How to call one decoder layer."""
+    last_product: str
+    """The linear map of a decoder layer whose result is only added to its output, perhaps after dropout; none where a
+    norm comes in between."""
 
 
 def call_rotary(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
@@ -99,16 +102,24 @@ def check_named(layer: nn.Module, *names: str) -> None:
             )
 
 
-LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_rotary)
+LLAMA = Family("model", "embed_tokens", "", "", "layers", "norm", "rotary_emb", call_rotary, "mlp.down_proj")
 # By `model_type` of the base configuration.
 FAMILIES = {
-    "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2),
+    "gpt2": Family("transformer", "wte", "wpe", "drop", "h", "ln_f", "", call_gpt2, "mlp.c_proj"),
     "gpt_neox": Family(
-        "gpt_neox", "embed_in", "", "emb_dropout", "layers", "final_layer_norm", "rotary_emb", call_rotary
+        "gpt_neox",
+        "embed_in",
+        "",
+        "emb_dropout",
+        "layers",
+        "final_layer_norm",
+        "rotary_emb",
+        call_rotary,
+        "mlp.dense_4h_to_h",
     ),
     "llama": LLAMA,
     "mistral": LLAMA,
-    "olmo2": LLAMA,
+    "olmo2": LLAMA._replace(last_product=""),
     "qwen2": LLAMA,
     "qwen3": LLAMA,
 }

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbone import Context
+from .backbone import Context, Family
 from .documents import Reset, emptied
 
 # Cell (s, l) of segment s and layer l needs the state of (s-1, l): layer-major and wavefront orders are valid.
@@ -77,15 +77,19 @@ class ARMTLayer(nn.Module):
     layer: nn.Module
     memory: Memory
 
-    def __init__(self, layer: nn.Module, memory: Memory, num_mem_tokens: int, call: Callable):
+    def __init__(self, layer: nn.Module, memory: Memory, num_mem_tokens: int, family: Family):
         super().__init__()
-        self.layer, self.memory = layer, memory
-        self.num_mem_tokens, self.call = num_mem_tokens, call
+        self.layer, self.memory, self.num_mem_tokens = layer, memory, num_mem_tokens
+        self.call, self.last_product = family.call, family.last_product
 
     def cell(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, MemoryUpdate]:
         """Run one cell: one segment through this layer. [B, N, D] -> [B, N, D] and the update of the memory."""
         y, context = self.attend(x, state, context)
-        return y, self.write(y[:, y.shape[1] - self.num_mem_tokens :], state, context)
+        return y, self.write(self.memory_positions(y), state, context)
+
+    def memory_positions(self, y: Tensor) -> Tensor:
+        """Return the part of a cell's output that the memory's write reads. [B, N, D] -> [B, M, D]."""
+        return y[:, y.shape[1] - self.num_mem_tokens :]
 
     def attend(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Context]:
         """Read the memory and run the layer. [B, N, D] -> [B, N, D] and the context that the layer saw."""

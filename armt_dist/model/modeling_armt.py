@@ -58,7 +58,7 @@ class ARMTForCausalLM(ARMTGeneration):
         layers = self.backbone.layers
         for i, layer in enumerate(layers):
             memory = kind.from_config(config)
-            layers[i] = ARMTLayer(layer, memory, config.memory_rows, self.backbone.family.call)
+            layers[i] = ARMTLayer(layer, memory, config.memory_rows, self.backbone.family)
         self.post_init()
         # Under ZeRO-3 the parameters are partitioned by now; whoever builds the model there initialises or loads them.
         if base is None and any(rows.numel() for rows in self.memory_tokens.parameters()):

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
 from .cells import Cell, Cells, EagerCells, add, draws, gradients_of, run_again
+from .known_output import last_product
 
 # Runs before a capture, in which libraries make their handles and choose their algorithms.
 WARM_UPS = 2
@@ -74,6 +75,8 @@ class Recording:
     def __init__(self, layer: ARMTLayer, buffers: Buffers, x: Tensor, state: tuple, context: Context, pool: Any):
         self.layer, self.buffers, self.pool, self.device = layer, buffers, pool, x.device
         self.x, self.state = torch.empty_like(x, memory_format=torch.contiguous_format), like(state)
+        self.product = last_product(layer)
+        self.known = None if self.product is None else like(layer.memory_positions(x))
         self.context: Context = like(context)
         self.shown: Context | None = None
         self.live: Cell | None = None
@@ -126,7 +129,7 @@ class Recording:
     def run_again(self) -> list[Tensor]:
         """Make the cell's graph."""
         with recorded_at(self.layer, self.buffers.parameters):
-            self.live = run_again(self.layer, self.x, self.state, self.context)
+            self.live = run_again(self.layer, self.x, self.state, self.context, self.product, self.known)
         return []
 
     def run_back(self) -> list[Tensor]:
@@ -149,9 +152,11 @@ class Recording:
         leaves = [next(flat) if isinstance(leaf, Tensor) else leaf for leaf in self.update_leaves]
         return y, tree_unflatten(leaves, self.update_shape), type(state)(*after)
 
-    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
+    def rerun(self, x: Tensor, state: tuple, context: Context, known: Tensor | None) -> Cell:
         """Run the cell so that `back` can follow."""
         self.load(x, state, context)
+        if self.known is not None and known is not None:
+            self.known.copy_(known)
         assert self.rerun_graph is not None, "recorded by record_backward"
         self.rerun_graph.replay()
         return Cell((x, *state), ())
@@ -178,7 +183,7 @@ class CellGraphs:
 
     def cells(self, layer: ARMTLayer, trains: bool) -> Cells:
         """Return the cells of a layer; those that cannot be recorded run operation by operation."""
-        eager = EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
+        eager = EagerCells(layer, trains)
         return eager if eager.draws or self.refused else GraphedCells(layer, eager, self, trains)
 
     def kind(self, layer: ARMTLayer) -> tuple[int, Buffers]:
@@ -286,10 +291,14 @@ class GraphedCells:
         """Return what a kept graph holds."""
         return self.eager.graph_bytes(x, state, context)
 
-    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
+    def to_store(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the memory positions of the cells' outputs."""
+        return self.eager.to_store(outputs)
+
+    def rerun(self, x: Tensor, state: tuple, context: Context, known: Tensor | None) -> Cell:
         """Run a cell so that `back` can follow."""
         self.current = self.of(x, state, context)
-        return (self.current or self.eager).rerun(x, state, context)
+        return (self.current or self.eager).rerun(x, state, context, known)
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of the cell's inputs."""

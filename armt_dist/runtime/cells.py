@@ -14,14 +14,18 @@ from torch.utils._pytree import tree_leaves
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
 from .kept_graphs import graph_bytes, without_parameters
+from .known_output import last_product, left_out
 
 
 class Cell(NamedTuple):
     """One cell with its graph."""
 
     inputs: tuple[Tensor, ...]  # x, then the incoming state
-    # y, then the outgoing state; of a kept cell only where they are in the graph, None where they do not depend on it
-    outputs: tuple[Tensor | GradientEdge | None, ...]
+    outputs: tuple["Output", ...]  # y, then the outgoing state
+
+
+Output = Tensor | GradientEdge | None
+"""An output of a cell; of a kept one its place in the graph, None where it has none."""
 
 
 class Cells(Protocol):
@@ -39,13 +43,16 @@ class Cells(Protocol):
         """
 
     def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
-        """Run a cell with a graph that `back` may use at any time. Returns y [B, N, D], the state after it, the graph."""
+        """Run a cell with a graph that `back` may use at any time. Returns y [B, N, D], the state after it, and it."""
 
     def graph_bytes(self, x: Tensor, state: tuple, context: Context) -> int:
         """Return the bytes that the graph of a cell like this holds while it is kept, beside its inputs."""
 
-    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
-        """Run a cell with its graph; `back` of it comes before the next one is run again."""
+    def to_store(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `rerun` takes of each cell's output [B, N, D], [B, M, D]; empty where it needs nothing."""
+
+    def rerun(self, x: Tensor, state: tuple, context: Context, known: Tensor | None) -> Cell:
+        """Run a cell with its graph; `back` of it comes before the next one is run again. known: from `to_store`."""
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of x and of the state, from those of y and of the state after it.
@@ -60,8 +67,10 @@ class Cells(Protocol):
 class EagerCells:
     """Cells as PyTorch runs them; parameter gradients are summed in float32: K bfloat16 additions would lose digits."""
 
-    def __init__(self, layer: ARMTLayer, parameters: Sequence[Tensor]):
-        self.layer, self.parameters = layer, tuple(parameters)
+    def __init__(self, layer: ARMTLayer, trains: bool):
+        self.layer, self.parameters = layer, tuple(p for p in layer.parameters() if p.requires_grad)
+        # Without a backward pass nothing is run again.
+        self.product = last_product(layer) if trains else None
         self.sums: list[Tensor] = []
         self.draws = draws(layer)
 
@@ -76,22 +85,26 @@ class EagerCells:
     def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
         """Run a cell and keep its graph; see `Cells`."""
         with without_parameters(self.layer):
-            cell = run_again(self.layer, x, state, context)
-        y, *after = cell.outputs
+            inputs, outputs = with_graph(self.layer, x, state, context)
+        y, *after = outputs
         # Without the results themselves, which the graph does not need.
-        edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in cell.outputs)
-        return y.detach(), type(state)(*(t.detach() for t in after)), Cell(cell.inputs, edges)
+        edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in outputs)
+        return y.detach(), type(state)(*(t.detach() for t in after)), Cell(inputs, edges)
 
     def graph_bytes(self, x: Tensor, state: tuple, context: Context) -> int:
         """Return what a kept graph holds; see `Cells`."""
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices, enabled=self.draws):
             outside = (x, *state, *self.layer.parameters(), *(t for t in tree_leaves(context) if isinstance(t, Tensor)))
-            return graph_bytes(lambda: run_again(self.layer, x, state, context), outside)
+            return graph_bytes(lambda: with_graph(self.layer, x, state, context), outside)
 
-    def rerun(self, x: Tensor, state: tuple, context: Context) -> Cell:
+    def to_store(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the memory positions of the cells' outputs; see `Cells`."""
+        return [] if self.product is None else stored_positions(self.layer, outputs)
+
+    def rerun(self, x: Tensor, state: tuple, context: Context, known: Tensor | None) -> Cell:
         """Run a cell with its graph; see `Cells`."""
-        return run_again(self.layer, x, state, context)
+        return run_again(self.layer, x, state, context, self.product, known)
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of the cell's inputs; see `Cells`."""
@@ -109,14 +122,40 @@ class EagerCells:
         return tuple(total.to(p.dtype) for p, total in zip(self.parameters, sums, strict=True))
 
 
-def run_again(layer: ARMTLayer, x: Tensor, state: tuple, context: Context) -> Cell:
-    """Run a cell with its graph, which begins at x and the state."""
+def stored_positions(layer: ARMTLayer, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copy the memory positions [B, M, D] out of the outputs [B, N, D] of cells, all at once."""
+    positions = [layer.memory_positions(y) for y in outputs]
+    return list(torch.cat(positions, 1).split([part.shape[1] for part in positions], 1))
+
+
+def run_again(
+    layer: ARMTLayer, x: Tensor, state: tuple, context: Context, product: nn.Module | None, known: Tensor | None
+) -> Cell:
+    """Run a cell with its graph, without the `product` if the memory positions of its output are `known` [B, M, D]."""
+    if product is None or known is None:
+        return Cell(*with_graph(layer, x, state, context))
+    with left_out(product):
+        return Cell(*with_graph(layer, x, state, context, known))
+
+
+def with_graph(
+    layer: ARMTLayer, x: Tensor, state: tuple, context: Context, known: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run a cell with a graph that begins at x and the state. Returns `Cell.inputs` and the outputs.
+
+    known: what is written to the memory [B, M, D], whatever the layer gives; None: what it gives.
+    """
     leaf = x.detach().requires_grad_()
     state = type(state)(*(t.detach().requires_grad_() for t in state))
     with torch.enable_grad():
-        y, update = layer.cell(leaf, state, context)
+        y, context = layer.attend(leaf, state, context)
+        positions = layer.memory_positions(y)
+        if known is not None:
+            # In their place: products of rows that lie elsewhere may be rounded differently.
+            positions.detach().copy_(known)
+        update = layer.write(positions, state, context)
         following = apply(state, update)
-    return Cell((leaf, *state), (y, *following))
+    return (leaf, *state), (y, *following)
 
 
 def gradients_of(
@@ -132,7 +171,7 @@ def gradients_of(
     return found[: len(cell.inputs)], found[len(cell.inputs) :]
 
 
-def in_graph(output: Tensor | GradientEdge | None) -> bool:
+def in_graph(output: Output) -> bool:
     """Tell whether an output of a cell depends on its inputs or parameters."""
     return output.requires_grad if isinstance(output, Tensor) else output is not None
 

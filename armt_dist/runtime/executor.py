@@ -24,7 +24,7 @@ from .cell_graphs import CellGraphs
 from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
-from .kept_graphs import Budget, KeptGraphs
+from .kept_graphs import NOTHING, Budget, KeptGraphs
 from .loss import IGNORE, hits, losses_beside, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels, scored_positions
 from .sections import ParallelConfig
@@ -96,11 +96,6 @@ def mask_on(mask: Tensor | None, device: torch.device) -> Tensor | None:
     return None if mask is None else copied(mask, device)
 
 
-def eager_cells(layer: Any, trains: bool) -> EagerCells:
-    """Return the cells of a layer, run operation by operation."""
-    return EagerCells(layer, [p for p in layer.parameters() if p.requires_grad])
-
-
 class Around(NamedTuple):
     """What sees the layers of a pass beside the schedule."""
 
@@ -116,7 +111,7 @@ class ScheduledLM(nn.Module):
         model: ARMTForCausalLM,
         *,
         states: str = "store",
-        keep: Budget = Budget(),
+        keep: Budget = NOTHING,
         offload: bool = False,
         graphs: bool = False,
         link: Local | Wire | None = None,
@@ -195,7 +190,7 @@ class ScheduledLM(nn.Module):
             self.graphs.prepare(layers, first_trained, rows_of(blocks, rows, contexts))
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
-        cells = self.graphs.cells if self.graphs else eager_cells
+        cells = self.graphs.cells if self.graphs else EagerCells
         calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
         trained = sum(len(rows[own[call.gather.block]]) for call in calls if call.gather.layer >= first_trained)
         kept = KeptGraphs(self.keep, trained * piece.grid.chunks, self.graph_bytes)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -20,6 +19,9 @@ class Budget(NamedTuple):
 
     share: float = 0.0  # of all cells, at most
     bytes: float = math.inf  # that the graphs of a pass may hold
+
+
+NOTHING = Budget()
 
 
 class KeptGraphs:
@@ -55,10 +57,12 @@ class KeptGraphs:
 
 @contextmanager
 def without_parameters(layer: nn.Module) -> Iterator[None]:
-    """Let graphs made in the block hold no storage of the layer's parameters, but find them again when they are used."""
+    """Let graphs made in the block hold no storage of the layer's parameters, but find them again when they are used.
+
+    Does nothing where nobody releases the parameters: they are not ZeRO-3's.
+    """
     parameters = list(layer.parameters())
     if not any(hasattr(p, "ds_id") for p in parameters):
-        # Nobody releases them.
         yield
         return
     at = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p) for p in parameters]

@@ -47,6 +47,7 @@ class ChunkReplay:
         self.states: list[tuple] = []
         self.updates: list[MemoryUpdate] = []
         self.generators: list[Generators] = []
+        self.known: list[Tensor] = []
         self.kept: list[Cell] = []
 
     def forward(self, x: Tensor, out: Tensor, state: tuple, kept: int = 0, observe: Callable | None = None) -> tuple:
@@ -64,6 +65,8 @@ class ChunkReplay:
             out_s.copy_(y)
             if observe:
                 observe(s, x_s, before, state)
+        if first_kept:
+            self.known = self.cells.to_store(out.split(self.lengths, 1)[:first_kept])
         if self.mode == "store" and first_kept:
             # The state after the last segment that is run again enters none of them.
             self.states.pop()
@@ -99,7 +102,7 @@ class ChunkReplay:
             return
         for s, state in zip(reversed(range(len(rows))), self.incoming(rows), strict=True):
             self.replay(s, x.device)
-            yield self.cells.rerun(rows[s], state, self.contexts[s])
+            yield self.cells.rerun(rows[s], state, self.contexts[s], self.known.pop() if self.known else None)
 
     def incoming(self, rows: Sequence[Tensor]) -> Iterator[tuple]:
         """Yield the incoming state of every segment, last first, and drop each after its use."""

@@ -187,7 +187,7 @@ class LayerCall:
         return type(first)(*(tensor.tensor_split(len(self.replays))[chunk] for tensor in first))
 
     def rerun(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
-        """Run only the block's last cell without a graph again: it needs no gradient yet, so it fills the wait for one."""
+        """Run the block's last cell without a graph again: it needs no gradient yet, so it fills the wait for one."""
         tensors.graphs[instruction.chunk] = self.replays[instruction.chunk].graphs(tensors.x[instruction.chunk])
 
     def back(self, instruction: Instruction, carried: tuple | None, tensors: BackwardTensors) -> tuple:

@@ -15,7 +15,6 @@ from armt_dist.runtime.piece import cut_piece
 from armt_dist.runtime.segment_bptt import LayerCall
 from armt_dist.zero3.trained_parameters import freeze_parameters
 
-
 # How the backward has the state that entered a cell, and the share of the cells that are not run again.
 WAYS = [(states, keep) for states in ("store", "rebuild", "recompute") for keep in (0, 0.6)] + [("store", 1)]
 

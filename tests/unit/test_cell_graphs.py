@@ -108,8 +108,8 @@ def test_a_cell_that_draws_unseen_is_refused(monkeypatch):
     model, batch = small_model().train(), random_batch()
     original = EagerCells.__init__
 
-    def blind(self, layer, parameters):
-        original(self, layer, parameters)
+    def blind(self, layer, trains):
+        original(self, layer, trains)
         self.draws = False
 
     monkeypatch.setattr(EagerCells, "__init__", blind)
@@ -121,8 +121,10 @@ def test_a_cell_that_draws_unseen_is_refused(monkeypatch):
 def test_nothing_of_a_call_outlives_its_backward_pass():
     """The float32 sums of a layer are as large as its parameters, and results keep the graph of their call."""
     model = small_model().train()
-    cells = EagerCells(model.layers[0], [p for p in model.layers[0].parameters()])
-    cell = cells.rerun(torch.randn(1, 11, 32), model.initial_states(1)[0], model.context(torch.randn(1, 11, 32), None))
+    cells = EagerCells(model.layers[0], trains=True)
+    x = torch.randn(1, 11, 32)
+    known, *_ = cells.to_store([x])
+    cell = cells.rerun(x, model.initial_states(1)[0], model.context(x, None), known)
     cells.back(cell, tuple(torch.ones_like(t) for t in cell.outputs))
     assert cells.sums and len(cells.gradients()) == len(cells.parameters) and not cells.sums
 

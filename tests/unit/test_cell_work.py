@@ -6,7 +6,7 @@ from support.models import BASES, small_model
 from support.operations import Operations
 
 from armt_dist.model.backbone import FAMILIES
-from armt_dist.runtime.cells import gradients_of, run_again
+from armt_dist.runtime.cells import Cell, gradients_of, with_graph
 from armt_dist.schedule import cell_work as cell_work_module
 from armt_dist.schedule import model_sizes as model_sizes_module
 from armt_dist.schedule.cell_work import MOVED, cell_work
@@ -44,7 +44,7 @@ def moved_by_a_cell(family, dtype, memory):
     context, state = model.context(x, None), layer.memory.initial_state(1, "cpu")
     with torch.no_grad(), Operations() as forward:
         layer.cell(x, state, context)
-    cell = run_again(layer, x, state, context)
+    cell = Cell(*with_graph(layer, x, state, context))
     with Operations() as backward:
         gradients_of(cell, tuple(map(torch.ones_like, cell.outputs)), tuple(layer.parameters()))
     return forward, backward

@@ -153,12 +153,12 @@ def test_a_cell_of_llama_1b_is_few_operations(dtype):
         x = torch.empty(1, 1040, 2048, dtype=dtype)
     layer = model.layers[0]
     context, state = model.context(x, None), layer.memory.initial_state(1, x.device)
-    cells = EagerCells(layer, [*layer.parameters()])
+    cells = EagerCells(layer, trains=True)
     cells.sums = [torch.empty_like(p, dtype=torch.float32) for p in cells.parameters]
     with attention_in_one():
         with torch.no_grad(), Operations() as forward:
             apply(state, layer.cell(x, state, context)[1])
-        cell = cells.rerun(x, state, context)
+        cell = cells.rerun(x, state, context, None)
         gradients = tuple(map(torch.empty_like, cell.outputs))
         with Operations() as backward:
             cells.back(cell, gradients)
