@@ -18,13 +18,14 @@ from ..model.modeling_armt import ARMTForCausalLM
 from ..model.rmt import MemoryRows, Nothing, enter, entering
 from ..schedule import program as schedule
 from ..schedule.grid import Arrow, Grid, rank_blocks
+from ..schedule.kept_cells import Keep
 from ..schedule.program import Call, Instruction, Op, layer_calls
 from .activation_store import STORES
 from .cell_graphs import CellGraphs
 from .cells import EagerCells
 from .handoff import Local, Wire
 from .host_copy import copied
-from .kept_graphs import NOTHING, Budget, KeptGraphs
+from .kept_graphs import NOTHING, KeptGraphs
 from .loss import IGNORE, hits, losses_beside, token_nll
 from .piece import Piece, Totals, by_segment, packed_labels, scored_positions
 from .sections import ParallelConfig
@@ -111,7 +112,7 @@ class ScheduledLM(nn.Module):
         model: ARMTForCausalLM,
         *,
         states: str = "store",
-        keep: Budget = NOTHING,
+        keep: Keep = NOTHING,
         offload: bool = False,
         graphs: bool = False,
         link: Local | Wire | None = None,

@@ -8,20 +8,14 @@ when the layer is gathered for its backward pass.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..schedule.kept_cells import Keep
 
-class Budget(NamedTuple):
-    """How many cells of a pass keep their graphs."""
-
-    share: float = 0.0  # of all cells, at most
-    bytes: float = math.inf  # that the graphs of a pass may hold
-
-
-NOTHING = Budget()
+NOTHING = Keep()
 
 
 class KeptGraphs:
@@ -30,10 +24,10 @@ class KeptGraphs:
     A step is as slow as its slowest unit, so none has more to run again than another.
     """
 
-    def __init__(self, budget: Budget, cells: int, known: dict[Any, int]):
+    def __init__(self, keep: Keep, cells: int, known: dict[Any, int]):
         """cells: of the pass, those that run backward. `known`: bytes of a cell's graph by what they depend on."""
-        self.budget, self.cells, self.known = budget, cells, known
-        self.share = 0.0 if math.isfinite(budget.bytes) else budget.share
+        self.keep, self.cells, self.known = keep, cells, known
+        self.share = keep.share
         self.seen = self.kept = 0
 
     def take(self, segments: int, cell: Any, measure: Callable[[], int]) -> int:
@@ -41,12 +35,12 @@ class KeptGraphs:
 
         cell: what the size of its graphs depends on; `measure` is called where that size is not known yet.
         """
-        if self.budget.share <= 0:
+        if not self.keep.share or not self.keep.bytes:
             return 0
-        if math.isfinite(self.budget.bytes):
+        if math.isfinite(self.keep.bytes):
             if cell not in self.known:
                 self.known[cell] = measure()
-            self.share = min(self.budget.share, self.budget.bytes / (self.cells * max(self.known[cell], 1)))
+            self.share = min(self.keep.share, self.keep.bytes / (self.cells * max(self.known[cell], 1)))
         self.seen += segments
         # A share such as 1/3 must not lose a cell to rounding.
         due = math.floor(self.share * self.seen + 1e-6) - self.kept

@@ -2,9 +2,10 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..config import Section
+from ..config import ConfigError, Section
+from ..schedule.kept_cells import parse_keep
 
 
 class BPTTConfig(Section):
@@ -13,9 +14,23 @@ class BPTTConfig(Section):
     states: Literal["store", "rebuild", "recompute"] = "store"
     """store: all states are kept. rebuild: only the rank-M updates are kept, about 20 times smaller, and applied again.
     recompute: from the block's first state, at the cost of one more forward pass of the block."""
+    keep: float | str = 0
+    """Cells that keep the graph of their forward pass and are not run again in the backward pass, which takes memory
+    and saves up to a quarter of the time: a share of them from 0 to 1, what their graphs may hold (12GB), or auto: what
+    is free on the fullest rank. On GPUs they run operation by operation, not as CUDA graphs. Example: auto"""
     graphs: bool | None = None
     """Whether cells are recorded as CUDA graphs, so that the host launches a cell at once; null: on GPUs. Layers with
     dropout are not recorded. Example: false"""
+
+    @field_validator("keep")
+    @classmethod
+    def keep_can_be_read(cls, value: float | str) -> float | str:
+        """Refuse what is neither a share, nor bytes, nor auto."""
+        try:
+            parse_keep(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
 
 
 class ParallelConfig(Section):

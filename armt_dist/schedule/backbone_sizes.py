@@ -44,6 +44,8 @@ class FamilySizes(NamedTuple):
     """Norms over queries and keys."""
     parallel_residual: bool = False
     """Attention and MLP read the same row."""
+    leaves_out_last: bool = True
+    """Whether a cell that is run again leaves out the MLP's last map, as no norm needs what it gives."""
     names: Mapping[str, str] = {}
     """The family's own name of a field, where it differs."""
 
@@ -157,6 +159,7 @@ FAMILIES = {
         shape(50304, 4096, 32, 32, 32, 11008, 2048),
         biases=("attention_bias",),
         inner_norms=True,
+        leaves_out_last=False,
     ),
     "qwen2": FamilySizes(qwen2_layer, 34, 1, False, shape(151936, 4096, 32, 32, 32, 22016, 32768)),
     "qwen3": FamilySizes(

@@ -110,6 +110,13 @@ def cell_work(model: ModelSizes, work: StepWork) -> tuple[Work, Work]:
     return forward, backward
 
 
+def rerun_work(model: ModelSizes, work: StepWork) -> Work:
+    """Forward of one cell for one sequence that is run again: without the layer's last product, where it can be."""
+    forward, _ = cell_work(model, work)
+    last = 2 * row_tokens(model, work) * model.intermediate_size * model.hidden_size
+    return forward._replace(products=forward.products - model.family.leaves_out_last * last)
+
+
 def cell_flops(model: ModelSizes, work: StepWork) -> float:
     """Forward of one cell for one sequence: matrix products, attention, memory."""
     return sum(product_flops(model, row_tokens(model, work))) + attention_flops(model, work)

@@ -115,6 +115,11 @@ def block_range(grid: Grid, block: int) -> range:
     return range(start, start + size + (block < extra))
 
 
+def largest_block(grid: Grid) -> int:
+    """Return the segments of the largest block."""
+    return len(block_range(grid, 0))
+
+
 def block_segments(grid: Grid) -> tuple[range, ...]:
     """Return the segments of each block."""
     return tuple(block_range(grid, block) for block in range(grid.sp * grid.rounds))

@@ -6,8 +6,9 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
-from .cell_work import HEAD_PASSES, Work, cell_work, head_work
-from .grid import Grid, prefetch_window
+from .cell_work import HEAD_PASSES, Work, cell_work, head_work, rerun_work
+from .grid import Grid, largest_block, prefetch_window
+from .kept_cells import kept_share
 from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
 from .simulator import Costs
 
@@ -72,15 +73,11 @@ UPDATE_BYTES = 28
 """Read and written per parameter in AdamW's update: gradient, master weight, two moments, parameter."""
 
 
-def largest_block(grid: Grid) -> int:
-    """Segments of the largest block."""
-    return -(-grid.segments // (grid.sp * grid.rounds))
-
-
 def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardware: Hardware) -> Costs:
     """What the simulator needs, in seconds."""
     chunk_rows = math.ceil(work.micro_batch / grid.chunks)
     chunk_s, backward_s = (seconds(each, chunk_rows, work, hardware) for each in cell_work(model, work))
+    again = seconds(rerun_work(model, work), chunk_rows, work, hardware) / chunk_s
     ratio = backward_s / chunk_s if hardware.backward_ratio is None else hardware.backward_ratio
     if work.offload_activations:
         row_bytes = chunk_rows * row_tokens(model, work) * model.hidden_size * work.dtype_bytes
@@ -91,7 +88,8 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
     whole_s = work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     return Costs(
         cell_s=cell_s,
-        rerun_ratio=rerun_ratio(work, grid),
+        rerun_ratio=rerun_ratio(work, grid, again),
+        keep=kept_share(model, work, grid),
         backward_ratio=ratio,
         gather_s=collective_s + passing * whole_s if passing else 0.0,
         reduce_s=collective_s + model.layer_parameters * whole_s,
@@ -139,10 +137,13 @@ def teacher_s(model: ModelSizes, work: StepWork, grid: Grid, hardware: Hardware)
     return teacher_tokens(work) / window / grid.sp * grid.layers * layer_s + logits_s
 
 
-def rerun_ratio(work: StepWork, grid: Grid) -> float:
-    """Forwards of a cell in the backward pass: `recompute` runs all segments of a block but the last once more."""
+def rerun_ratio(work: StepWork, grid: Grid, again: float) -> float:
+    """Time to run a cell again over its forward: `recompute` runs all segments of a block but the last once more.
+
+    again: of a cell by itself.
+    """
     block = largest_block(grid)
-    return 1 + (block - 1) / block if work.states == "recompute" else 1.0
+    return again + (block - 1) / block if work.states == "recompute" else again
 
 
 def update_s(model: ModelSizes, world: int, hardware: Hardware) -> float:
@@ -167,9 +168,11 @@ def estimate_s(grid: Grid, costs: Costs) -> float:
     unit_s = block * costs.cell_s / grid.chunks
     transfer_s = costs.state_bytes / grid.chunks / costs.bytes_per_s if grid.sp > 1 else 0
     handoff_s = transfer_s + costs.latency_s if grid.sp > 1 else 0
-    back_s = unit_s * (costs.backward_ratio + costs.rerun_ratio)
-    # The re-run of a block's last cell is done while waiting for the gradient.
-    delays_s = (unit_s + handoff_s, back_s - costs.rerun_ratio * costs.cell_s / grid.chunks + handoff_s)
+    again_s = (1 - costs.keep) * costs.rerun_ratio * unit_s
+    back_s = unit_s * costs.backward_ratio + again_s
+    # The first re-run of a unit is done while waiting for the gradient.
+    ahead_s = min(again_s, costs.rerun_ratio * costs.cell_s / grid.chunks)
+    delays_s = (unit_s + handoff_s, back_s - ahead_s + handoff_s)
     total_s = costs.gather_s + costs.reduce_s
     collectives_s = (costs.gather_s, costs.gather_s + costs.reduce_s / grid.rounds)
     for work_s, delay_s, collective_s in zip((unit_s, back_s), delays_s, collectives_s, strict=True):

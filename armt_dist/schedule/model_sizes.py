@@ -215,6 +215,8 @@ class StepWork(NamedTuple):
     segment_tokens: int = 1024
     micro_batch: int = 1
     states: str = "store"
+    keep: float | str = 0
+    """Cells that keep their graphs, as in the configuration (bptt.keep)."""
     dtype_bytes: int = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False

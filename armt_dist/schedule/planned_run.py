@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ConfigError, one_line, read_object
+from .kept_cells import parse_keep
 from .model_sizes import KINDS, ModelSizes, StepWork, memory_fields, model_sizes
 from .planner import STATES, Layout
 from .program import SCHEDULES
@@ -36,7 +37,7 @@ KEYS = {
         *("d_mem", "nu", "n_heads", "maths", "use_denom", "correction", "gating", "freeze_mem", "wrap_pos"),
         *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
-    "bptt": ("states", "graphs"),
+    "bptt": ("states", "keep", "graphs"),
     "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
     "loss": ("skip_first_segment", "last_segment_only", "distill"),
 }
@@ -123,6 +124,14 @@ def flag(tree: Mapping, name: str, path: str) -> bool:
     return choice(tree, name, path, (False, True))
 
 
+def kept(tree: Mapping) -> float | str:
+    """What bptt.keep says, as it stands. Raises ConfigError where it says nothing that can be read."""
+    value = tree.get("keep")
+    value = 0 if value is None else value
+    parse_keep(value)
+    return value
+
+
 class PlannedRun(NamedTuple):
     """What `planner.plan` takes."""
 
@@ -161,6 +170,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         segment_tokens=samples.segment_tokens,
         micro_batch=sizes.micro,
         states=choice(section(trees.run, "bptt", ""), "states", "bptt.", STATES),
+        keep=kept(section(trees.run, "bptt", "")),
         dtype_bytes=2 if bf16 else 4,
         offload_optimizer=offloaded(zero, "offload_optimizer"),
         offload_parameters=offloaded(zero, "offload_param"),

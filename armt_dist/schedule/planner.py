@@ -21,7 +21,7 @@ from .step_memory import Held, gpu_bytes, host_bytes
 
 STATES = ("store", "rebuild", "recompute")
 MAY_BE_ZERO = (
-    *("sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
+    *("keep", "sink", "sliding_window", "scored_tokens", "gradient_bytes", "reduce_bucket_size"),
     *("stage3_param_persistence_threshold", "zero_hpz_partition_size", "teacher_window"),
 )
 LEAST_BUSY = 0.5
@@ -121,7 +121,7 @@ def plan(
     if pipeline_s is None:
         pipeline_s = estimate_s(grid, costs)
     window = costs.prefetch_layers or prefetch_window(grid)
-    held = Held(model, work, grid, world, window + SPARE_LAYERS, hardware.device)
+    held = Held(model, work, grid, world, window + SPARE_LAYERS, hardware.device, costs.keep)
     phase, on_device = gpu_bytes(held)
     times = step_times(model, work, grid, costs, hardware, pipeline_s, world)
     cell = work.micro_batch * cell_flops(model, work)
@@ -141,7 +141,7 @@ def plan(
         reduce_bytes=reduced,
         handoff_unit_bytes=state_bytes / grid.chunks,
         handoff_bytes=passes * handoffs * state_bytes,
-        flops=passes * ((3 + costs.rerun_ratio) * cells * cell + head_flops),
+        flops=passes * ((3 + (1 - costs.keep) * costs.rerun_ratio) * cells * cell + head_flops),
         bound=times.compute_s / times.free_s,
         compute_s=times.compute_s,
         step_s=times.step_s,
@@ -172,7 +172,7 @@ def step_times(
     loss_s = head_s(model, work, grid, hardware) + teacher_s(model, work, grid, hardware)
     outer_s = 2 * model.outer_parameters * work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
     cells = grid.segments / grid.sp * grid.layers
-    compute_s = cells * costs.cell_s * (1 + costs.rerun_ratio + costs.backward_ratio) + loss_s
+    compute_s = cells * costs.cell_s * (1 + (1 - costs.keep) * costs.rerun_ratio + costs.backward_ratio) + loss_s
     optimizer_s = 0.0 if work.offload_optimizer else update_s(model, world, hardware)
     step_s = work.accumulation * (pipeline_s + loss_s + outer_s) + optimizer_s
     free = costs._replace(gather_s=0.0, reduce_s=0.0, latency_s=0.0, state_bytes=0)

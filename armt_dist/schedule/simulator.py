@@ -25,6 +25,8 @@ class Costs(NamedTuple):
     """Forward time of one cell (segment, layer) for the whole micro-batch; a chunk takes cell_s / chunks."""
     rerun_ratio: float = 1.0
     """Time to run a cell again, as a multiple of cell_s."""
+    keep: float = 0.0
+    """Share of the cells that keep their graphs, and are not run again."""
     backward_ratio: float = 2.0
     """Backward time of a cell without the re-run, as a multiple of cell_s."""
     gather_s: float = 0.0
@@ -170,10 +172,11 @@ class Group:
     def compute_s(self, instruction: Instruction) -> float:
         """Return the time of a RUN, RERUN or BACK."""
         costs, cells = self.costs, self.sizes[instruction.block]
+        again = (1 - costs.keep) * cells
         share = {
             Op.RUN: cells,
-            Op.RERUN: costs.rerun_ratio,
-            Op.BACK: cells * costs.backward_ratio + (cells - 1) * costs.rerun_ratio,
+            Op.RERUN: min(again, 1) * costs.rerun_ratio,
+            Op.BACK: cells * costs.backward_ratio + max(again - 1, 0) * costs.rerun_ratio,
         }
         return share[instruction.op] * costs.cell_s / self.grid.chunks
 

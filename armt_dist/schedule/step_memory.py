@@ -11,7 +11,7 @@ Letters: B micro-batch, K segments of a block, L layers, N positions of a segmen
 import math
 from typing import NamedTuple
 
-from .grid import Grid, reduction_layers
+from .grid import Grid, largest_block, reduction_layers
 from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
 
 LOGITS_TOKENS = 1024
@@ -39,10 +39,13 @@ class Held(NamedTuple):
     """Layers that ZeRO-3 holds whole at a time."""
     device: str = "cuda"
 
+    kept_share: float = 0.0
+    """Of the cells that keep their graphs."""
+
     @property
     def block(self) -> int:
         """Segments of the largest block."""
-        return -(-self.grid.segments // (self.grid.sp * self.grid.rounds))
+        return largest_block(self.grid)
 
     @property
     def chunk_rows(self) -> int:
@@ -156,6 +159,8 @@ def head_bytes(held: Held) -> dict[str, float]:
         "last hidden states": held.layer_input_bytes,
         "masks": mask_bytes(held),
         "states": work.micro_batch * states_bytes(held, rerun=False),
+        "outputs at memory positions": output_bytes(held),
+        "kept graphs": kept_bytes(held),
         "loss head": scored * model.hidden_size * width + LOGITS_COPIES * logits,
         "whole gradients": 0 if model.freeze_base else model.vocab_size * model.hidden_size * work.dtype_bytes,
         "teacher": teacher_bytes(held, scored),
@@ -195,6 +200,8 @@ def backward_bytes(held: Held, done: int) -> dict[str, float]:
         "gradients of H": 2 * held.layer_input_bytes,
         "masks": mask_bytes(held),
         "states": work.micro_batch * (left * states_bytes(held, rerun=False) + rerun),
+        "outputs at memory positions": left * output_bytes(held),
+        "kept graphs": left * kept_bytes(held),
         "one cell's graph and gradients": cell_bytes(held),
         "whole gradients": whole,
     }
@@ -231,6 +238,14 @@ def states_bytes(held: Held, rerun: bool) -> float:
     anew = {"store": 0, "rebuild": 2 * math.isqrt(block), "recompute": block}
     layers = held.grid.layers * rounds * kept[held.work.states] + rerun * anew[held.work.states] * model.state_bytes
     return layers + rounds * model.carried_bytes
+
+
+def output_bytes(held: Held) -> float:
+    """What the cells that are run again need of their outputs: the memory positions."""
+    model, work = held.model, held.work
+    cells = held.grid.layers * held.grid.rounds * held.block * (1 - held.kept_share)
+    positions = model.family.leaves_out_last * model.num_mem_tokens * work.micro_batch
+    return cells * positions * model.hidden_size * work.dtype_bytes
 
 
 def reduction_bytes(held: Held) -> dict[str, float]:
@@ -272,7 +287,20 @@ def cell_bytes(held: Held) -> float:
     down += 0 if model.freeze_mem else sum(model.memory_tensors[1:])
     first = positions * (read + rest + mlp_gradients + output) + down * work.dtype_bytes
     last = positions * (read + read_gradient_bytes(model) + 2 * output) + layer * work.dtype_bytes
-    return max(first, last) + sums + states + write_graph_bytes(held)
+    return max(first, last) + sums + states + held.chunk_rows * write_graph_bytes(model)
+
+
+def kept_bytes(held: Held) -> float:
+    """Graphs of a rank's cells that are kept, all of them."""
+    cells = held.grid.layers * held.grid.rounds * held.block * held.grid.chunks
+    return held.kept_share * cells * kept_graph_bytes(held.model, held.work, held.chunk_rows)
+
+
+def kept_graph_bytes(model: ModelSizes, work: StepWork, chunk_rows: int) -> float:
+    """The graph of one cell, of the sequences of one chunk, beside its input."""
+    per_position = read_graph_bytes(model, work) + backbone_graph_bytes(model, work)
+    per_sequence = row_tokens(model, work) * per_position + write_graph_bytes(model)
+    return chunk_rows * (per_sequence + (work.states != "store") * model.state_bytes)
 
 
 def read_graph_bytes(model: ModelSizes, work: StepWork) -> float:
@@ -311,13 +339,12 @@ def backbone_graph_bytes(model: ModelSizes, work: StepWork) -> float:
     return 2 * norm * model.hidden_size + row * dtype + model.num_attention_heads * FP32_BYTES
 
 
-def write_graph_bytes(held: Held) -> float:
-    """What autograd keeps of the memory's write, of M positions a sequence."""
-    model = held.model
+def write_graph_bytes(model: ModelSizes) -> float:
+    """What autograd keeps of the memory's write, of one sequence's M positions."""
     if not model.kind.associative:
         return 0
     width = model.features + repeated_features(model) + 4 * model.hidden_size
-    return held.chunk_rows * model.num_mem_tokens * width * FP32_BYTES
+    return model.num_mem_tokens * width * FP32_BYTES
 
 
 def host_bytes(held: Held) -> dict[str, float]:

@@ -20,6 +20,7 @@ from ..records import RUN_CONFIG
 from ..runtime.executor import ScheduledLM, check_memory
 from ..runtime.handoff import Local, Wire
 from ..schedule.grid import Grid
+from ..schedule.kept_cells import parse_keep
 from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.step_memory import STATES, Held, resident_bytes
 from ..zero3.adapters import add_adapters, add_partitioned_adapters, without_adapters
@@ -175,6 +176,7 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
     return ScheduledLM(
         model,
         states=config.bptt.states,
+        keep=parse_keep(config.bptt.keep),
         offload=prepared.offload_activations,
         graphs=graphs,
         link=link,

@@ -10,9 +10,9 @@ from armt_dist.config import ConfigError
 from armt_dist.model.memory_kind import apply
 from armt_dist.runtime import executor, rerun
 from armt_dist.runtime.executor import ScheduledLM
-from armt_dist.runtime.kept_graphs import Budget
 from armt_dist.runtime.piece import cut_piece
 from armt_dist.runtime.segment_bptt import LayerCall
+from armt_dist.schedule.kept_cells import Keep
 from armt_dist.zero3.trained_parameters import freeze_parameters
 
 # How the backward has the state that entered a cell, and the share of the cells that are not run again.
@@ -24,7 +24,7 @@ WAYS = [(states, keep) for states in ("store", "rebuild", "recompute") for keep 
 def test_golden_cases(name, states, keep):
     case, model = load_case(name), load_model(name).eval()
     batch = case.io["input_ids"], case.labels, case.io["attention_mask"]
-    loss, gradients = scheduled_loss(model, *batch, states=states, keep=Budget(keep), offload=states == "store")
+    loss, gradients = scheduled_loss(model, *batch, states=states, keep=Keep(keep), offload=states == "store")
     assert_close("loss", loss, case.io["loss"][0], TOLERANCES["loss"])
     assert_gradients(gradients, golden_gradients(case))
 
@@ -67,7 +67,7 @@ def test_equals_the_oracle(family, options):
     batch = random_batch() if model.config.segment_alignment == "left" else random_batch(pad=0)
     loss, gradients = oracle(model, *batch)
     for states, keep in WAYS:
-        way = dict(grid=GRID._replace(chunks=2), states=states, keep=Budget(keep))
+        way = dict(grid=GRID._replace(chunks=2), states=states, keep=Keep(keep))
         fast_loss, fast_gradients = scheduled_loss(model, *batch, **way)
         assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
         assert_gradients(fast_gradients, gradients)
@@ -101,7 +101,7 @@ def test_frozen_parameters_have_no_gradient_and_change_no_other(name, graphs, mo
     for states, keep in WAYS:
         backwards.clear()
         grid = GRID._replace(chunks=2, rounds=1 if "rmt" in name else 2)
-        way = dict(grid=grid, states=states, keep=Budget(keep), graphs=graphs)
+        way = dict(grid=grid, states=states, keep=Keep(keep), graphs=graphs)
         fast_loss, fast_gradients = scheduled_loss(model, *batch, **way)
         assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
         assert {n for n, gradient in fast_gradients.items() if gradient is None} == frozen
@@ -166,7 +166,7 @@ def test_rounds_hand_the_state_and_its_gradient_on(states, keep):
     model, batch = small_model().eval(), random_batch(tokens=44)
     loss, gradients = oracle(model, *batch)
     grid = GRID._replace(rounds=3, chunks=2)
-    fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states, keep=Budget(keep))
+    fast_loss, fast_gradients = scheduled_loss(model, *batch, grid=grid, states=states, keep=Keep(keep))
     assert_close("loss", fast_loss, loss, TOLERANCES["loss"])
     assert_gradients(fast_gradients, gradients)
 
@@ -187,7 +187,7 @@ def test_dropout_is_replayed(states, keep, monkeypatch):
     dropout = dict(resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.1)
     model, batch = small_model("gpt2", base=dropout).train(), random_batch()
     torch.manual_seed(5)
-    fast_loss, fast_gradients = scheduled_loss(model, *batch, states=states, keep=Budget(keep))
+    fast_loss, fast_gradients = scheduled_loss(model, *batch, states=states, keep=Keep(keep))
     monkeypatch.setattr(executor, "segment_bptt", without_recomputation)
     torch.manual_seed(5)
     loss, gradients = scheduled_loss(model, *batch)
@@ -204,7 +204,7 @@ def test_the_rerun_leaves_the_generators_alone():
     for states, keep in WAYS:
         torch.manual_seed(3)
         # The size of a graph is measured, which draws as well.
-        scheduled_loss(model, *batch, states=states, keep=Budget(keep, 1e9))
+        scheduled_loss(model, *batch, states=states, keep=Keep(keep, 1e9))
         draws.append(torch.rand(4))
     assert all(torch.equal(draws[0], other) for other in draws), "the backward changed what is drawn after it"
 
@@ -225,7 +225,7 @@ def test_every_way_has_the_same_gradients():
     model, batch = small_model().eval(), random_batch(tokens=1600, batch=1, pad=0)
     _, stored = scheduled_loss(model, *batch, states="store")
     for states, keep in WAYS:
-        _, again = scheduled_loss(model, *batch, states=states, keep=Budget(keep))
+        _, again = scheduled_loss(model, *batch, states=states, keep=Keep(keep))
         for name in stored:
             assert torch.equal(again[name], stored[name]), f"d {name} differs between store and {states}, keep {keep}"
 

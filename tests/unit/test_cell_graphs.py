@@ -13,7 +13,7 @@ from support.oracle import GRID, random_batch, random_starts, scheduled_loss
 
 from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, Recorded, Recording, kind_of
 from armt_dist.runtime.cells import EagerCells, draws
-from armt_dist.runtime.kept_graphs import Budget
+from armt_dist.schedule.kept_cells import Keep
 
 KINDS = {
     "armt": {},
@@ -42,7 +42,7 @@ def test_recorded_cells_are_those_run_by_themselves(kind, states, keep):
     for pad, documents, chunks in ((0, False, 1), (11, False, 2), (0, True, 1)):
         ids, labels, mask = random_batch(pad=pad)
         starts = random_starts(ids) if documents else None
-        options = {"grid": GRID._replace(chunks=chunks), "states": states, "keep": Budget(keep)}
+        options = {"grid": GRID._replace(chunks=chunks), "states": states, "keep": Keep(keep)}
         by_themselves = scheduled_loss(model, ids, labels, mask, starts, **options)
         assert same(by_themselves, scheduled_loss(model, ids, labels, mask, starts, graphs=True, **options))
 
