@@ -64,6 +64,8 @@ class StepMetrics:
             "gathered_bytes": self.collectives.gathered_bytes,
             "reduced_bytes": self.collectives.reduced_bytes,
         }
+        if self.runner.keep.share:
+            found["kept"] = self.runner.kept.kept_share
         *columns, lowest = gather([*found.values(), self.smallest.take()], self.device)
         means = {name: statistics.fmean(column) for name, column in zip(found, columns, strict=True)}
         means |= self.stragglers.add(columns[list(found).index("cell_s")])

@@ -134,6 +134,7 @@ class ScheduledLM(nn.Module):
         self.mark_gradients_ready: MarkReady = no_engine
         # Of the last pass; empty before the first.
         self.trace = Trace(torch.device("cpu"))
+        self.kept = KeptGraphs(NOTHING, 0, {})
 
     def at(self) -> Instruction | None:
         """Return the instruction that this rank began last, for messages about a lost or stuck rank."""
@@ -197,7 +198,7 @@ class ScheduledLM(nn.Module):
         kept = KeptGraphs(self.keep, trained * piece.grid.chunks, self.graph_bytes)
         store = STORES[self.offload](self.copy_stream)
         link = self.open_link(calls, first_trained, len(x), piece.grid.chunks)
-        self.trace, learned = trace, None
+        self.trace, self.kept, learned = trace, kept, None
         final = piece.grid.sp * piece.grid.rounds - 1
         last: list[list[tuple]] | None = [[] for _ in layers] if keep_last and final in own else None
         for gather, forward, backward in calls:

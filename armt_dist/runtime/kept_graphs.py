@@ -48,6 +48,11 @@ class KeptGraphs:
         self.kept += taken
         return taken
 
+    @property
+    def kept_share(self) -> float:
+        """Share of the pass's cells that were kept."""
+        return self.kept / max(1, self.cells)
+
 
 @contextmanager
 def without_parameters(layer: nn.Module) -> Iterator[None]:

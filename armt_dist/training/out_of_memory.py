@@ -32,6 +32,7 @@ class Remedy(NamedTuple):
 
 
 REMEDIES = (
+    Remedy(lambda run: "bptt.keep=0", lambda w: w._replace(keep=0), lambda w: w.keep != 0),
     Remedy(lambda run: "bptt.states=rebuild", lambda w: w._replace(states="rebuild"), lambda w: w.states == "store"),
     Remedy(
         lambda run: f"ds_config.train_micro_batch_size_per_gpu={run.work.micro_batch // 2}",

@@ -21,6 +21,7 @@ from ..runtime.piece import Totals
 from ..zero3.trained_parameters import set_rates
 from .carried_states import Carrying
 from .curriculum import Stage, learning_rate
+from .free_memory import FreeMemory
 from .global_batch import Batches, MicroBatch, MicroResult, Sums, add_up
 from .progress import Progress
 from .run_config import LossConfig, TrainConfig
@@ -35,6 +36,7 @@ class StepParts(NamedTuple):
     metrics: StepMetrics
     peak_lr: float
     carrying: Carrying | None  # of states from step to step
+    free: FreeMemory | None  # sets how many cells keep their graphs; None: that is fixed
 
     @property
     def counts(self) -> bool:
@@ -66,10 +68,14 @@ def train_step(
     rates = set_rates(parts.engine.optimizer.param_groups, rate)
     # What one rank cannot read ends all of them with its reason, before they wait for each other.
     micro_batches = together(lambda: parts.batches.micro_batches("train", progress.batch, stage.difficulty))
+    if parts.free:
+        parts.free.before_step(max(part.batch.input_ids.shape[1] for part in micro_batches))
     carrying = parts.carrying
     first = carrying.entering(carried, progress.batch, stage) if carrying else None
     results = run_micro_batches(parts, micro_batches, progress.step + 1, first)
     sums = parts.batches.sum_up(results, told_to_stop)
+    if parts.free:
+        parts.free.after_step()
     seconds = time.perf_counter() - started
     tokens = parts.batches.sizes.global_batch * micro_batches[0].batch.input_ids.shape[1]
     means, rollback = sums.metrics(), parts.config.rollback

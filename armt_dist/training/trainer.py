@@ -30,6 +30,7 @@ from ..zero3.engine import start_engine
 from ..zero3.trained_parameters import parameter_groups
 from .carried_states import carrying_of
 from .curriculum import Stage
+from .free_memory import FreeMemory
 from .global_batch import RowLayout
 from .out_of_memory import Need, describe, is_out_of_memory
 from .progress import Progress, stage_over
@@ -80,7 +81,9 @@ class Trainer:
         self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
         self.carrying = carrying_of(config, setup.batches, self.runner.model)
         batches, lr = setup.batches, setup.prepared.lr
-        self.parts = StepParts(config.train, batches, self.engine, self.metrics, lr, self.carrying)
+        auto = self.runner.keep.auto
+        free = FreeMemory(self.runner, batches.device, ranks.local_world_size) if auto else None
+        self.parts = StepParts(config.train, batches, self.engine, self.metrics, lr, self.carrying, free)
         self.saver = Saver(self.engine, self.root, config.train.save_in_background, self.say)
         self.progress = Progress()
         # `StepResult.carried` of the last step; None at the start of a stage.

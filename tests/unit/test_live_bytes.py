@@ -10,6 +10,7 @@ from support.oracle import GRID, random_batch, shifted
 from armt_dist.runtime.cells import EagerCells
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.piece import cut_piece
+from armt_dist.schedule.kept_cells import Keep
 
 
 def live_bytes() -> int:
@@ -22,10 +23,10 @@ def live_bytes() -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def growth(states: str, offload: bool) -> list[int]:
+def growth(states: str, offload: bool, keep: float = 0) -> list[int]:
     """Bytes that each of four micro-batches of a step adds."""
     model = small_model().train()
-    runner = ScheduledLM(model, states=states, offload=offload)
+    runner = ScheduledLM(model, states=states, keep=Keep(keep), offload=offload)
     ids, labels, mask = random_batch()
     held, before, added = [], live_bytes(), []
     for _ in range(4):
@@ -43,9 +44,9 @@ def growth(states: str, offload: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
-@pytest.mark.parametrize("states", ["store", "rebuild", "recompute"])
-def test_micro_batches_add_nothing_but_their_results(states, offload):
-    _, *later = growth(states, offload)
+@pytest.mark.parametrize(("states", "keep"), [("store", 0), ("rebuild", 0), ("recompute", 0), ("store", 0.5)])
+def test_micro_batches_add_nothing_but_their_results(states, keep, offload):
+    _, *later = growth(states, offload, keep)
     layer = sum(p.nbytes for p in small_model().layers[0].parameters())
     # Token ids, labels and masks of a micro-batch stay, by its results' graph.
     assert max(later) < layer / 4

@@ -15,6 +15,7 @@ from support.oracle import GRID, oracle, random_batch, random_starts, scheduled_
 from armt_dist.model.backbone import FAMILIES
 from armt_dist.model.modeling_armt import ARMTCache
 from armt_dist.model.segment_rows import segment_lengths
+from armt_dist.schedule.kept_cells import Keep
 
 QUICK, ALL, PART = 20, 320, 20
 LOSS, GRADIENT, LOGITS = 1e-11, 1e-7, 1e-9
@@ -90,6 +91,7 @@ def compare(seed):
     segments = len(segment_lengths(ids.shape[1], model.config.segment_tokens, model.config.segment_alignment))
     schedule = draw_schedule(random, model.config, segments, len(ids))
     schedule["states"] = random.choice(["store", "rebuild", "recompute"])
+    schedule["keep"] = Keep(random.choice([0, 0.4, 1]))
     where = f"seed {seed}: {family} {options}, {list(ids.shape)}, documents {starts is not None}, {schedule}"
     if not (batch[1][:, 1:] >= 0).any() or (starts is not None and not ((batch[1] >= 0) & ~starts)[:, 1:].any()):
         return
