@@ -22,17 +22,21 @@ SHORT = [
     "train.save_every=6",
     "train.validation_steps=1",
 ]
+STOP = "train.max_steps=15"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """An uninterrupted run, and one that was stopped and whose newest checkpoint was damaged."""
+    """An uninterrupted run, and one that was stopped and whose newest checkpoint was damaged.
+
+    Resumed, it keeps graphs as far as memory is free, which changes no number.
+    """
     root = tmp_path_factory.mktemp("runs")
-    for name, limits in (("whole", [[]]), ("stopped", [["train.max_steps=15"], []])):
+    for name, limits in (("whole", [[]]), ("stopped", [[STOP], ["bptt.keep=auto"]])):
         for limit in limits:
             result = train("--ds_config", FP32, "--out", root / name, *SHORT, *limit)
             assert result.returncode == 0, result.stderr[-3000:]
-            if limit:
+            if limit == [STOP]:
                 newest = root / name / "checkpoints" / (root / name / "checkpoints/latest").read_text()
                 assert newest.name == "step_00000015"
                 victim = next(newest.glob("*optim_states.pt"))
@@ -47,6 +51,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs):
     whole, stopped = curve(runs / "whole"), curve(runs / "stopped")
     assert len(whole) == 24 + 5, "24 steps; validations after 7, 12, 14, 21, 24"
     assert stopped == whole
+
+
+def test_graphs_are_kept_once_it_is_known_what_is_free(runs):
+    """After two steps without them, and after each that is longer than all before."""
+    records = [json.loads(line) for line in (runs / "stopped/metrics.jsonl").read_text().splitlines()]
+    kept = [record.get("kept", 0) for record in records if record["kind"] == "train"]
+    # Resumed at step 14.
+    assert set(kept[:16]) == {0} and set(kept[16:]) == {0, 1}
+    assert kept[-1] == 1 and kept[16:].count(1) > kept[16:].count(0)
 
 
 def test_no_deprecation_reaches_the_terminal(runs):
