@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--segments 16 32] [--repeats 7] [--shape wide | quickstart] [--out FILE]
 
 The plain loop is the oracle: `ARMTForCausalLM.forward` segment by segment in one graph, and its backward. Float32, one
-process with torch's default number of threads. `wide`: the Llama shape of benchmarks/bptt_memory.py, width 256, batch 1,
+process with torch's default number of threads. `wide`: the Llama shape of benchmarks/bptt_memory.py, width 256, a row,
 segments of 128; `quickstart`: that of launch/configs/default.yaml, 128 rows as one of two ranks has them.
 `all computed again` runs cells again with the last product of their layer, whose result is known.
 All variants take turns; a variant's speed is the median over turns of the plain loop's time over its own, so noise

@@ -194,8 +194,10 @@ def describe_memory(run: PlannedRun, result: Plan, hardware: Hardware) -> list[t
 
 def describe_time(model: ModelSizes, work: StepWork, result: Plan) -> list[tuple[str, str]]:
     """Traffic, operations and time of a step."""
-    ahead = min(result.window, result.grid.layers)
+    ahead, wanted = (min(window, result.grid.layers) for window in (result.window, result.wanted_window))
     window = f"{ahead} of {result.grid.layers} layers, {size(model.layer_parameters * work.dtype_bytes)} each"
+    if ahead < wanted:
+        window += f"; the wavefront wants {wanted}, and ranks wait for each other"
     handed = f"{size(result.handoff_unit_bytes)} per unit, {size(result.handoff_bytes)} per rank and step"
     busy = f"{result.efficiency:.1%} of the time computing; the schedule's bound is {result.bound:.1%}"
     per_rank = f"{result.tokens_per_s / result.world:,.0f} per rank"

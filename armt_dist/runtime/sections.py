@@ -44,6 +44,9 @@ class ParallelConfig(Section):
     """Parts of the micro-batch that are handed to the next rank separately. Example: 4"""
     schedule: Literal["wavefront", "layer_major", "segment_major"] | None = None
     """Order of the work; null: what the memory allows, wavefront for ARMT and segment_major for RMT."""
+    prefetch: int | None = Field(None, ge=1)
+    """Layers that are gathered ahead of use; null: as many as the wavefront wants, (sp - 1) / chunks + 1, or fewer if
+    the device has no room for them. With fewer, ranks wait for each other. Example: 4"""
     timeout_s: float = Field(600, gt=0)
     """Seconds that a rank waits for another one before the run ends with an error. Example: 1200"""
 

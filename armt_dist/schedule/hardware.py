@@ -162,7 +162,8 @@ def estimate_s(grid: Grid, costs: Costs) -> float:
 
     A layer of a round takes the longest of computing, gathering and handing on; the last rank starts sp - 1 units
     late in both directions; a pipeline longer than layers * chunks stalls between rounds. The first gather and the
-    last reduction are exposed.
+    last reduction are exposed. With a prefetch window of w layers, fewer than the wavefront wants, the first rank runs
+    w + 1 layers and waits until the last has ended the first of them.
     """
     block = largest_block(grid)
     unit_s = block * costs.cell_s / grid.chunks
@@ -173,10 +174,14 @@ def estimate_s(grid: Grid, costs: Costs) -> float:
     # The first re-run of a unit is done while waiting for the gradient.
     ahead_s = min(again_s, costs.rerun_ratio * costs.cell_s / grid.chunks)
     delays_s = (unit_s + handoff_s, back_s - ahead_s + handoff_s)
+    ahead = prefetch_window(grid) if costs.prefetch_layers is None else costs.prefetch_layers
     total_s = costs.gather_s + costs.reduce_s
     collectives_s = (costs.gather_s, costs.gather_s + costs.reduce_s / grid.rounds)
     for work_s, delay_s, collective_s in zip((unit_s, back_s), delays_s, collectives_s, strict=True):
-        round_s = grid.layers * max(grid.chunks * max(work_s, transfer_s), collective_s)
+        layer_s = max(grid.chunks * max(work_s, transfer_s), collective_s)
+        waits = (grid.layers - 1) // (ahead + 1) if grid.sp > 1 else 0
+        in_turns_s = waits * ((grid.sp - 1) * delay_s + layer_s) + (grid.layers - waits * (ahead + 1)) * layer_s
+        round_s = max(grid.layers * layer_s, in_turns_s)
         stall_s = max(0.0, grid.sp * delay_s - round_s) if grid.sp > 1 else 0
         total_s += grid.rounds * round_s + (grid.rounds - 1) * stall_s + (grid.sp - 1) * delay_s
     return total_s

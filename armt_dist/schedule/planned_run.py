@@ -38,7 +38,7 @@ KEYS = {
         *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
     "bptt": ("states", "keep", "graphs"),
-    "parallel": ("sp", "rounds", "chunks", "schedule", "timeout_s"),
+    "parallel": ("sp", "rounds", "chunks", "schedule", "prefetch", "timeout_s"),
     "loss": ("skip_first_segment", "last_segment_only", "distill"),
 }
 # Defaults of ARMTConfig and of the data sections; tests compare them with the classes.
@@ -194,6 +194,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         # A micro-batch is cut into no more parts than it has rows.
         min(count(parallel, "chunks", "parallel.", 1), sizes.micro),
         choice(parallel, "schedule", "parallel.", (None, *SCHEDULES)),
+        None if parallel.get("prefetch") is None else count(parallel, "prefetch", "parallel.", None),
     )
     model = read_model(section(trees.run, "model", ""), samples)
     # What patterns of names freeze is planned as if it were trained: the names are known with the model only. Adapters

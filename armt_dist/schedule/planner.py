@@ -7,7 +7,8 @@ Letters: B micro-batch, K segments of a block, L layers, R rounds, M_c chunks.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..config import ConfigError
@@ -26,6 +27,8 @@ MAY_BE_ZERO = (
 )
 LEAST_BUSY = 0.5
 """Share of the time that ranks are to be busy in a layout that is chosen."""
+FULL = 0.9
+"""Share of a memory that may be planned; the rest is for allocator and libraries."""
 SPARE_LAYERS = 2
 """Layers that ZeRO-3 keeps beside the prefetch window: the one in use and the one being released."""
 
@@ -39,6 +42,8 @@ class Layout(NamedTuple):
     chunks: int = 1
     schedule: str | None = None
     """None: what the memory allows."""
+    prefetch: int | None = None
+    """Layers to gather ahead; None: as many as the wavefront wants, or as fit."""
 
 
 class Plan(NamedTuple):
@@ -48,6 +53,8 @@ class Plan(NamedTuple):
     world: int
     window: int
     """Layers to gather ahead."""
+    wanted_window: int
+    """With fewer, ranks of a wavefront wait for each other."""
     phase: str
     """The part of a step that needs most device memory."""
     gpu_bytes: dict[str, float]
@@ -118,10 +125,16 @@ def plan(
     grid = validate(model, work, layout)
     world = layout.dp * layout.sp
     costs = unit_costs(model, work, grid, world, hardware)
+    wanted = costs.prefetch_layers or prefetch_window(grid)
+
+    def held_with(window: int) -> Held:
+        return Held(model, work, grid, world, window + SPARE_LAYERS, hardware.device, costs.keep)
+
+    window = layout.prefetch or largest_window(held_with, wanted, hardware)
+    costs = costs._replace(prefetch_layers=window)
     if pipeline_s is None:
         pipeline_s = estimate_s(grid, costs)
-    window = costs.prefetch_layers or prefetch_window(grid)
-    held = Held(model, work, grid, world, window + SPARE_LAYERS, hardware.device, costs.keep)
+    held = held_with(window)
     phase, on_device = gpu_bytes(held)
     times = step_times(model, work, grid, costs, hardware, pipeline_s, world)
     cell = work.micro_batch * cell_flops(model, work)
@@ -134,6 +147,7 @@ def plan(
         grid=grid,
         world=world,
         window=window,
+        wanted_window=wanted,
         phase=phase,
         gpu_bytes=on_device,
         host_bytes=host_bytes(held),
@@ -151,6 +165,18 @@ def plan(
         tokens_per_s=passes * layout.dp * work.micro_batch * work.sequence_tokens / times.step_s,
         costs=costs,
     )
+
+
+def largest_window(held_with: Callable[[int], Held], wanted: int, hardware: Hardware) -> int:
+    """The most layers that can be gathered ahead, up to those wanted; those where even one does not fit."""
+
+    def needed(window: int) -> float:
+        return sum(gpu_bytes(held_with(window))[1].values())
+
+    limit = FULL * hardware.memory_bytes
+    if needed(wanted) <= limit:
+        return wanted
+    return bisect_right(range(1, wanted), limit, key=needed) or wanted
 
 
 class StepTimes(NamedTuple):
@@ -202,21 +228,25 @@ def traffic_bytes(model: ModelSizes, work: StepWork, grid: Grid, world: int) -> 
 
 
 def fits(result: Plan, hardware: Hardware = H100) -> bool:
-    """Whether device and host memory suffice, with a tenth of each kept free for allocator and libraries."""
+    """Whether device and host memory suffice."""
     device, host = sum(result.gpu_bytes.values()), sum(result.host_bytes.values())
-    return device <= 0.9 * hardware.memory_bytes and host <= 0.9 * hardware.host_bytes
+    return device <= FULL * hardware.memory_bytes and host <= FULL * hardware.host_bytes
 
 
 def largest_useful_sp(model: ModelSizes, work: StepWork, layout: Layout, hardware: Hardware = H100) -> int:
     """The largest sp of the same ranks whose pipeline fills (sp <= layers x chunks) and whose memory fits; 1: none.
 
-    A larger one idles for longer, and gathers more layers ahead: (sp - 1) / chunks + 1 are whole at a time.
+    A larger one idles for longer, and wants more layers ahead than fit: (sp - 1) / chunks + 1 are whole at a time.
     """
     world, filled = layout.dp * layout.sp, model.num_hidden_layers * layout.chunks
     longest = min(filled, work.sequence_tokens // work.segment_tokens // layout.rounds)
     useful = (sp for sp in sorted(divisors(world), reverse=True) if 1 < sp <= longest)
     layouts = (layout._replace(dp=world // sp, sp=sp) for sp in useful)
-    return next((each.sp for each in layouts if fits(plan(model, work, each, hardware), hardware)), 1)
+    for each in layouts:
+        found = plan(model, work, each, hardware)
+        if fits(found, hardware) and found.window == found.wanted_window:
+            return each.sp
+    return 1
 
 
 def savings(work: StepWork) -> list[str]:

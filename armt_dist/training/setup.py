@@ -19,9 +19,11 @@ from ..model.fields import ARMTFields
 from ..records import RUN_CONFIG
 from ..runtime.executor import ScheduledLM, check_memory
 from ..runtime.handoff import Local, Wire
-from ..schedule.grid import Grid
+from ..schedule.grid import Grid, prefetch_window
+from ..schedule.hardware import HARDWARE
 from ..schedule.kept_cells import parse_keep
 from ..schedule.planned_run import RunTree, planned_run
+from ..schedule.planner import plan
 from ..schedule.step_memory import STATES, Held, resident_bytes
 from ..zero3.adapters import add_adapters, add_partitioned_adapters, without_adapters
 from ..zero3.ds_config import Prepared, prepare
@@ -34,6 +36,22 @@ from .run_config import RunConfig, resolved
 from .run_folder import check_same, check_texts
 
 
+class Prefetch(NamedTuple):
+    """How many layers are gathered ahead of use, and how many the wavefront wants."""
+
+    window: int
+    wanted: int
+
+    def notes(self) -> list[str]:
+        """Return a line where ranks will wait for each other."""
+        if self.window >= self.wanted:
+            return []
+        return [
+            f"prefetch: {self.window} layers, and the wavefront wants {self.wanted}, so ranks wait for each other; "
+            "more ranks, a smaller parallel.sp, more parallel.chunks or an offload make room"
+        ]
+
+
 class Setup(NamedTuple):
     """What one rank knows before the model is built."""
 
@@ -41,6 +59,7 @@ class Setup(NamedTuple):
     prepared: Prepared
     stages: list[Stage]  # of the curriculum, with their steps
     resuming: bool  # whether the run folder holds a run
+    prefetch: Prefetch
 
     def notes(self) -> list[str]:
         """Return what was found in the data, and the steps that follow from it, line by line."""
@@ -51,7 +70,7 @@ class Setup(NamedTuple):
             for i, stage in enumerate(self.stages)
             if size
         ]
-        return [*notes_of(self.batches.task), *steps]
+        return [*notes_of(self.batches.task), *steps, *self.prefetch.notes()]
 
 
 def set_up(
@@ -73,7 +92,7 @@ def set_up(
     task = make_task(config.data, segment_tokens, base.get("vocab_size"), prepared.sizes.global_batch, progress)
     armt = armt_config(config.model, token_fields(task.tokenizer), task.segment_tokens)
     grid = Grid(1, armt.num_hidden_layers, mesh.sp, config.parallel.rounds, config.parallel.chunks)
-    check_states_fit(config, ds_config, armt, ranks, device)
+    prefetch = fit_states(config, ds_config, armt, grid, ranks, device)
     check_task(config, task, armt)
     check_curriculum(config, task)
     check_memory(config.parallel, armt.memory_kind)
@@ -87,21 +106,24 @@ def set_up(
         check_same(out, config.model_copy(update={"ds_config": ds_config}))
         check_texts(out, task)
     batches = Batches(task, armt, grid, config.parallel.schedule, mesh, sizes, device, config.loss)
-    return Setup(batches, prepared, stages, resuming)
+    return Setup(batches, prepared, stages, resuming, prefetch)
 
 
-def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks: Ranks, device: torch.device) -> None:
+def fit_states(
+    config: RunConfig, ds_config: dict, armt: ARMTConfig, grid: Grid, ranks: Ranks, device: torch.device
+) -> Prefetch:
     """Check that parameters, gradients and optimizer states fit on the device. Raises ConfigError.
 
-    What a step needs besides is not known well enough to refuse a run for it. Tasks of extensions are not planned, nor
-    what patterns freeze.
+    Returns how many layers are gathered ahead, of those that the plan has room for. What a step needs besides is not
+    known well enough to refuse a run for it. Tasks of extensions are not planned, nor what patterns freeze.
     """
+    wanted = prefetch_window(grid)
     if config.data.options is not None or isinstance(config.train.freeze, list):
-        return
+        return Prefetch(config.parallel.prefetch or wanted, wanted)
     model = {name: getattr(armt, name) for name in ARMTFields.__annotations__} | {"base_config": armt.base.to_dict()}
     planned = planned_run(RunTree(resolved(config) | {"model": model}, ds_config), ranks.world_size)
-    grid = Grid(1, armt.num_hidden_layers, 1)
-    held = resident_bytes(Held(planned.model, planned.work, grid, ranks.world_size, 0, device.type))
+    alone = Grid(1, armt.num_hidden_layers, 1)
+    held = resident_bytes(Held(planned.model, planned.work, alone, ranks.world_size, 0, device.type))
     need = sum(held[name] for name in STATES)
     if device.type == "cuda":
         have = torch.cuda.mem_get_info(device)[1]
@@ -113,6 +135,10 @@ def check_states_fit(config: RunConfig, ds_config: dict, armt: ARMTConfig, ranks
             f"ranks for weights, gradients and optimizer states, and a rank has {have / 1e9:,.0f} GB; use more ranks, "
             "a smaller model or an offload (launch/plan.py shows what a run needs)"
         )
+    if grid.sp == 1:
+        return Prefetch(config.parallel.prefetch or wanted, wanted)
+    hardware = HARDWARE["h100" if device.type == "cuda" else "cpu"]._replace(memory_bytes=have)
+    return Prefetch(min(plan(*planned, hardware).window, config.parallel.prefetch or wanted), wanted)
 
 
 def check_window(window: int, armt: ARMTConfig) -> None:

@@ -76,7 +76,7 @@ class Trainer:
         with end_when_alone(lambda: None, self.watchdog.dump):
             self.runner = build_runner(config, setup)
             groups = parameter_groups(self.runner.model, config.train.optimizer_groups, ds["optimizer"]["params"])
-            self.engine = start_engine(self.runner, ds, setup.batches.grid, device, groups)
+            self.engine = start_engine(self.runner, ds, setup.batches.grid, device, groups, setup.prefetch.window)
         self.watchdog.at = self.runner.at
         self.metrics = StepMetrics(self.runner, config.watchdog.straggler_factor, device)
         self.carrying = carrying_of(config, setup.batches, self.runner.model)

@@ -37,13 +37,14 @@ def measure(model: nn.Module) -> Limits:
     return Limits(max(count(m) for m in model.modules() if isinstance(m, ARMTLayer)), count(model))
 
 
-def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device) -> dict:
+def derive_limits(ds: dict, limits: Limits, grid: Grid, device: torch.device, window: int | None = None) -> dict:
     """Complete a ds_config with ZeRO-3's windows and buckets, derived from the model and the schedule.
 
-    DeepSpeed's defaults of 1e9, 1e9 and 5e7 elements suit neither a tiny nor an 8B model. Values that the user sets are
-    kept; ConfigError for one that would make the wavefront serial.
+    window: layers to gather ahead; None: as many as the wavefront wants. DeepSpeed's defaults of 1e9, 1e9 and 5e7
+    elements suit neither a tiny nor an 8B model. Values that the user sets are kept; ConfigError for one that would
+    make the wavefront serial.
     """
-    window = prefetch_window(grid)
+    window = window or prefetch_window(grid)
     zero = ds["zero_optimization"]
     rest, reduced = limits.model - grid.layers * limits.layer, reduction_layers(grid) * limits.layer
     derived = {
@@ -87,11 +88,16 @@ def clear_stale_locks() -> None:
 
 
 def start_engine(
-    runner: ScheduledLM, ds: dict, grid: Grid, device: torch.device, groups: list[dict] | None = None
+    runner: ScheduledLM,
+    ds: dict,
+    grid: Grid,
+    device: torch.device,
+    groups: list[dict] | None = None,
+    window: int | None = None,
 ) -> Any:
     """Return the DeepSpeed engine around `runner`; its ds_config is `ds` with the derived limits.
 
-    groups: of the optimizer, as `parameter_groups`; None: one of all that is trained.
+    groups: of the optimizer, as `parameter_groups`; None: one of all that is trained. window: as `derive_limits`.
     """
     import deepspeed
 
@@ -104,7 +110,7 @@ def start_engine(
     runner.mark_gradients_ready = mark_gradients_ready
     # from_pretrained leaves a model in evaluation, where dropout is off.
     runner.train()
-    ds = derive_limits(ds, measure(runner), grid, device)
+    ds = derive_limits(ds, measure(runner), grid, device, window)
     trained: list = [p for p in runner.parameters() if p.requires_grad] if groups is None else groups
     try:
         engine, *_ = deepspeed.initialize(model=runner, model_parameters=trained, config=ds)

@@ -74,6 +74,7 @@ def engine_on(
     timeout_s=60,
     offload=False,
     graphs=False,
+    window=None,
     freeze=None,
     groups=(),
     **ds_config,
@@ -100,7 +101,7 @@ def engine_on(
     runner = executor.ScheduledLM(model, states=states, keep=Keep(keep), offload=offload, graphs=graphs, link=link)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
     groups = parameter_groups(model, groups, prepared.ds_config["optimizer"]["params"])
-    return start_engine(runner, prepared.ds_config, grid, CPU, groups), runner, armt, grid, mesh
+    return start_engine(runner, prepared.ds_config, grid, CPU, groups, window), runner, armt, grid, mesh
 
 
 def step(parts, ranks, ids, labels, mask, starts=None):
@@ -136,12 +137,14 @@ def full_gradients(runner):
 def run_layouts(ranks, folder):
     """Loss and gradients of each layout. The second pass has a complete order of gathers: it prefetches.
 
-    With two rounds the layer inputs wait in host memory; with two chunks cells are recorded.
+    With two rounds the layer inputs wait in host memory; with two chunks cells are recorded, with one only one layer is
+    gathered ahead.
     """
     found = {}
     for layout, way in zip(LAYOUTS[ranks.world_size], itertools.cycle(WAYS), strict=False):
         _, rounds, chunks = layout
-        parts = engine_on(folder, ranks, layout, *way, offload=rounds == 2, graphs=chunks == 2, optimizer=STILL)
+        options = dict(offload=rounds == 2, graphs=chunks == 2, window=1 if chunks == 1 else None)
+        parts = engine_on(folder, ranks, layout, *way, **options, optimizer=STILL)
         for attempt in range(PASSES):
             loss = step(parts, ranks, *batch_for(1))
             found[layout, way, attempt] = loss, full_gradients(parts[1])

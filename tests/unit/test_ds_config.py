@@ -58,6 +58,9 @@ def test_limits_are_derived_and_a_serial_wavefront_is_refused():
     for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "reduce_bucket_size"):
         with pytest.raises(ConfigError, match=name):
             engines.derive_limits({"zero_optimization": {"stage": 3, name: 10}}, limits, grid, CPU)
+    fewer = engines.derive_limits({"zero_optimization": {"stage": 3}}, limits, grid, CPU, window=2)["zero_optimization"]
+    assert fewer["stage3_prefetch_bucket_size"] == 2 * 1000
+    assert fewer["stage3_max_live_parameters"] == 4 * 1000 + 4000
     # Three reductions may be unfinished: of 2, 4 and 6 layers they cover the 3, 7 and 15 layers that ranks are apart.
     for sp, chunks, layers in ((4, 1, 2), (8, 1, 4), (16, 1, 6), (16, 4, 3)):
         cuda = torch.device("cuda")

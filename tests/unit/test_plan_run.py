@@ -213,7 +213,7 @@ def test_overrides_and_the_ds_config_decide_the_work(tmp_path):
     assert (work.micro_batch, work.accumulation, work.states, work.dtype_bytes) == (6, 4, "rebuild", 2)
     assert (work.offload_activations, work.offload_optimizer, work.offload_parameters) == (True, True, False)
     # No more chunks than rows.
-    assert tuple(layout) == (2, 2, 2, 6, None)
+    assert tuple(layout) == (2, 2, 2, 6, None, None)
 
 
 def test_a_complete_section_needs_no_file(tmp_path):
@@ -251,7 +251,7 @@ def test_the_base_of_a_run_is_read_from_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.spp=2", "parallel.spp=2: unknown key; known here: chunks, rounds, schedule, sp, timeout_s"),
+        ("parallel.spp=2", "parallel.spp=2: unknown key; known here: chunks, prefetch, rounds, schedule, sp, timeout_s"),
         ("paralel.sp=2", "paralel={'sp': 2}: unknown key"),
         ("parallel.sp=3", "parallel.sp=3 does not divide gpus=4; try parallel.sp=1"),
         ("parallel.rounds=none", "parallel.rounds=none: expected an integer of at least 1"),

@@ -8,12 +8,12 @@ from support.commands import run_script
 from armt_dist.config import ConfigError
 from armt_dist.runtime.teacher import spans
 from armt_dist.schedule import step_memory
-from armt_dist.schedule.grid import Grid
-from armt_dist.schedule.hardware import H100
+from armt_dist.schedule.grid import Grid, prefetch_window
+from armt_dist.schedule.hardware import H100, estimate_s
 from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes, teacher_tokens
 from armt_dist.schedule.planner import Layout, candidates, choose, fits, largest_useful_sp, plan, schedule_name
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
-from armt_dist.schedule.simulator import simulate_step
+from armt_dist.schedule.simulator import Costs, simulate_step
 
 SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]
 
@@ -266,7 +266,27 @@ def test_the_largest_useful_sp_fills_its_pipeline_and_fits():
     # Whole layers of a wider model fill the memory: 17 of them fit beside the shards, 33 do not.
     wide = LARGE._replace(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
     assert largest_useful_sp(wide, work, Layout(16, 32)) == 16
-    assert fits(plan(wide, work, Layout(32, 16))) and not fits(plan(wide, work, Layout(16, 32)))
+    all_wanted, bounded, asked = (
+        plan(wide, work, each) for each in (Layout(32, 16), Layout(16, 32), Layout(16, 32, prefetch=32))
+    )
+    assert fits(all_wanted) and all_wanted.window == all_wanted.wanted_window
+    assert fits(bounded) and bounded.window < bounded.wanted_window and bounded.efficiency < all_wanted.efficiency
+    more = plan(wide, work, Layout(16, 32, prefetch=bounded.window + 1))
+    assert not fits(more) and not fits(asked) and asked.efficiency > bounded.efficiency
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("layers", "sp"), [(16, 4), (16, 16), (32, 8), (80, 32)])
+def test_fewer_layers_ahead_cost_what_is_simulated(layers, sp, chunks):
+    grid = Grid(4 * sp, layers, sp, 1, chunks)
+    steps = []
+    for window in range(1, prefetch_window(grid) + 1, max(1, sp // 8)):
+        costs = Costs(prefetch_layers=window, gather_s=0.01)
+        steps.append(estimate_s(grid, costs))
+        report = simulate_step("wavefront", grid, costs)
+        assert steps[-1] == pytest.approx(report.makespan_s, rel=0.03)
+        assert report.peak_live_layers <= window + 2
+    assert steps == sorted(steps, reverse=True) and steps[0] > 1.15 * steps[-1]
 
 
 def test_sizes_from_hugging_face_configs():
