@@ -251,7 +251,10 @@ def test_the_base_of_a_run_is_read_from_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.spp=2", "parallel.spp=2: unknown key; known here: chunks, prefetch, rounds, schedule, sp, timeout_s"),
+        (
+            "parallel.spp=2",
+            "parallel.spp=2: unknown key; known here: chunks, prefetch, rounds, schedule, sp, timeout_s",
+        ),
         ("paralel.sp=2", "paralel={'sp': 2}: unknown key"),
         ("parallel.sp=3", "parallel.sp=3 does not divide gpus=4; try parallel.sp=1"),
         ("parallel.rounds=none", "parallel.rounds=none: expected an integer of at least 1"),

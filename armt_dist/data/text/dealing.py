@@ -8,7 +8,6 @@ Shapes: G rows of a global batch.
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,19 +29,17 @@ class Mark(NamedTuple):
     epoch: int
     first: int  # number of the first text of the epoch
     texts: dict | None  # state of the data set; None at the beginning of an epoch
-    heap: list[tuple[int, int]]  # what each of the G rows has got, and its number; a heap
+    loads: np.ndarray  # what each of the rows has got, [G] int64
 
     def as_json(self) -> dict:
         """Return the mark as JSON has it: by row, less what all rows have got."""
-        least = self.heap[0][0]
-        loads = [load - least for load, _ in sorted(self.heap, key=itemgetter(1))]
-        return {"loads": loads, **{name: value for name, value in self._asdict().items() if name != "heap"}}
+        return {**self._asdict(), "loads": (self.loads - self.loads.min()).tolist()}
 
     @classmethod
     def restored(cls, saved: dict) -> "Mark":
         """Restore what `as_json` gave."""
-        heap = sorted((load, row) for row, load in enumerate(saved["loads"]))
-        return cls(saved["number"], saved["epoch"], saved["first"], saved["texts"], heap)
+        loads = np.array(saved["loads"], dtype=np.int64)
+        return cls(saved["number"], saved["epoch"], saved["first"], saved["texts"], loads)
 
 
 class Dealt(NamedTuple):
@@ -63,7 +60,7 @@ class Dealer:
         self.number, self.epoch, self.first = mark.number, mark.epoch, mark.first
         # Texts of an epoch; None before the end of one.
         self.size: int | None = None
-        self.heap = mark.heap.copy()
+        self.loads = mark.loads.copy()
         self.tables = self.open(mark.texts)
 
     def open(self, state: dict | None) -> Iterator[Any]:
@@ -79,10 +76,13 @@ class Dealer:
 
     def mark(self) -> Mark:
         """Return where the next block begins."""
-        return Mark(self.number, self.epoch, self.first, self.state, self.heap.copy())
+        return Mark(self.number, self.epoch, self.first, self.state, self.loads.copy())
 
-    def deal(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Dealt]]:
-        """Read the next block, and yield its texts for `wanted` rows, each with its row. Raises ConfigError."""
+    def deal(self, wanted: Iterable[int] | None) -> Iterator[tuple[int, Dealt]]:
+        """Read the next block, and yield its texts for the rows `wanted` (None: all), with their rows.
+
+        Raises ConfigError.
+        """
         from pyarrow import compute, large_string
 
         table = next(self.tables, None)
@@ -93,15 +93,15 @@ class Dealer:
         texts = table.column(self.config.column)
         # Where a file has no text at all, the column has no type either.
         texts = compute.fill_null(texts.cast(large_string()), "") if texts.null_count else texts
-        rows = list[int]()
-        for load in self.load(compute.binary_length(texts).to_numpy()).tolist():
-            least, row = self.heap[0]
-            heapq.heapreplace(self.heap, (least + load, row))
-            rows.append(row)
-        places = [place for place, row in enumerate(rows) if wanted(row)]
+        rows = least_loaded(self.loads, self.load(compute.binary_length(texts).to_numpy()))
+        own = np.full(len(self.loads), wanted is None)
+        own[list(wanted or ())] = True
+        places = np.flatnonzero(own[rows])
         number, self.number = self.number, self.number + len(rows)
-        for place, text in zip(places, texts.take(np.array(places, dtype=np.int64)).to_pylist(), strict=True):
-            yield rows[place], Dealt(number + place, text)
+        # Most blocks have none for a rank of many.
+        taken = texts.take(places).to_pylist() if len(places) else []
+        for place, text in zip(places.tolist(), taken, strict=True):
+            yield int(rows[place]), Dealt(number + place, text)
 
     def begin_epoch(self) -> None:
         """Begin the next epoch. Raises ConfigError if the last one had no text."""
@@ -110,6 +110,29 @@ class Dealer:
             raise ConfigError(f"dataset.name={self.config.name}: split {self.config.split} is empty; choose another")
         self.epoch, self.first = self.epoch + 1, self.number
         self.tables = self.open(None)
+
+
+def least_loaded(loads: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Give each of n texts to the row that has got least so far, the first of equal ones, and add up its load.
+
+    loads [G] int64, changed; added: what a row gets with each text, [n], above 0. Returns the rows [n].
+    """
+    count = len(added)
+    if 0 < count <= len(loads):
+        # All at once, if no row that has got one of these texts would get a later one of them too.
+        rows = np.argsort(loads, kind="stable")[:count]
+        after, last = loads[rows] + added, (loads[rows[-1]], rows[-1])
+        if np.all((after > last[0]) | ((after == last[0]) & (rows > last[1]))):
+            loads[rows] = after
+            return rows
+    heap = [(load, row) for row, load in enumerate(loads.tolist())]
+    heapq.heapify(heap)
+    rows = np.empty(count, dtype=np.int64)
+    for place, load in enumerate(added.tolist()):
+        least, row = heap[0]
+        heapq.heapreplace(heap, (least + load, row))
+        rows[place], loads[row] = row, least + load
+    return rows
 
 
 def reading(texts: Iterable[Any], config: DatasetConfig) -> Iterator[Any]:

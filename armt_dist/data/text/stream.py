@@ -109,7 +109,7 @@ class Stream:
 
     def start(self) -> dict:
         """Return the state before the first step."""
-        return self.state_at(Mark(0, 0, 0, None, [(0, row) for row in range(self.global_batch)]), 0)
+        return self.state_at(Mark(0, 0, 0, None, np.zeros(self.global_batch, dtype=np.int64)), 0)
 
     def state_at(self, mark: Mark, next_step: int) -> dict:
         """Return the state in which every row goes on with the first text behind a mark."""
@@ -171,7 +171,7 @@ class Stream:
                 "a row; lower it"
             )
         self.marks.append(self.dealer.mark())
-        for row, dealt in self.dealer.deal(lambda row: row in self.lanes or self.kept is not None):
+        for row, dealt in self.dealer.deal(self.lanes if self.kept is None else None):
             if row not in self.lanes:
                 assert self.kept is not None, f"a text of row {row} was not asked for"
                 self.kept.setdefault(row, deque()).append(dealt)
@@ -193,9 +193,9 @@ class Stream:
                 "version, or start a new run"
             )
         mark = Mark.restored(state["mark"])
-        if len(mark.heap) != self.global_batch:
+        if len(mark.loads) != self.global_batch:
             # Of another train_batch_size: nothing is left out, and little is read twice.
-            mark = mark._replace(heap=[(0, row) for row in range(self.global_batch)])
+            mark = mark._replace(loads=np.zeros(self.global_batch, dtype=np.int64))
             state = self.state_at(mark, state["next_step"])
         self.origin, self.next_step = state, state["next_step"]
         self.marks, self.lanes = deque([mark]), {}
