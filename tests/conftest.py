@@ -30,6 +30,7 @@ UNIT_TIMEOUT_S = 300
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help=f"only {', '.join(QUICK)}, without what is marked slow")
+    parser.addoption("--long", action="store_true", help="also what is marked long")
 
 
 def folder_of(item) -> str:
@@ -54,9 +55,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(folder)
         elif not item.get_closest_marker("timeout") and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
+    wanted = items if config.getoption("long") else [item for item in items if not item.get_closest_marker("long")]
     if config.getoption("quick"):
-        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
-        items[:] = filter(is_quick, items)
+        wanted = list(filter(is_quick, wanted))
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+    items[:] = wanted
     items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
 
 

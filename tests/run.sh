@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                      # all; as root, it also installs Slurm and shellcheck
 #   bash tests/run.sh --quick              # unit tests, attacks and the cheapest of several ranks, in a quarter of an hour
+#   bash tests/run.sh --long               # all, and runs of minutes of what other tests do in parts
 #   bash tests/run.sh [pytest arguments]   # for example a file
 #
 # Tests whose requirements are missing are skipped; the last lines say which, and what would make them run.
@@ -27,4 +28,19 @@ bash launch/install.sh test
 # Threads of ranks that share two cores would only wait for each other.
 export OMP_NUM_THREADS=1
 export PATH="$PWD/.venv/bin:$PATH"
-exec .venv/bin/python -m pytest "$@"
+# Where byte code is not written, every process of ours would compile the package.
+.venv/bin/python -m compileall -q armt_dist tests
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+
+# Tests of one process keep one core busy: two halves of them at a time.
+status=0
+half=$(mktemp)
+.venv/bin/python -m pytest tests/unit/test_[a-f]*.py >"$half" 2>&1 &
+.venv/bin/python -m pytest tests/unit/test_[!a-f]*.py || status=1
+wait $! || status=1
+cat "$half"
+rm "$half"
+.venv/bin/python -m pytest tests/ranks tests/hostile tests/commands tests/cluster || status=1
+exit "$status"

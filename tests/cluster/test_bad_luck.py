@@ -13,6 +13,7 @@ KINDS = ["killed", "clock set back"]
 
 # About three minutes on two idle cores.
 @pytest.mark.timeout(900)
+@pytest.mark.long
 @pytest.mark.needs("slurm", "root")
 def test_a_run_with_bad_luck_is_the_run_without(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/bad_luck.py", "--seed=3", "--most=2", "--only", *KINDS]

@@ -1,4 +1,4 @@
-"""A thousand damaged command lines of launch/train.py: taken, or refused in one line that names a field.
+"""Hundreds of damaged command lines of launch/train.py: taken, or refused in one line that names a field.
 
 A command line that is taken is followed up to the point where the model would be built.
 """
@@ -18,7 +18,7 @@ from armt_dist.training import trainer
 from armt_dist.training.config_keys import all_keys
 from armt_dist.training.setup import set_up
 
-MUTATIONS = 1000
+MUTATIONS = 300
 LIMIT_S = 5.0
 KEYS = [key.path.replace(".N.", ".0.") for key in all_keys()]
 VALUES = (

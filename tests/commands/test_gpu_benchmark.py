@@ -10,10 +10,12 @@ from support.paths import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
+# Four minutes on a slow machine.
+@pytest.mark.timeout(1200)
 def test_steps_and_report(tmp_path):
     steps = ["environment", "parity", "kernels", "speed", "train"]
     command = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_on_cpu.json").read_text())
     assert list(found) == steps and all(each["status"] == "ok" for each in found.values())
@@ -23,6 +25,7 @@ def test_steps_and_report(tmp_path):
     assert f"{parity['paths']} of {parity['paths']} paths are right" in report and "planned" in report
 
 
+@pytest.mark.long
 def test_steps_of_several_ranks(tmp_path):
     command = ["bash", "benchmarks/gpu_node.sh", "--device", "cpu", "--gpus", "2", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -80,7 +80,8 @@ def curve(run):
 @pytest.mark.parametrize(("one", "two"), [("memory", "memory"), ("adapters", "adapters"), ("one_rank", "sequence")])
 def test_two_ranks_do_what_one_does(root, one, two):
     alone, shared = curve(root / "one" / one), curve(root / "two" / two)
-    assert shared[0] == pytest.approx(alone[0], rel=1e-6)
+    # The divergence is what differences of log-probabilities of about 3 leave, so those of float32 count.
+    assert shared[0] == pytest.approx(alone[0], rel=1e-6, abs=3e-7)
     for before, after in zip(alone, shared, strict=True):
         # What rounding leaves after some steps of Adam.
         assert after == pytest.approx(before, rel=5e-4)

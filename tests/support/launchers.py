@@ -45,6 +45,6 @@ def train_under(launcher: list[str], folder: Path, steps: int, sp: int, **enviro
     """Run launch/train.py to its end under a launcher on this machine and return the losses."""
     command = [*launcher, str(ROOT / "launch/train.py"), "--out", str(folder / "run"), *settings(folder, steps, sp)]
     environ = os.environ | ENVIRON | environ
-    result = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return losses(folder / "run")
