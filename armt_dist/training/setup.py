@@ -138,7 +138,12 @@ def fit_states(
     if grid.sp == 1:
         return Prefetch(config.parallel.prefetch or wanted, wanted)
     hardware = HARDWARE["h100" if device.type == "cuda" else "cpu"]._replace(memory_bytes=have)
-    return Prefetch(min(plan(*planned, hardware).window, config.parallel.prefetch or wanted), wanted)
+    try:
+        window = plan(*planned, hardware).window
+    except ConfigError:
+        # What cannot be planned may still be run.
+        window = wanted
+    return Prefetch(min(window, config.parallel.prefetch or wanted), wanted)
 
 
 def check_window(window: int, armt: ARMTConfig) -> None:
