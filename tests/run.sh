@@ -30,17 +30,14 @@ export OMP_NUM_THREADS=1
 export PATH="$PWD/.venv/bin:$PATH"
 # Where byte code is not written, every process of ours would compile the package.
 .venv/bin/python -m compileall -q armt_dist tests
-if [ $# -gt 0 ]; then
-    exec .venv/bin/python -m pytest "$@"
-fi
+case "${1:-}" in
+    '' | --quick | --long) ;;
+    *) exec .venv/bin/python -m pytest "$@" ;;
+esac
 
-# Tests of one process keep one core busy: two halves of them at a time.
+# While one test waits for processes to start, another file's run. Those of Slurm share one cluster.
 status=0
-half=$(mktemp)
-.venv/bin/python -m pytest tests/unit/test_[a-f]*.py >"$half" 2>&1 &
-.venv/bin/python -m pytest tests/unit/test_[!a-f]*.py || status=1
-wait $! || status=1
-cat "$half"
-rm "$half"
-.venv/bin/python -m pytest tests/ranks tests/hostile tests/commands tests/cluster || status=1
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" \
+    tests/unit tests/ranks tests/hostile tests/commands || status=1
+[ "${1:-}" = --quick ] || .venv/bin/python -m pytest "$@" tests/cluster || status=1
 exit "$status"
