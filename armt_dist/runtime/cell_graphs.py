@@ -21,6 +21,7 @@ from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
 from .cells import Cell, Cells, EagerCells, add, draws, gradients_of, run_again
 from .known_output import last_product
+from .weight_gradients import Put, WeightGradients
 
 # Runs before a capture, in which libraries make their handles and choose their algorithms.
 WARM_UPS = 2
@@ -72,10 +73,15 @@ class Recorded:
 class Recording:
     """One cell: forward without a graph, forward with one, and backward, for inputs of given shapes."""
 
-    def __init__(self, layer: ARMTLayer, buffers: Buffers, x: Tensor, state: tuple, context: Context, pool: Any):
+    def __init__(
+        self, layer: ARMTLayer, buffers: Buffers, x: Tensor, state: tuple, context: Context, pool: Any, grouped: bool
+    ):
+        """grouped: whether the backward pass puts weight gradients off."""
         self.layer, self.buffers, self.pool, self.device = layer, buffers, pool, x.device
         self.x, self.state = torch.empty_like(x, memory_format=torch.contiguous_format), like(state)
         self.product = last_product(layer)
+        self.later = WeightGradients(layer) if grouped else None
+        self.places: list[int] = []
         self.known = None if self.product is None else like(layer.memory_positions(x))
         self.context: Context = like(context)
         self.shown: Context | None = None
@@ -129,16 +135,18 @@ class Recording:
     def run_again(self) -> list[Tensor]:
         """Make the cell's graph."""
         with recorded_at(self.layer, self.buffers.parameters):
-            self.live = run_again(self.layer, self.x, self.state, self.context, self.product, self.known)
+            self.live = run_again(self.layer, self.x, self.state, self.context, self.product, self.known, self.later)
         return []
 
     def run_back(self) -> list[Tensor]:
-        """Return the gradients of x and the state; add those of the parameters to the sums."""
+        """Return the gradients of x and the state, and what is put off; add those of the parameters to the sums."""
         assert self.live is not None, "a cell is run again before its backward pass"
         with recorded_at(self.layer, self.buffers.parameters):
             inputs, own = gradients_of(self.live, tuple(self.grads), self.buffers.trained)
         add(self.buffers.sums, own)
-        return list(inputs)
+        put = self.later.taken() if self.later else []
+        self.places = [each.place for each in put]
+        return [*inputs, *(t for each in put for t in each[1:])]
 
     def forward(self, x: Tensor, state: tuple, context: Context, keep: bool) -> tuple[Tensor, MemoryUpdate, tuple]:
         """Return y, in place; the update, in place unless `keep`; and the state after the cell."""
@@ -161,18 +169,22 @@ class Recording:
         self.rerun_graph.replay()
         return Cell((x, *state), ())
 
-    def back(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the gradients of x, in place, and of the state."""
+    def back(self, gradients: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[Put]]:
+        """Return the gradients of x, in place, and of the state; and what is put off."""
         assert self.back_graph is not None, "recorded by record_backward"
         copy(self.grads, gradients)
-        x, *state = self.back_graph.replay()
-        return x, *copies(state)
+        x, *rest = self.back_graph.replay()
+        rest = copies(rest)
+        state, put = rest[: len(self.state)], rest[len(self.state) :]
+        return (x, *state), list(map(Put, self.places, put[::2], put[1::2]))
 
 
 class CellGraphs:
     """All recordings of one model on one device."""
 
-    def __init__(self) -> None:
+    def __init__(self, grouped: bool = False):
+        """grouped: whether backward passes put weight gradients off."""
+        self.grouped = grouped
         # Layers of several kinds, such as one in training and in evaluation, have the same buffers.
         self.buffers: dict[tuple, Buffers] = {}
         self.kinds: dict[tuple, int] = {}
@@ -183,7 +195,7 @@ class CellGraphs:
 
     def cells(self, layer: ARMTLayer, trains: bool) -> Cells:
         """Return the cells of a layer; those that cannot be recorded run operation by operation."""
-        eager = EagerCells(layer, trains)
+        eager = EagerCells(layer, trains, self.grouped)
         return eager if eager.draws or self.refused else GraphedCells(layer, eager, self, trains)
 
     def kind(self, layer: ARMTLayer) -> tuple[int, Buffers]:
@@ -205,7 +217,7 @@ class CellGraphs:
         kind, buffers = self.kind(layer)
         key = (kind, shapes((x, state)), shapes(context))
         if key not in self.recordings:
-            self.recordings[key] = Recording(layer, buffers, x, state, context, self.pool)
+            self.recordings[key] = Recording(layer, buffers, x, state, context, self.pool, self.grouped)
         if trains:
             self.recordings[key].record_backward()
         return self.recordings[key]
@@ -305,7 +317,16 @@ class GraphedCells:
         if cell.outputs:
             return self.eager.back(cell, gradients)
         assert self.current is not None, "a recorded cell is run again before its backward pass"
-        return self.current.back(gradients)
+        if self.eager.later:
+            self.eager.later.add_full_group(self.sums)
+        inputs, put = self.current.back(gradients)
+        if self.eager.later:
+            self.eager.later.put += put
+        return inputs
+
+    def add_weights(self) -> None:
+        """Add up the weight gradients that were put off."""
+        self.eager.add_weights()
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return one gradient per parameter, which the next layer's do not overwrite."""

@@ -3,7 +3,9 @@
 Shapes: B batch rows, N positions of a segment's row, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from ..model.backbone import Context
 from ..model.memory_kind import ARMTLayer, MemoryUpdate, apply
 from .kept_graphs import graph_bytes, without_parameters
-from .known_output import last_product, left_out
+from .known_output import last_product
+from .linear_map import instead_of, linear_map
+from .weight_gradients import WeightGradients
 
 
 class Cell(NamedTuple):
@@ -57,8 +61,12 @@ class Cells(Protocol):
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of x and of the state, from those of y and of the state after it.
 
-        That of x is valid until the next call. Adds up the gradients of the parameters.
+        That of x is valid until the next call. Adds up the gradients of the parameters, but for weight gradients that
+        are put off.
         """
+
+    def add_weights(self) -> None:
+        """Compute the weight gradients that `back` has put off, and add them up."""
 
     def gradients(self) -> tuple[Tensor, ...]:
         """End the backward pass: return one gradient per parameter, in the parameter's dtype."""
@@ -67,11 +75,13 @@ class Cells(Protocol):
 class EagerCells:
     """Cells as PyTorch runs them; parameter gradients are summed in float32: K bfloat16 additions would lose digits."""
 
-    def __init__(self, layer: ARMTLayer, trains: bool):
+    def __init__(self, layer: ARMTLayer, trains: bool, grouped: bool = False):
+        """trains: whether a backward pass follows. grouped: whether it puts weight gradients off."""
         self.layer, self.parameters = layer, tuple(p for p in layer.parameters() if p.requires_grad)
         # Without a backward pass nothing is run again.
         self.product = last_product(layer) if trains else None
         self.sums: list[Tensor] = []
+        self.later = WeightGradients(layer) if grouped and trains else None
         self.draws = draws(layer)
 
     def begin(self) -> None:
@@ -84,7 +94,7 @@ class EagerCells:
 
     def keep(self, x: Tensor, state: tuple, context: Context) -> tuple[Tensor, tuple, Cell]:
         """Run a cell and keep its graph; see `Cells`."""
-        with without_parameters(self.layer):
+        with without_parameters(self.layer), changed_maps(None, self.later):
             inputs, outputs = with_graph(self.layer, x, state, context)
         y, *after = outputs
         # Without the results themselves, which the graph does not need.
@@ -104,16 +114,25 @@ class EagerCells:
 
     def rerun(self, x: Tensor, state: tuple, context: Context, known: Tensor | None) -> Cell:
         """Run a cell with its graph; see `Cells`."""
-        return run_again(self.layer, x, state, context, self.product, known)
+        return run_again(self.layer, x, state, context, self.product, known, self.later)
 
     def back(self, cell: Cell, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the gradients of the cell's inputs; see `Cells`."""
+        if self.later:
+            self.sums = self.sums or list(map(zeros, self.parameters))
+            self.later.add_full_group(self.sums)
         inputs, own = gradients_of(cell, gradients, self.parameters)
         if self.sums:
             add(self.sums, own)
         else:
-            self.sums = [grad.float() for grad in own]
+            given = zip(self.parameters, own, strict=True)
+            self.sums = [zeros(p) if grad is None else grad.float() for p, grad in given]
         return inputs
+
+    def add_weights(self) -> None:
+        """Add up the weight gradients that were put off; see `Cells`."""
+        if self.later:
+            self.later.add_to(self.sums)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return one gradient per parameter; see `Cells`."""
@@ -129,13 +148,31 @@ def stored_positions(layer: ARMTLayer, outputs: Sequence[Tensor]) -> list[Tensor
 
 
 def run_again(
-    layer: ARMTLayer, x: Tensor, state: tuple, context: Context, product: nn.Module | None, known: Tensor | None
+    layer: ARMTLayer,
+    x: Tensor,
+    state: tuple,
+    context: Context,
+    product: nn.Module | None,
+    known: Tensor | None,
+    later: WeightGradients | None = None,
 ) -> Cell:
-    """Run a cell with its graph, without the `product` if the memory positions of its output are `known` [B, M, D]."""
+    """Run a cell with its graph, without the `product` if the memory positions of its output are `known` [B, M, D].
+
+    later: takes what the weight gradients of the cell's backward are made of.
+    """
     if product is None or known is None:
-        return Cell(*with_graph(layer, x, state, context))
-    with left_out(product):
+        product = known = None
+    with changed_maps(product, later):
         return Cell(*with_graph(layer, x, state, context, known))
+
+
+def changed_maps(left_out: nn.Module | None, later: WeightGradients | None) -> AbstractContextManager:
+    """Within the block, leave out the product of one linear map and put off the weight gradients of all, if given."""
+    takers: dict[nn.Module, Callable | None] = dict(later.takers()) if later else {}
+    if left_out is not None:
+        takers.setdefault(left_out, None)
+    maps = {m: partial(linear_map, m, product=m is not left_out, take=take) for m, take in takers.items()}
+    return instead_of(maps)
 
 
 def with_graph(
@@ -160,15 +197,19 @@ def with_graph(
 
 def gradients_of(
     cell: Cell, gradients: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the gradients of a cell's inputs and of the parameters, from those of its outputs."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """Return the gradients of a cell's inputs and of the parameters, from those of its outputs.
+
+    None for a parameter that the cell does not depend on, or whose gradient is put off.
+    """
     # The outgoing state need not depend on anything: a detached window does not.
     pairs = [pair for pair in zip(cell.outputs, gradients, strict=True) if in_graph(pair[0])]
     outputs, gradients = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, (*cell.inputs, *parameters), gradients, allow_unused=True)
+    inputs, own = found[: len(cell.inputs)], found[len(cell.inputs) :]
     # An input that a cell does not depend on (z without denominators) gets zeros, never None.
-    sources = (*cell.inputs, *parameters)
-    found = torch.autograd.grad(outputs, sources, gradients, allow_unused=True, materialize_grads=True)
-    return found[: len(cell.inputs)], found[len(cell.inputs) :]
+    given = zip(cell.inputs, inputs, strict=True)
+    return tuple(torch.zeros_like(t) if grad is None else grad for t, grad in given), own
 
 
 def in_graph(output: Output) -> bool:
@@ -176,10 +217,16 @@ def in_graph(output: Output) -> bool:
     return output.requires_grad if isinstance(output, Tensor) else output is not None
 
 
-def add(sums: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
-    """Add a cell's parameter gradients to their sums, all at once."""
-    if sums:
-        torch._foreach_add_(sums, gradients)
+def zeros(parameter: Tensor) -> Tensor:
+    """Return the float32 sum of no gradients of a parameter."""
+    return torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def add(sums: list[Tensor], gradients: tuple[Tensor | None, ...]) -> None:
+    """Add a cell's parameter gradients, where there are any, to their sums, all at once."""
+    found = [(total, grad) for total, grad in zip(sums, gradients, strict=True) if grad is not None]
+    if found:
+        torch._foreach_add_(*map(list, zip(*found, strict=True)))
 
 
 def draws(layer: nn.Module) -> bool:

@@ -115,6 +115,7 @@ class ScheduledLM(nn.Module):
         keep: Keep = NOTHING,
         offload: bool = False,
         graphs: bool = False,
+        grouped: bool = False,
         link: Local | Wire | None = None,
         without_adapters: WithoutAdapters = nullcontext,
     ):
@@ -125,7 +126,8 @@ class ScheduledLM(nn.Module):
         self.states, self.keep, self.offload = states, keep, offload
         # Bytes of a kept graph, by what they depend on.
         self.graph_bytes: dict[Any, int] = {}
-        self.graphs = CellGraphs() if graphs else None
+        self.grouped = grouped
+        self.graphs = CellGraphs(grouped) if graphs else None
         self.link = Local() if link is None else link
         self.without_adapters = without_adapters
         # One for all passes: torch takes new ones from a pool of 32, in which NCCL's and DeepSpeed's are soon reached.
@@ -192,8 +194,8 @@ class ScheduledLM(nn.Module):
             self.graphs.prepare(layers, first_trained, rows_of(blocks, rows, contexts))
         # Without gradients nothing is kept for a backward pass.
         states = self.states if torch.is_grad_enabled() else "recompute"
-        cells = self.graphs.cells if self.graphs else EagerCells
-        calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows)
+        cells = self.graphs.cells if self.graphs else partial(EagerCells, grouped=self.grouped)
+        calls = layer_calls(piece.schedule, piece.grid, piece.sp_rank, self.arrows, self.grouped)
         trained = sum(len(rows[own[call.gather.block]]) for call in calls if call.gather.layer >= first_trained)
         kept = KeptGraphs(self.keep, trained * piece.grid.chunks, self.graph_bytes)
         store = STORES[self.offload](self.copy_stream)

@@ -18,6 +18,9 @@ class BPTTConfig(Section):
     """Cells that keep the graph of their forward pass and are not run again in the backward pass, which takes memory
     and saves up to a quarter of the time: a share of them from 0 to 1, what their graphs may hold (12GB), or auto: what
     is free on the fullest rank. On GPUs they run operation by operation, not as CUDA graphs. Example: auto"""
+    weight_gradients: Literal["per_cell", "grouped"] = "per_cell"
+    """per_cell: with the gradients of a cell's inputs. grouped: after them, for up to 8 cells at once, so that no other
+    rank waits for them; takes the memory of what goes into and comes out of the linear maps of those cells."""
     graphs: bool | None = None
     """Whether cells are recorded as CUDA graphs, so that the host launches a cell at once; null: on GPUs. Layers with
     dropout are not recorded. Example: false"""

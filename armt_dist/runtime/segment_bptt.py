@@ -65,7 +65,7 @@ class LayerWork(NamedTuple):
     """What one call of a layer is to do."""
 
     forward: Sequence[Instruction]  # of one (layer, block): RECV, RUN, SEND chunk by chunk, RELEASE
-    backward: Sequence[Instruction]  # RERUN, RECV_GRAD, BACK, SEND_GRAD, then perhaps REDUCE
+    backward: Sequence[Instruction]  # RERUN, RECV_GRAD, BACK, SEND_GRAD, perhaps WEIGHT, then perhaps REDUCE
     lengths: Sequence[int]  # N of each segment
     contexts: Sequence[Sequence[Context]]  # [chunk][segment]
     states: str  # BPTTConfig.states
@@ -208,6 +208,10 @@ class LayerCall:
                 self.work.observe_gradient(GradientView(instruction, segment, kind(*grad)))
         return kind(*grad)
 
+    def weight(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
+        """Compute the weight gradients that BACK has left out."""
+        self.cells.add_weights()
+
     def reduce(self, instruction: Instruction, carried: None, tensors: BackwardTensors) -> None:
         """Let ZeRO-3's hook, which comes next, reduce the gradients; the calls of earlier blocks only added to them."""
         self.work.mark_ready(self.parameters, True)
@@ -227,6 +231,7 @@ BACKWARD: Mapping[Op, Callable] = {
     Op.RECV_GRAD: LayerCall.recv,
     Op.BACK: LayerCall.back,
     Op.SEND_GRAD: LayerCall.send,
+    Op.WEIGHT: LayerCall.weight,
     Op.REDUCE: LayerCall.reduce,
     Op.GATHER: LayerCall.done_by_zero3,
 }

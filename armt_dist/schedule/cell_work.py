@@ -117,6 +117,13 @@ def rerun_work(model: ModelSizes, work: StepWork) -> Work:
     return forward._replace(products=forward.products - model.family.leaves_out_last * last)
 
 
+def weight_work(model: ModelSizes, work: StepWork) -> Work:
+    """Weight gradients of the decoder layer's linear maps, of one cell and sequence: the part of its backward that can
+    be put off. The memory's are not put off."""
+    products = 0 if model.freeze_base else 2 * row_tokens(model, work) * sum(model.family.layer(model.widths))
+    return Work(products, 0, 0, 0)
+
+
 def cell_flops(model: ModelSizes, work: StepWork) -> float:
     """Forward of one cell for one sequence: matrix products, attention, memory."""
     return sum(product_flops(model, row_tokens(model, work))) + attention_flops(model, work)

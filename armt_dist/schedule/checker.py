@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from .grid import ARMT_ARROWS, Grid, rank_blocks, source_layer, target_layer
 from .program import COMPUTE, Instruction, Op, backward_program, wavefront
 
-ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.REDUCE)
+ONCE = (Op.RECV, Op.RUN, Op.SEND, Op.RERUN, Op.RECV_GRAD, Op.BACK, Op.SEND_GRAD, Op.WEIGHT, Op.REDUCE)
 """Instructions that a correct pair of programs has exactly once; layers may be gathered any number of times."""
 
 
@@ -18,7 +18,9 @@ class ScheduleError(ValueError):
         self.rank, self.index, self.instruction = rank, index, instruction
 
 
-def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[str]) -> Iterator[Instruction]:
+def requires(
+    grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[str], weights: bool
+) -> Iterator[Instruction]:
     """Yield the instructions of the same rank that must come before `instruction`, apart from gathers."""
     op, layer, block, chunk = instruction
     top, last = grid.layers - 1, grid.sp * grid.rounds - 1
@@ -33,11 +35,12 @@ def requires(grid: Grid, instruction: Instruction, rank: int, arrows: Sequence[s
         yield instruction._replace(op=Op.RERUN)
         yield from [instruction._replace(layer=layer + 1)] * (layer < top)
         yield from [instruction._replace(op=Op.RECV_GRAD)] * returns
-    elif op is Op.SEND_GRAD:
+    elif op in (Op.SEND_GRAD, Op.WEIGHT):
         yield instruction._replace(op=Op.BACK)
     elif op is Op.REDUCE:
+        gradients = Op.WEIGHT if weights else Op.BACK
         for own in rank_blocks(grid, rank):
-            yield from (Instruction(Op.BACK, layer, own, c) for c in range(grid.chunks))
+            yield from (Instruction(gradients, layer, own, c) for c in range(grid.chunks))
 
 
 def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> None:
@@ -46,8 +49,9 @@ def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows
     Faults: an instruction of another rank, out of order, missing or doubled, or work on a layer that is not gathered.
     """
     expected = wavefront(grid, rank, arrows)
+    weights = any(instruction.op is Op.WEIGHT for instruction in program)
     if any(instruction.op is Op.BACK for instruction in program):
-        expected += backward_program(expected)
+        expected += backward_program(expected, weights)
     expected_set = set(expected)
     seen: set[Instruction] = set()
     live: set[int] = set()
@@ -61,7 +65,7 @@ def verify_program(grid: Grid, program: Sequence[Instruction], rank: int, arrows
         elif (op is Op.GATHER) == (layer in live) and op in (Op.GATHER, Op.RELEASE, *COMPUTE):
             fault = f"layer {layer} is {'already' if layer in live else 'not'} gathered"
         else:
-            missing = [other for other in requires(grid, instruction, rank, arrows) if other not in seen]
+            missing = [other for other in requires(grid, instruction, rank, arrows, weights) if other not in seen]
             fault = f"needs {missing[0]} before it" if missing else None
         if fault:
             raise ScheduleError(rank, index, instruction, fault)

@@ -6,11 +6,12 @@ Letters: K segments of a block, L layers, R rounds, M_c chunks.
 import math
 from typing import NamedTuple
 
-from .cell_work import HEAD_PASSES, Work, cell_work, head_work, rerun_work
+from .cell_work import HEAD_PASSES, Work, cell_work, head_work, rerun_work, weight_work
 from .grid import Grid, largest_block, prefetch_window
 from .kept_cells import kept_share
 from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
 from .simulator import Costs
+from .weight_groups import GROUPED, left_over
 
 
 class Hardware(NamedTuple):
@@ -78,6 +79,7 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
     chunk_rows = math.ceil(work.micro_batch / grid.chunks)
     chunk_s, backward_s = (seconds(each, chunk_rows, work, hardware) for each in cell_work(model, work))
     again = seconds(rerun_work(model, work), chunk_rows, work, hardware) / chunk_s
+    weights_s = seconds(weight_work(model, work), chunk_rows, work, hardware)
     ratio = backward_s / chunk_s if hardware.backward_ratio is None else hardware.backward_ratio
     if work.offload_activations:
         row_bytes = chunk_rows * row_tokens(model, work) * model.hidden_size * work.dtype_bytes
@@ -91,6 +93,7 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
         rerun_ratio=rerun_ratio(work, grid, again),
         keep=kept_share(model, work, grid),
         backward_ratio=ratio,
+        weight_ratio=min(weights_s / chunk_s, ratio / 2) if work.weight_gradients == GROUPED else 0.0,
         gather_s=collective_s + passing * whole_s if passing else 0.0,
         reduce_s=collective_s + model.layer_parameters * whole_s,
         latency_s=hardware.handoff_latency_s,
@@ -171,9 +174,12 @@ def estimate_s(grid: Grid, costs: Costs) -> float:
     handoff_s = transfer_s + costs.latency_s if grid.sp > 1 else 0
     again_s = (1 - costs.keep) * costs.rerun_ratio * unit_s
     back_s = unit_s * costs.backward_ratio + again_s
-    # The first re-run of a unit is done while waiting for the gradient.
-    ahead_s = min(again_s, costs.rerun_ratio * costs.cell_s / grid.chunks)
-    delays_s = (unit_s + handoff_s, back_s - ahead_s + handoff_s)
+    # The first re-run of a unit is done while waiting for the gradient, its last weight gradients after that of the
+    # state has been sent.
+    cell_s = costs.cell_s / grid.chunks
+    ahead_s = min(again_s, costs.rerun_ratio * cell_s)
+    later_s = left_over(block) * costs.weight_ratio * cell_s
+    delays_s = (unit_s + handoff_s, back_s - ahead_s - later_s + handoff_s)
     ahead = prefetch_window(grid) if costs.prefetch_layers is None else costs.prefetch_layers
     total_s = costs.gather_s + costs.reduce_s
     collectives_s = (costs.gather_s, costs.gather_s + costs.reduce_s / grid.rounds)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..config import ConfigError
 from .backbone_sizes import FAMILIES, FamilySizes, Widths, base_sizes
 from .grid import ARMT_ARROWS, RMT_ARROWS, Arrow
+from .weight_groups import PER_CELL
 
 FP32_BYTES = 4
 MEMORY_KERNELS = 28
@@ -217,6 +218,8 @@ class StepWork(NamedTuple):
     states: str = "store"
     keep: float | str = 0
     """Cells that keep their graphs, as in the configuration (bptt.keep)."""
+    weight_gradients: str = PER_CELL
+    """As in the configuration (bptt.weight_gradients)."""
     dtype_bytes: int = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False

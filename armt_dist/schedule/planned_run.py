@@ -15,6 +15,7 @@ from .kept_cells import parse_keep
 from .model_sizes import KINDS, ModelSizes, StepWork, memory_fields, model_sizes
 from .planner import STATES, Layout
 from .program import SCHEDULES
+from .weight_groups import WEIGHT_GRADIENTS
 
 DS_CONFIG = "ds_config"
 # Keys of the sections that planning reads; tests compare them with the configuration classes.
@@ -37,7 +38,7 @@ KEYS = {
         *("d_mem", "nu", "n_heads", "maths", "use_denom", "correction", "gating", "freeze_mem", "wrap_pos"),
         *("segment_alignment", "sink", "sliding_window", "window_positions", "detach_window", "k2", "state_decay"),
     ),
-    "bptt": ("states", "keep", "graphs"),
+    "bptt": ("states", "keep", "weight_gradients", "graphs"),
     "parallel": ("sp", "rounds", "chunks", "schedule", "prefetch", "timeout_s"),
     "loss": ("skip_first_segment", "last_segment_only", "distill"),
 }
@@ -171,6 +172,7 @@ def planned_run(trees: RunTree, world: int) -> PlannedRun:
         micro_batch=sizes.micro,
         states=choice(section(trees.run, "bptt", ""), "states", "bptt.", STATES),
         keep=kept(section(trees.run, "bptt", "")),
+        weight_gradients=choice(section(trees.run, "bptt", ""), "weight_gradients", "bptt.", WEIGHT_GRADIENTS),
         dtype_bytes=2 if bf16 else 4,
         offload_optimizer=offloaded(zero, "offload_optimizer"),
         offload_parameters=offloaded(zero, "offload_param"),

@@ -19,6 +19,7 @@ from .model_sizes import KINDS, ModelSizes, StepWork
 from .program import default_schedule, fit_grid
 from .simulator import Costs
 from .step_memory import Held, gpu_bytes, host_bytes
+from .weight_groups import WEIGHT_GRADIENTS
 
 STATES = ("store", "rebuild", "recompute")
 MAY_BE_ZERO = (
@@ -96,8 +97,9 @@ def validate(model: ModelSizes, work: StepWork, layout: Layout) -> Grid:
         raise ConfigError(f"segment_tokens={wanted} does not divide sequence_tokens={work.sequence_tokens}; try {near}")
     if layout.chunks > work.micro_batch:
         raise ConfigError(f"chunks={layout.chunks} is more than micro_batch={work.micro_batch}; try chunks=1")
-    if work.states not in STATES:
-        raise ConfigError(f"states={work.states}: unknown; known here: {', '.join(STATES)}")
+    for field, known in (("states", STATES), ("weight_gradients", WEIGHT_GRADIENTS)):
+        if (value := getattr(work, field)) not in known:
+            raise ConfigError(f"{field}={value}: unknown; known here: {', '.join(known)}")
     segments = work.sequence_tokens // work.segment_tokens
     grid = Grid(segments, model.num_hidden_layers, layout.sp, layout.rounds, layout.chunks)
     check_grid(grid)

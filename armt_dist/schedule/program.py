@@ -46,6 +46,8 @@ class Op(StrEnum):
     """Backward of one unit, segments in reverse; re-runs every cell but the last."""
     SEND_GRAD = "SEND_GRAD"
     """Hand the incoming state's gradient to block - 1."""
+    WEIGHT = "WEIGHT"
+    """Weight gradients of one unit, where BACK leaves them out: no other rank waits for them."""
     REDUCE = "REDUCE"
     """All ranks together reduce-scatter the layer's gradients, once per step."""
 
@@ -82,26 +84,29 @@ def wavefront(grid: Grid, rank: int, arrows: Sequence[str] = ARMT_ARROWS) -> lis
 MIRROR = {
     Op.RELEASE: (Op.GATHER,),
     Op.SEND: (Op.RECV_GRAD,),
-    Op.RUN: (Op.RERUN, Op.BACK),
+    Op.RUN: (Op.RERUN, Op.BACK, Op.WEIGHT),
     Op.RECV: (Op.SEND_GRAD,),
     Op.GATHER: (Op.REDUCE, Op.RELEASE),
 }
 """The backward instructions that take the place of a forward one when the list is reversed."""
+HOISTED = {Op.RERUN: Op.RECV_GRAD, Op.SEND_GRAD: Op.WEIGHT}
+"""Instructions that come before the one that reversing puts before them: a re-run needs no gradient from the next
+block, and the previous block needs no weight gradients."""
 
 
-def backward_program(forward: Sequence[Instruction]) -> list[Instruction]:
+def backward_program(forward: Sequence[Instruction], weights: bool = False) -> list[Instruction]:
     """Build the backward program by reversing the forward one: a unit becomes RERUN, RECV_GRAD, BACK, SEND_GRAD.
 
-    A layer is reduced once, after the rank's first block (its last contribution), and after dState has been sent.
+    weights: whether BACK leaves weight gradients to a WEIGHT of their own, after SEND_GRAD. A layer is reduced once,
+    after the rank's first block (its last contribution), and after dState has been sent.
     """
     first = min(instruction.block for instruction in forward)
     program: list[Instruction] = []
     for instruction in reversed(forward):
         for op in MIRROR[instruction.op]:
-            if op is Op.REDUCE and instruction.block != first:
+            if (op is Op.REDUCE and instruction.block != first) or (op is Op.WEIGHT and not weights):
                 continue
-            # The re-run needs no gradient from the next block, so it comes before the wait for one.
-            hoist = op is Op.RERUN and bool(program) and program[-1].op is Op.RECV_GRAD
+            hoist = bool(program) and program[-1].op is HOISTED.get(op)
             program.insert(len(program) - hoist, instruction._replace(op=op))
     return program
 
@@ -199,26 +204,26 @@ class Call(NamedTuple):
 HANDED_ON = (Op.RECV, Op.SEND)
 
 
-def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
-    """Cut the program of `rank` into layer calls, in forward order.
+def layer_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...], weights: bool = False) -> tuple[Call, ...]:
+    """Cut the program of `rank` into layer calls, in forward order; weights: as `backward_program`.
 
     A state that comes from the last layer is hidden states, so it goes from call to call in autograd's own graph.
     """
     fitted = fit_grid(name, grid, arrows)
     # Blocks of any length have the same program.
-    return cut_calls(name, fitted._replace(segments=fitted.sp * fitted.rounds), rank, arrows)
+    return cut_calls(name, fitted._replace(segments=fitted.sp * fitted.rounds), rank, arrows, weights)
 
 
 # Programs of RMT grow with the length: 27 MB for 1,024 segments of 32 layers. So those of two lengths are kept, such as
 # a training batch's and a validation's.
 @lru_cache(maxsize=2)
-def cut_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tuple[Call, ...]:
+def cut_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...], weights: bool) -> tuple[Call, ...]:
     """Return `layer_calls` of a grid with a segment in each block."""
     program = build_program(name, grid, rank, arrows)
     if Arrow.SAME_LAYER not in arrows:
         program = [instruction for instruction in program if instruction.op not in HANDED_ON]
     backward: list[list[Instruction]] = []
-    for instruction in backward_program(program):
+    for instruction in backward_program(program, weights):
         if instruction.op is Op.GATHER:
             if backward:
                 backward[-1].append(instruction)
@@ -229,4 +234,4 @@ def cut_calls(name: str, grid: Grid, rank: int, arrows: tuple[str, ...]) -> tupl
     return tuple(Call(f[0], f[1:], tuple(b)) for f, b in zip(forward, reversed(backward), strict=True))
 
 
-COMPUTE = (Op.RUN, Op.RERUN, Op.BACK)
+COMPUTE = (Op.RUN, Op.RERUN, Op.BACK, Op.WEIGHT)

@@ -14,6 +14,7 @@ from .checker import ScheduleError, check_collectives, verify_program
 from .grid import ARMT_ARROWS, Grid, block_owner, block_segments, prefetch_window, source_layer, target_layer
 from .program import COMPUTE, Instruction, Op, backward_program, build_program, fit_grid
 from .timeline import SENDER, Event, waits_s
+from .weight_groups import left_over
 
 COLLECTIVES = (Op.GATHER, Op.REDUCE)
 
@@ -29,6 +30,8 @@ class Costs(NamedTuple):
     """Share of the cells that keep their graphs, and are not run again."""
     backward_ratio: float = 2.0
     """Backward time of a cell without the re-run, as a multiple of cell_s."""
+    weight_ratio: float = 0.0
+    """The part of backward_ratio that WEIGHT can carry out; 0: BACK leaves nothing out."""
     gather_s: float = 0.0
     reduce_s: float = 0.0
     latency_s: float = 0.0
@@ -170,13 +173,15 @@ class Group:
                 place += 1
 
     def compute_s(self, instruction: Instruction) -> float:
-        """Return the time of a RUN, RERUN or BACK."""
+        """Return the time of a RUN, RERUN, BACK or WEIGHT."""
         costs, cells = self.costs, self.sizes[instruction.block]
         again = (1 - costs.keep) * cells
+        weights = left_over(cells) * costs.weight_ratio
         share = {
             Op.RUN: cells,
             Op.RERUN: min(again, 1) * costs.rerun_ratio,
-            Op.BACK: cells * costs.backward_ratio + max(again - 1, 0) * costs.rerun_ratio,
+            Op.BACK: cells * costs.backward_ratio + max(again - 1, 0) * costs.rerun_ratio - weights,
+            Op.WEIGHT: weights,
         }
         return share[instruction.op] * costs.cell_s / self.grid.chunks
 
@@ -271,7 +276,11 @@ def simulate_step(
     costs: Costs = FREE,
     arrows: Sequence[str] = ARMT_ARROWS,
 ) -> Report:
-    """Simulate forward and backward of one sequence under schedule `name`. Raises ConfigError as `fit_grid` does."""
+    """Simulate forward and backward of one sequence under schedule `name`, with a WEIGHT if it has a cost.
+
+    Raises ConfigError as `fit_grid` does.
+    """
     fitted = fit_grid(name, grid, arrows)
     forwards = [build_program(name, grid, rank, arrows) for rank in range(grid.sp)]
-    return simulate(fitted, [forward + backward_program(forward) for forward in forwards], costs, arrows)
+    weights = costs.weight_ratio > 0
+    return simulate(fitted, [forward + backward_program(forward, weights) for forward in forwards], costs, arrows)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from .grid import Grid, largest_block, reduction_layers
 from .model_sizes import FP32_BYTES, ModelSizes, StepWork, row_tokens, teacher_tokens
+from .weight_groups import GROUP, GROUPED
 
 LOGITS_TOKENS = 1024
 """Rows of logits alive at a time in the chunked cross-entropy."""
@@ -203,6 +204,7 @@ def backward_bytes(held: Held, done: int) -> dict[str, float]:
         "outputs at memory positions": left * output_bytes(held),
         "kept graphs": left * kept_bytes(held),
         "one cell's graph and gradients": cell_bytes(held),
+        "weight gradients put off": put_off_bytes(held),
         "whole gradients": whole,
     }
 
@@ -288,6 +290,20 @@ def cell_bytes(held: Held) -> float:
     first = positions * (read + rest + mlp_gradients + output) + down * work.dtype_bytes
     last = positions * (read + read_gradient_bytes(model) + 2 * output) + layer * work.dtype_bytes
     return max(first, last) + sums + states + held.chunk_rows * write_graph_bytes(model)
+
+
+def put_off_bytes(held: Held) -> float:
+    """What goes into the linear maps of a group's cells and the gradients of what comes out, joined for one map."""
+    model, work = held.model, held.work
+    if work.weight_gradients != GROUPED or model.freeze_base:
+        return 0
+    d, intermediate, widths = model.hidden_size, model.intermediate_size, model.widths
+    # Queries, keys and values have one input, and so have a gate and what it is multiplied by.
+    inputs = 2 * d + widths.queries + intermediate
+    gradients = 2 * d + widths.queries + 2 * widths.keys + (1 + model.family.gated_mlp) * intermediate
+    rows = min(GROUP, held.block) * held.chunk_rows * row_tokens(model, work)
+    joined = d + intermediate
+    return rows * (inputs + gradients + joined) * work.dtype_bytes
 
 
 def kept_bytes(held: Held) -> float:

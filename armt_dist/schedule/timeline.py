@@ -8,12 +8,18 @@ from .program import Instruction, Op
 
 FORWARD_LAYERS = "0123456789"
 BACKWARD_LAYERS = "abcdefghij"
+WEIGHT_LAYERS = "ABCDEFGHIJ"
+LAYERS = {Op.RUN: FORWARD_LAYERS, Op.WEIGHT: WEIGHT_LAYERS}
 WAITS = {Op.GATHER: "-", Op.REDUCE: "-", Op.RECV: ".", Op.RECV_GRAD: "."}
-LEGEND = "0-9 forward of layer (mod 10), a-j backward, . waiting for a state, - waiting for a collective, blank: done"
+LEGEND = (
+    "0-9 forward of layer (mod 10), a-j backward, A-J weight gradients, . waiting for a state, - waiting for a "
+    "collective, blank: done"
+)
 COLOURS = {Op.GATHER: "tab:red", Op.REDUCE: "tab:purple", Op.RECV: "0.85", Op.RECV_GRAD: "0.85"}
 NAMES = {
     Op.RUN: "forward (darker: higher layer)",
     Op.BACK: "backward",
+    Op.WEIGHT: "weight gradients",
     Op.GATHER: "wait for gather",
     Op.REDUCE: "wait for reduce",
     Op.RECV: "wait for state",
@@ -33,7 +39,7 @@ def symbol(instruction: Instruction) -> str:
     """Return one character for what a rank does."""
     if instruction.op in WAITS:
         return WAITS[instruction.op]
-    return (FORWARD_LAYERS if instruction.op is Op.RUN else BACKWARD_LAYERS)[instruction.layer % 10]
+    return LAYERS.get(instruction.op, BACKWARD_LAYERS)[instruction.layer % 10]
 
 
 def show(events: Sequence[Event], width: int = 100) -> str:
@@ -49,7 +55,8 @@ def show(events: Sequence[Event], width: int = 100) -> str:
 
 
 def plot_timeline(events: Sequence[Event], path: str | Path, title: str = "") -> None:
-    """Draw a PNG at `path`: blue forward, orange backward (darker for higher layers), waits grey and red."""
+    """Draw a PNG at `path`: blue forward, orange backward, green weight gradients, darker for higher layers; waits grey
+    and red."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -76,7 +83,8 @@ def colours(events: Sequence[Event]) -> dict:
     from matplotlib import colormaps
 
     highest = max(event.instruction.layer for event in events) or 1
-    maps = {Op.RUN: colormaps["Blues"], Op.BACK: colormaps["Oranges"], Op.RERUN: colormaps["Oranges"]}
+    names = {Op.RUN: "Blues", Op.BACK: "Oranges", Op.RERUN: "Oranges", Op.WEIGHT: "Greens"}
+    maps = {op: colormaps[name] for op, name in names.items()}
     found = {event.instruction[:2] for event in events}
     return {(op, layer): maps[op](0.25 + 0.6 * layer / highest) if op in maps else COLOURS[op] for op, layer in found}
 

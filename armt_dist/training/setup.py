@@ -25,6 +25,7 @@ from ..schedule.kept_cells import parse_keep
 from ..schedule.planned_run import RunTree, planned_run
 from ..schedule.planner import plan
 from ..schedule.step_memory import STATES, Held, resident_bytes
+from ..schedule.weight_groups import GROUPED
 from ..zero3.adapters import add_adapters, add_partitioned_adapters, without_adapters
 from ..zero3.ds_config import Prepared, prepare
 from ..zero3.partitioned_model import armt_config, build_model, on_meta, token_fields
@@ -210,6 +211,7 @@ def build_runner(config: RunConfig, setup: Setup) -> ScheduledLM:
         keep=parse_keep(config.bptt.keep),
         offload=prepared.offload_activations,
         graphs=graphs,
+        grouped=config.bptt.weight_gradients == GROUPED,
         link=link,
         without_adapters=without_adapters,
     )

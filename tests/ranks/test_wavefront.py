@@ -26,8 +26,16 @@ from armt_dist.zero3.trained_parameters import freeze_parameters, set_rates
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-# How the backward has the state that entered a cell, and the share of the cells that are not run again.
-WAYS = (("store", 0), ("rebuild", 0.5), ("recompute", 0.4), ("store", 1), ("rebuild", 0), ("recompute", 0))
+# How the backward has the state that entered a cell, the share of the cells that are not run again, and whether weight
+# gradients are put off.
+WAYS = (
+    ("store", 0, False),
+    ("rebuild", 0.5, True),
+    ("recompute", 0.4, False),
+    ("store", 1, True),
+    ("rebuild", 0, True),
+    ("recompute", 0, False),
+)
 BATCH = 4
 PASSES = 2
 # World -> (sp, rounds, chunks): of few ranks all of 1 and 2, of many every pair of values. 16 ranks are too many for a
@@ -70,6 +78,7 @@ def engine_on(
     layout,
     states="store",
     keep=0,
+    grouped=False,
     rows=BATCH,
     timeout_s=60,
     offload=False,
@@ -98,7 +107,8 @@ def engine_on(
     model = partitioned_model.build_model(config, armt, prepared.ds_config, seed=0)
     freeze_parameters(model, freeze)
     link = handoff.Wire(*ring(mesh, timeout_s), CPU) if sp > 1 else None
-    runner = executor.ScheduledLM(model, states=states, keep=Keep(keep), offload=offload, graphs=graphs, link=link)
+    options = {"states": states, "keep": Keep(keep), "grouped": grouped, "offload": offload, "graphs": graphs}
+    runner = executor.ScheduledLM(model, link=link, **options)
     grid = Grid(1, armt.num_hidden_layers, sp, rounds, chunks)
     groups = parameter_groups(model, groups, prepared.ds_config["optimizer"]["params"])
     return start_engine(runner, prepared.ds_config, grid, CPU, groups, window), runner, armt, grid, mesh

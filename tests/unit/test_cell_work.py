@@ -11,10 +11,11 @@ from armt_dist.schedule import cell_work as cell_work_module
 from armt_dist.schedule import hardware
 from armt_dist.schedule import model_sizes as model_sizes_module
 from armt_dist.schedule.cell_work import MOVED, cell_work
+from armt_dist.schedule.grid import Grid
 from armt_dist.schedule.hardware import H100, seconds
 from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, model_sizes
 from armt_dist.schedule.planner import Layout, plan
-from armt_dist.schedule.step_memory import kept_graph_bytes
+from armt_dist.schedule.step_memory import Held, kept_graph_bytes, put_off_bytes
 
 TOKENS = 240
 WIDE = dict(hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2, head_dim=16)
@@ -84,6 +85,23 @@ def test_a_kept_graph_holds_the_planned_bytes(family, dtype, states):
     work = StepWork(TOKENS, TOKENS, micro_batch=2, states=states, dtype_bytes=dtype.itemsize)
     # Rather too much than too little: what bfloat16 saves of the rotation is not counted so finely.
     assert 0.95 * held < kept_graph_bytes(sizes, work, 2) < 1.12 * held
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_gradients_that_are_put_off_hold_the_planned_bytes(family):
+    model = small_model(family, base=SHAPES[family], segment_tokens=TOKENS, num_mem_tokens=8, d_mem=16).eval()
+    layer, x = model.layers[0], torch.randn(2, TOKENS + 8, 128)
+    cells, context = EagerCells(layer, trains=True, grouped=True), model.context(x, None)
+    cell = cells.rerun(x, layer.memory.initial_state(2, "cpu"), context, None)
+    cells.back(cell, tuple(torch.randn_like(t) for t in cell.outputs))
+    held = [t.untyped_storage() for each in cells.later.put for t in (each.x, each.grad)]
+    measured = sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+    given = memory_fields({"memory_kind": "armt", "num_mem_tokens": 8, "d_mem": 16, "sliding_window": 0}, TOKENS)
+    sizes = model_sizes({"model_type": family, **BASES[family], **SHAPES[family]}, given)
+    work = StepWork(2 * TOKENS, TOKENS, micro_batch=2, dtype_bytes=4, weight_gradients="grouped")
+    one, two = (put_off_bytes(Held(sizes, work, Grid(n, 1), 1, 1)) for n in (1, 2))
+    joined = 2 * (TOKENS + 8) * (sizes.hidden_size + sizes.intermediate_size) * 4
+    assert two == 2 * one and 0.9 * measured < one - joined < 1.1 * measured
 
 
 def test_every_family_has_a_row():

@@ -23,10 +23,10 @@ def live_bytes() -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def growth(states: str, offload: bool, keep: float = 0) -> list[int]:
+def growth(states: str, offload: bool, keep: float = 0, grouped: bool = False) -> list[int]:
     """Bytes that each of four micro-batches of a step adds."""
     model = small_model().train()
-    runner = ScheduledLM(model, states=states, keep=Keep(keep), offload=offload)
+    runner = ScheduledLM(model, states=states, keep=Keep(keep), grouped=grouped, offload=offload)
     ids, labels, mask = random_batch()
     held, before, added = [], live_bytes(), []
     for _ in range(4):
@@ -44,9 +44,12 @@ def growth(states: str, offload: bool, keep: float = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
-@pytest.mark.parametrize(("states", "keep"), [("store", 0), ("rebuild", 0), ("recompute", 0), ("store", 0.5)])
-def test_micro_batches_add_nothing_but_their_results(states, keep, offload):
-    _, *later = growth(states, offload, keep)
+@pytest.mark.parametrize(
+    ("states", "keep", "grouped"),
+    [("store", 0, False), ("rebuild", 0, True), ("recompute", 0, False), ("store", 0.5, False), ("store", 1, True)],
+)
+def test_micro_batches_add_nothing_but_their_results(states, keep, grouped, offload):
+    _, *later = growth(states, offload, keep, grouped)
     layer = sum(p.nbytes for p in small_model().layers[0].parameters())
     # Token ids, labels and masks of a micro-batch stay, by its results' graph.
     assert max(later) < layer / 4

@@ -14,6 +14,7 @@ from armt_dist.schedule.model_sizes import MODELS, StepWork, memory_fields, mode
 from armt_dist.schedule.planner import Layout, candidates, choose, fits, largest_useful_sp, plan, schedule_name
 from armt_dist.schedule.program import Op, backward_program, build_program, wavefront
 from armt_dist.schedule.simulator import Costs, simulate_step
+from armt_dist.schedule.weight_groups import left_over
 
 SMALL, LARGE = MODELS["llama-1b"], MODELS["llama-8b"]
 
@@ -109,6 +110,20 @@ def test_the_closed_form_agrees_with_the_simulator(model, layout, segments, micr
     exact, report = simulated(model, work, layout)
     assert plan(model, work, layout).step_s == pytest.approx(exact.step_s, rel=0.01)
     assert report.peak_live_layers <= exact.window + 1
+
+
+@pytest.mark.parametrize(("segments", "sp"), [(8, 8), (64, 8), (88, 4)])
+def test_weight_gradients_that_are_put_off_shorten_the_pipeline(segments, sp):
+    per_cell = StepWork(segments * 1024)
+    grouped, layout = per_cell._replace(weight_gradients="grouped"), Layout(4, sp)
+    plain, halves = (plan(SMALL, work, layout) for work in (per_cell, grouped))
+    exact, _ = simulated(SMALL, grouped, layout)
+    assert halves.step_s == pytest.approx(exact.step_s, rel=0.01)
+    # Products are not all that a cell does.
+    assert 0.3 < halves.costs.weight_ratio < 0.5
+    saved = (sp - 1) * left_over(segments // sp) * halves.costs.weight_ratio * halves.costs.cell_s
+    assert plain.step_s - halves.step_s == pytest.approx(saved, rel=0.01)
+    assert plan(SMALL._replace(freeze_base=True), grouped, layout).costs.weight_ratio == 0
 
 
 def test_where_gathers_dominate_the_closed_form_is_rougher():

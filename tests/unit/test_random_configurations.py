@@ -92,6 +92,7 @@ def compare(seed):
     schedule = draw_schedule(random, model.config, segments, len(ids))
     schedule["states"] = random.choice(["store", "rebuild", "recompute"])
     schedule["keep"] = Keep(random.choice([0, 0.4, 1]))
+    schedule["grouped"] = random.random() < 0.5
     where = f"seed {seed}: {family} {options}, {list(ids.shape)}, documents {starts is not None}, {schedule}"
     if not (batch[1][:, 1:] >= 0).any() or (starts is not None and not ((batch[1] >= 0) & ~starts)[:, 1:].any()):
         return

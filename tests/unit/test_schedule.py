@@ -35,6 +35,7 @@ from armt_dist.schedule.program import (
 )
 from armt_dist.schedule.simulator import Costs, simulate, simulate_step
 from armt_dist.schedule.timeline import plot_timeline, show
+from armt_dist.schedule.weight_groups import GROUP, left_over
 
 FAULTY = Grid(segments=7, layers=2, sp=3, rounds=2, chunks=2)
 
@@ -46,9 +47,9 @@ def grids(draw, ragged=True):
     return Grid(sp * rounds + extra, draw(st.integers(1, 5)), sp, rounds, chunks)
 
 
-def full_programs(grid):
+def full_programs(grid, weights=False):
     forwards = [wavefront(grid, rank) for rank in range(grid.sp)]
-    return [forward + backward_program(forward) for forward in forwards]
+    return [forward + backward_program(forward, weights) for forward in forwards]
 
 
 def spans(report, op):
@@ -88,9 +89,10 @@ def test_blocks_cut_the_sequence_evenly_and_cyclically(grid):
 
 
 @settings(max_examples=60, deadline=None)
-@given(grids(), st.sampled_from([0, 1, None, 99]), st.booleans())
-def test_wavefront_covers_every_cell_once_and_respects_the_arrows(grid, window, reduce_blocks):
+@given(grids(), st.sampled_from([0, 1, None, 99]), st.booleans(), st.sampled_from([0.0, 0.7]))
+def test_wavefront_covers_every_cell_once_and_respects_the_arrows(grid, window, reduce_blocks, weight_ratio):
     costs = Costs(gather_s=0.3, reduce_s=0.2, latency_s=0.1, prefetch_layers=window, reduce_blocks=reduce_blocks)
+    costs = costs._replace(weight_ratio=weight_ratio)
     assert_order(grid, simulate_step("wavefront", grid, costs), ARMT_ARROWS)
 
 
@@ -103,11 +105,17 @@ def test_segment_major_respects_the_arrows_of_both_kinds(grid, arrows):
 
 
 @settings(max_examples=60, deadline=None)
-@given(grids())
-def test_no_gradient_is_waited_for_before_the_rerun_and_dstate_goes_before_reduce(grid):
-    for program in full_programs(grid):
+@given(grids(), st.booleans())
+def test_no_gradient_is_waited_for_before_the_rerun_and_dstate_goes_before_weights_and_reduce(grid, weights):
+    for program in full_programs(grid, weights):
         at = {instruction: index for index, instruction in enumerate(program)}
+        units = [instruction[1:] for instruction in program if instruction.op is Op.BACK]
+        assert [i[1:] for i in program if i.op is Op.WEIGHT] == (units if weights else [])
         for instruction, index in at.items():
+            if instruction.op is Op.WEIGHT:
+                before = program[index - 1].op
+                sends = instruction.block > 0
+                assert before is (Op.SEND_GRAD if sends else Op.BACK)
             if instruction.op is Op.RECV_GRAD:
                 assert at[instruction._replace(op=Op.RERUN)] < index
             if instruction.op is Op.REDUCE:
@@ -228,22 +236,42 @@ NEEDED_ORDER = {
     (Op.BACK, Op.REDUCE),
     (Op.RELEASE, Op.GATHER),
 }
+# With weight gradients of their own.
+NEEDED_HALVES = NEEDED_ORDER - {(Op.BACK, Op.REDUCE)} | {(Op.BACK, Op.WEIGHT), (Op.WEIGHT, Op.REDUCE)}
 
 
-def test_every_harmful_swap_is_caught_and_named():
-    programs, caught = full_programs(FAULTY), set()
+@pytest.mark.parametrize(("weights", "needed"), [(False, NEEDED_ORDER), (True, NEEDED_HALVES)])
+def test_every_harmful_swap_is_caught_and_named(weights, needed):
+    programs, caught = full_programs(FAULTY, weights), set()
     for rank, program in enumerate(programs):
         for index, (first, second) in enumerate(zip(program, program[1:], strict=False)):
             # Releasing one layer after gathering the next is harmless unless it is the same layer.
             harmless = second.op is Op.GATHER and first.layer != second.layer
-            if (first.op, second.op) not in NEEDED_ORDER or harmless:
+            if (first.op, second.op) not in needed or harmless:
                 continue
             swapped = [*program[:index], second, first, *program[index + 2 :]]
             named = rf"rank {rank}, instruction ({index}, {second}|{index + 1}, {first}): "
             with pytest.raises(ScheduleError, match=named):
                 simulate(FAULTY, [*programs[:rank], swapped, *programs[rank + 1 :]])
             caught.add((first.op, second.op))
-    assert caught == NEEDED_ORDER
+    assert caught == needed
+
+
+@pytest.mark.parametrize("sp", [2, 4, 8, 16])
+def test_weight_gradients_leave_the_critical_path(sp):
+    """Forward, re-run, gradients of inputs and of weights take one each: of every hop the last one is saved."""
+    grid, layers = Grid(sp, 16, sp), 16
+    steps = [simulate_step("wavefront", grid, Costs(weight_ratio=ratio)).makespan_s for ratio in (0.0, 1.0)]
+    assert steps == [4 * layers + (sp - 1) * hop for hop in (3, 2)]
+
+
+def test_a_long_unit_leaves_its_last_group():
+    assert [left_over(cells) for cells in (1, 7, GROUP, GROUP + 1, 2 * GROUP, 2 * GROUP + 3)] == [1, 7, 8, 1, 8, 3]
+    grid = Grid(2 * (GROUP + 3), 4, sp=2)
+    per_cell, grouped = (simulate_step("wavefront", grid, Costs(weight_ratio=ratio)) for ratio in (0.0, 1.0))
+    assert per_cell.makespan_s - grouped.makespan_s == 3
+    weights = spans(grouped, Op.WEIGHT)
+    assert {end - start for start, end in weights.values()} == {3}
 
 
 def test_layers_out_of_order_are_named_in_both_directions():
