@@ -11,12 +11,15 @@ from collections.abc import Callable, Container
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import Ranks
 
+# From the traceback of one rank to those of the others.
+OTHERS_SPEAK_S = 5
+
 
 def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list:
     """Return `[function(ranks, *args) for each rank]`, with torch.distributed started around it.
 
-    `function` must live at module level, and its result must be picklable. The traceback of the first rank that raises
-    is raised here as AssertionError, marked with its rank. The others are then killed, as all are after `timeout_s`.
+    `function` must live at module level, and its result must be picklable. The tracebacks of ranks that raise are
+    raised here as AssertionError, marked with their ranks. The others are then killed, as all are after `timeout_s`.
     """
     # One process imports what every rank imports, and each rank is a fork of it: a third of a short test's time.
     context = multiprocessing.get_context("forkserver")
@@ -38,23 +41,29 @@ def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list
 
 
 def collect(workers: list, results, deadline: float) -> list:
-    """Collect each rank's result in rank order. AssertionError for a traceback, a silent death or a missed deadline."""
-    done = {}
-    while len(done) < len(workers):
+    """Collect each rank's result in rank order. AssertionError for tracebacks, a silent death or a missed deadline."""
+    done, raised = {}, {}
+    while len(done) + len(raised) < len(workers):
         # Before the queue is read: what a rank put there before it died is then still found below.
-        died = silent_deaths(workers, done)
+        died = silent_deaths(workers, {*done, *raised})
         try:
             rank, value, trace = results.get(timeout=0.2)
         except queue.Empty:
-            assert not died, "\n".join(died)
-            waiting = [rank for rank in range(len(workers)) if rank not in done]
-            assert time.monotonic() < deadline, f"ranks {waiting} did not finish in time"
+            if died or time.monotonic() > deadline:
+                break
             continue
-        if trace is not None:
-            # If a rank died, the traceback comes from another rank, which lost its peer: name both.
-            lines = silent_deaths(workers, [*done, rank]) + [f"[rank {rank}] {line}" for line in trace.splitlines()]
-            raise AssertionError("\n".join(lines))
-        done[rank] = pickle.loads(value)
+        if trace is None:
+            done[rank] = pickle.loads(value)
+        else:
+            # A rank that lost its peer may report before the peer does.
+            deadline = min(deadline, time.monotonic() + OTHERS_SPEAK_S)
+            raised[rank] = trace
+    lines = silent_deaths(workers, {*done, *raised})
+    lines += [f"[rank {rank}] {line}" for rank, trace in sorted(raised.items()) for line in trace.splitlines()]
+    waiting = [rank for rank in range(len(workers)) if rank not in {*done, *raised}]
+    if waiting and not lines:
+        lines = [f"ranks {waiting} did not finish in time"]
+    assert not lines, "\n".join(lines)
     return [done[rank] for rank in range(len(workers))]
 
 
