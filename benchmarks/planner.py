@@ -148,7 +148,7 @@ def rank_main(mode: str, folder: Path, train_arguments: list[str]) -> None:
 def count_memory(report: Path) -> None:
     """Train under a count of live bytes, and write the peaks of each step: before the optimizer's part, and in it."""
     import deepspeed
-    from bptt_memory import LiveBytes
+    from live_bytes import LiveBytes
 
     live, peaks = LiveBytes([]), []
     step = deepspeed.DeepSpeedEngine.step

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from support.commands import curve, train
+from support.commands import curve, train, train_by_deepspeed
 from support.paths import FP32, ROOT
 
 from armt_dist.checkpoint import folder as checkpoint
@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name, limits in (("whole", [[]]), ("stopped", [[STOP], ["bptt.keep=auto"]])):
         for limit in limits:
-            result = train("--ds_config", FP32, "--out", root / name, *SHORT, *limit)
+            result = train_by_deepspeed("--ds_config", FP32, "--out", root / name, *SHORT, *limit)
             assert result.returncode == 0, result.stderr[-3000:]
             if limit == [STOP]:
                 newest = root / name / "checkpoints" / (root / name / "checkpoints/latest").read_text()

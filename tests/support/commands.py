@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from armt_dist.distributed.rendezvous import free_port
+from support.forks import run_forked
 from support.paths import ROOT
 
 # Arguments of a short run that saves every other step. Frozen memory projections are parameters that no optimizer
@@ -26,6 +27,11 @@ SAVE_OFTEN = [
 
 
 def train(*arguments, ranks=2, timeout_s=300) -> subprocess.CompletedProcess:
+    """Run launch/train.py to its end, without a launcher."""
+    return run_forked(ranks, list(map(str, arguments)), timeout_s)
+
+
+def train_by_deepspeed(*arguments, ranks=2, timeout_s=300) -> subprocess.CompletedProcess:
     """Run launch/train.py to its end under the deepspeed launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]

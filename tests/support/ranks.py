@@ -1,6 +1,5 @@
 """Several ranks in one test: `spawn` runs a function on a world of gloo processes and returns each result."""
 
-import multiprocessing
 import os
 import pickle
 import queue
@@ -10,6 +9,7 @@ from collections.abc import Callable, Container
 
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import Ranks
+from support.forks import context
 
 # From the traceback of one rank to those of the others.
 OTHERS_SPEAK_S = 5
@@ -21,15 +21,13 @@ def spawn(world: int, function: Callable, *args, timeout_s: float = 120) -> list
     `function` must live at module level, and its result must be picklable. The tracebacks of ranks that raise are
     raised here as AssertionError, marked with their ranks. The others are then killed, as all are after `timeout_s`.
     """
-    # One process imports what every rank imports, and each rank is a fork of it: a third of a short test's time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["armt_dist.training.trainer", "deepspeed"])
-    results = context.Queue()
+    forks = context()
+    results = forks.Queue()
     port = parallel.free_port()
     # Its environment is that of the first test; each rank takes today's.
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = world, environment, timeout_s, results, function, args
-    workers = [context.Process(target=run_rank, args=(rank, *started), daemon=True) for rank in range(world)]
+    workers = [forks.Process(target=run_rank, args=(rank, *started), daemon=True) for rank in range(world)]
     for worker in workers:
         worker.start()
     try:
