@@ -21,6 +21,7 @@ SHORT = [
     "train.validate_every=7",
     "train.save_every=6",
     "train.validation_steps=1",
+    "ds_config.train_batch_size=16",
 ]
 STOP = "train.max_steps=15"
 
@@ -115,6 +116,7 @@ def test_other_memories_and_schedules(memory, tmp_path):
     """With everything that looks at their cells, to a model that is evaluated."""
     watched = ["digests=true", "profile=true", "train.log_every=1"]
     few = ["curriculum=[{pairs: 5, steps: 3}]", "train.validation_steps=1", "model.base_config.n_positions=32"]
+    few.append("ds_config.train_batch_size=16")
     result = train("--ds_config", FP32, "--out", tmp_path / "run", *few, *watched, *memory)
     assert result.returncode == 0, result.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
