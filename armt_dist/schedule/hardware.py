@@ -88,12 +88,14 @@ def unit_costs(model: ModelSizes, work: StepWork, grid: Grid, world: int, hardwa
     collective_s = math.ceil(math.log2(world)) * hardware.collective_latency_s
     passing = model.layer_parameters - model.persistent(model.layer_tensors, work.stage3_param_persistence_threshold)
     whole_s = work.dtype_bytes * (1 - 1 / world) / hardware.gather_bytes_per_s
+    # Measured ratios may leave less for them than the sizes say: half, as the other products are as many.
+    weight_ratio = min(weights_s / chunk_s, ratio / 2) if work.weight_gradients == GROUPED else 0.0
     return Costs(
         cell_s=cell_s,
         rerun_ratio=rerun_ratio(work, grid, again),
         keep=kept_share(model, work, grid),
         backward_ratio=ratio,
-        weight_ratio=min(weights_s / chunk_s, ratio / 2) if work.weight_gradients == GROUPED else 0.0,
+        weight_ratio=weight_ratio,
         gather_s=collective_s + passing * whole_s if passing else 0.0,
         reduce_s=collective_s + model.layer_parameters * whole_s,
         latency_s=hardware.handoff_latency_s,

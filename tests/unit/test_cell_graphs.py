@@ -11,8 +11,9 @@ import torch
 from support.models import small_model
 from support.oracle import GRID, random_batch, random_starts, scheduled_loss
 
-from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, Recorded, Recording, kind_of
+from armt_dist.runtime.cell_graphs import CellGraphs, GraphedCells, kind_of
 from armt_dist.runtime.cells import EagerCells, draws
+from armt_dist.runtime.recording import Recorded, Recording
 from armt_dist.schedule.kept_cells import Keep
 
 KINDS = {

@@ -6,11 +6,11 @@ from support.float64 import in_float64
 from support.models import small_model
 from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
 
-from armt_dist.runtime import weight_gradients
 from armt_dist.runtime.cells import EagerCells
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.linear_map import linear_map
 from armt_dist.runtime.piece import cut_piece
+from armt_dist.runtime.trace import Trace
 from armt_dist.runtime.weight_gradients import WeightGradients, add_product
 from armt_dist.schedule.kept_cells import Keep
 from armt_dist.schedule.program import Op
@@ -44,10 +44,7 @@ def test_gradients_are_those_of_the_plain_forward(family, keep):
 
 
 def watched(monkeypatch, grouped):
-    """Run a pass over two groups and three cells; for each layer's call the cells of each product, and what ran last.
-
-    Returns a list of (name of the method, cells whose weight gradients it added).
-    """
+    """Run a pass over two groups and three cells; of how many cells each sum of weight gradients was; the layers."""
     model, (ids, labels, mask) = model_of(), random_batch(tokens=TOKENS)
     seen, add_to = [], WeightGradients.add_to
 
@@ -61,7 +58,6 @@ def watched(monkeypatch, grouped):
     runner = ScheduledLM(model, grouped=grouped)
     layers = model.config.num_hidden_layers
     totals = runner(cut_piece(ids, shifted(labels), mask, model.config, GRID._replace(layers=layers)))
-    runner.trace.record = True
     totals.nll.backward()
     return seen, layers
 
@@ -118,21 +114,11 @@ def test_a_map_under_autocast_is_its_own():
     assert module.weight.grad is not None and not taken
 
 
-def test_the_program_has_an_instruction_for_them():
+def test_the_program_has_an_instruction_for_them(monkeypatch):
     model, (ids, labels, mask) = model_of(), random_batch(tokens=TOKENS)
     runner, done = ScheduledLM(model, grouped=True), []
-    piece = cut_piece(ids, shifted(labels), mask, model.config, GRID._replace(layers=model.config.num_hidden_layers))
-    totals = runner(piece)
-    trace = type(runner.trace).__call__
-
-    def follow(self, instruction):
-        done.append(instruction and instruction.op)
-        trace(self, instruction)
-
-    type(runner.trace).__call__ = follow
-    try:
-        totals.nll.backward()
-    finally:
-        type(runner.trace).__call__ = trace
-    assert done.count(Op.WEIGHT) == done.count(Op.BACK) == model.config.num_hidden_layers
-    assert weight_gradients.GROUP == GROUP
+    layers = model.config.num_hidden_layers
+    totals = runner(cut_piece(ids, shifted(labels), mask, model.config, GRID._replace(layers=layers)))
+    monkeypatch.setattr(Trace, "__call__", lambda self, instruction: done.append(instruction.op))
+    totals.nll.backward()
+    assert done.count(Op.WEIGHT) == done.count(Op.BACK) == layers
