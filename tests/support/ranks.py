@@ -1,11 +1,14 @@
 """Several ranks in one test: `spawn` runs a function on a world of gloo processes and returns each result."""
 
+import contextlib
 import os
 import pickle
 import queue
 import time
 import traceback
 from collections.abc import Callable, Container
+
+import torch.distributed as dist
 
 from armt_dist.distributed import rendezvous as parallel
 from armt_dist.distributed.launchers import Ranks
@@ -85,6 +88,9 @@ def run_rank(
         parallel.start(ranks, timeout_s)
         # Pickled here: a queue passes tensors as memory of this process, which may be gone when they are read.
         results.put((rank, pickle.dumps(function(ranks, *args)), None))
+        # A rank that closes its connections early resets them: what a slower one has not yet read of them is lost.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
         parallel.stop()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
