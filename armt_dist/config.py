@@ -4,6 +4,7 @@ Each room declares its sections of the run configuration in its `sections.py`, w
 and describes in one line what is wrong with it.
 """
 
+import gc
 import os
 import sys
 import time
@@ -245,6 +246,8 @@ def run_main(main: Callable[[], int | None], rank: int, leave: Callable[[], bool
     if not leave():
         sys.stdout.flush()
         os._exit(code)
+    # A Parquet stream that is open when the interpreter ends hangs or aborts it (pyarrow 26, apache/arrow#45214).
+    gc.collect()
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ Markdown, and writes it to --out as well; exit code 1 if a piece is missing.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PIECES = {
-    "start": [["scale_ranks.py", "start", "--folder", "{folder}"]],
+    # 32 ranks take as long as all others together.
+    "start": [
+        ["scale_ranks.py", "start", "--folder", "{folder}", "--ranks", *ranks]
+        for ranks in (("1", "2", "4", "8", "16"), ("32",))
+    ],
     "step": [["scale_ranks.py", "step", "--folder", "{folder}"]],
     "checkpoint": [["scale_ranks.py", "checkpoint", "--folder", "{folder}"]],
     "consolidation": [["scale_consolidation.py", "--folder", "{folder}", "--shards", "8"]],
@@ -34,15 +39,23 @@ PIECES = {
 def run(command: list[str], limit_s: float) -> tuple[str, bool]:
     """Run a script within its time; what it printed, and whether it came to its end."""
     began, load = time.monotonic(), os.getloadavg()[0]
+    process = subprocess.Popen(
+        [sys.executable, HERE / command[0], *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, HERE / command[0], *command[1:]], capture_output=True, text=True, timeout=limit_s
-        )
+        stdout, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
+        # With the launcher that it may have started, which ends its ranks: they would slow down the next piece.
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
         return f"did not end within {limit_s:g} s (load {load:.1f} when it began)", False
-    if done.returncode:
-        return f"failed with exit code {done.returncode}:\n\n```\n{done.stderr[-2000:]}\n```", False
-    lines = done.stdout.strip().splitlines()
+    if process.returncode:
+        return f"failed with exit code {process.returncode}:\n\n```\n{stderr[-2000:]}\n```", False
+    lines = stdout.strip().splitlines()
     # Without the line of JSON that comes last, unless there is nothing else.
     if len(lines) > 1 and lines[-1].startswith(("{", "[")):
         lines.pop()

@@ -9,6 +9,7 @@ CPU, for a rank that has one row. --code: another checkout, to compare with. The
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -40,6 +41,8 @@ def main() -> None:
     sys.path.insert(0, str(args.code))
     if args.work is not None:
         print(json.dumps(rank_of_texts(args.work) if "files" in args.work else rank_of_stream(args.work)))
+        # As `config.run_main` does: a Parquet stream that is still open keeps the process from ending.
+        gc.collect()
         return
     from armt_dist.records import markdown_table
 

@@ -227,10 +227,12 @@ def zero(targets: Sequence[Tensor]) -> None:
 
 
 def copies(sources: Sequence[Tensor]) -> list[Tensor]:
-    """Return new tensors with the same values."""
-    targets = [torch.empty_like(t) for t in sources]
-    copy(targets, sources)
-    return targets
+    """Return new tensors with the same values: one for all sources that are the same, as the input of q, k and v is."""
+    keys = [(t.data_ptr(), t.shape, t.stride()) for t in sources]
+    distinct = dict(zip(keys, sources, strict=True))
+    targets = {key: torch.empty_like(t) for key, t in distinct.items()}
+    copy(list(targets.values()), list(distinct.values()))
+    return [targets[key] for key in keys]
 
 
 def generator_states(device: torch.device) -> list[Tensor]:

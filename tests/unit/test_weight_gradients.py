@@ -6,6 +6,7 @@ from support.float64 import in_float64
 from support.models import small_model
 from support.oracle import GRID, oracle, random_batch, scheduled_loss, shifted
 
+from armt_dist.runtime.cell_graphs import CellGraphs
 from armt_dist.runtime.cells import EagerCells
 from armt_dist.runtime.executor import ScheduledLM
 from armt_dist.runtime.linear_map import linear_map
@@ -96,6 +97,20 @@ def test_backward_leaves_nothing_of_them_but_what_they_are_made_of():
     cells.add_weights()
     assert not {name for name, total in zip(names, cells.sums, strict=True) if not total.any()} & maps
     assert not cells.later.put
+
+
+def test_maps_of_a_recorded_cell_share_the_copy_of_their_input():
+    model = model_of()
+    layer, x = model.layers[0], torch.randn(2, 11, 32)
+    state, context = layer.memory.initial_state(2, "cpu"), model.context(x, None)
+    recording = CellGraphs(grouped=True).recording(layer, x, state, context, trains=True)
+    recording.rerun(x, state, context, None)
+    _, put = recording.back(tuple(map(torch.randn_like, (x, *state))))
+    inputs = {WeightGradients(layer).maps[each.place]: each.x.data_ptr() for each in put}
+    attention, mlp = layer.layer.self_attn, layer.layer.mlp
+    assert inputs[attention.q_proj] == inputs[attention.k_proj] == inputs[attention.v_proj]
+    assert inputs[mlp.gate_proj] == inputs[mlp.up_proj]
+    assert len(set(inputs.values())) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
