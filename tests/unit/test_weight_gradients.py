@@ -105,7 +105,8 @@ def test_maps_of_a_recorded_cell_share_the_copy_of_their_input():
     state, context = layer.memory.initial_state(2, "cpu"), model.context(x, None)
     recording = CellGraphs(grouped=True).recording(layer, x, state, context, trains=True)
     recording.rerun(x, state, context, None)
-    _, put = recording.back(tuple(map(torch.randn_like, (x, *state))))
+    with torch.no_grad():
+        _, put = recording.back(tuple(map(torch.randn_like, (x, *state))))
     inputs = {WeightGradients(layer).maps[each.place]: each.x.data_ptr() for each in put}
     attention, mlp = layer.layer.self_attn, layer.layer.mlp
     assert inputs[attention.q_proj] == inputs[attention.k_proj] == inputs[attention.v_proj]
