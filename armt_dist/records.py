@@ -25,7 +25,11 @@ def check_links(run: Path) -> None:
     """Raise ConfigError for a link or a FIFO in a run folder, maybe a stranger's, before it is written into."""
     for folder, folders, names in os.walk(run):
         for path in (Path(folder, name) for name in (*folders, *names)):
-            mode, shown = path.lstat().st_mode, path.relative_to(run)
+            try:
+                mode, shown = path.lstat().st_mode, path.relative_to(run)
+            except FileNotFoundError:
+                # Another rank ends, and has removed what only lives as long as it does.
+                continue
             if stat.S_ISLNK(mode):
                 raise ConfigError(
                     f"out={run}: {shown} is a link, and what is written there would land elsewhere; remove it, or give "

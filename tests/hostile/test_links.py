@@ -68,3 +68,16 @@ def test_a_run_does_not_start_there(tmp_path):
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert "metrics.jsonl is a link, and what is written there would land elsewhere" in result.stderr
     assert (tmp_path / "victim").read_text() == "mine" and os.listdir(tmp_path / "real") == ["metrics.jsonl"]
+
+
+def test_a_file_that_another_rank_removes_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "rank_2.txt").touch()
+    walk = os.walk
+
+    def walk_and_remove(folder):
+        for found in walk(folder):
+            (tmp_path / "rank_2.txt").unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr("armt_dist.records.os.walk", walk_and_remove)
+    check_links(tmp_path)
